@@ -125,7 +125,7 @@ from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 def hide(name, path=None, target=None):
     return None if name.split(".")[0] in {DEVELOPMENT!r} else find(name, path, target)
-PathFinder.find_spec = hide
+PathFinder.find_spec = staticmethod(hide)
 assert importlib.util.find_spec("torch") and not importlib.util.find_spec("nbdev")
 for name in {names!r}:
     importlib.import_module(name.removesuffix(".__init__"))
