@@ -1,0 +1,835 @@
+"""The training loop: schedule, what trains, exact resume after every kind of kill, NaN, full disk, several processes."""
+
+import copy
+import io
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamba_ref import training
+from llamba_ref.core import relative_error
+from llamba_ref.data import Batches
+from llamba_ref.llama import Llama, LlamaConfig
+from llamba_ref.llamba import Llamba
+from llamba_ref.mohawk import OBJECTIVES, distill
+from llamba_ref.training import (
+    Language,
+    Metrics,
+    Objective,
+    Run,
+    Stage,
+    check_finite,
+    describe,
+    first_bad_layer,
+    optimizer_for,
+    reached,
+    train,
+    train_step,
+    warmup_stable_decay,
+)
+
+VOCAB, LENGTH, BATCH = 48, 24, 4
+STAGES = [Stage("language", 7, 1e-2), Stage("language", 5, 3e-3, weight_decay=0.0)]
+PART = "backbone.layers.1.mlp.up_proj.weight"
+
+
+def toy(seed=0, layers=2):
+    """A tiny Llama, the same one for the same seed."""
+    torch.manual_seed(seed)
+    return Llama(LlamaConfig(VOCAB, 16, 32, layers, 2, 1, 8, tie_word_embeddings=True))
+
+
+def rows(number=20):
+    """Random tokens: what a test trains on."""
+    return torch.randint(VOCAB, (number, LENGTH), generator=torch.Generator().manual_seed(7))
+
+
+def pair():
+    """A teacher and a student with new mixers."""
+    teacher = toy()
+    torch.manual_seed(1)
+    return teacher, Llamba.from_teacher(teacher, d_state=4, chunk_size=8)
+
+
+def cpu():
+    return Accelerator(cpu=True)
+
+
+class Data(Batches):
+    """Batches that do something when step `at` is asked for."""
+
+    def __init__(self, at=None, do=None, **place):
+        super().__init__(rows(), BATCH, **place)
+        self.at, self.do = at, do
+
+    def next(self):
+        if self.step == self.at:
+            self.do()
+        return super().next()
+
+
+def die():
+    raise KeyboardInterrupt
+
+
+def go(path, data=None, *, resume=False, model=None, stages=STAGES, accelerator=None, **options):
+    """Train the toy in a run directory: the run, the model, the records of this call."""
+    model = model or toy()
+    run = Run(path, {"stages": len(stages)}, resume=resume)
+    options = {"save_every": 3, "progress": False, **options}
+    records = train(model, stages, data or Data(), lambda stage: Language(model), run=run, accelerator=accelerator or cpu(), **options)
+    return run, model, records
+
+
+def story(metrics):
+    """What does not depend on the clock."""
+    return [{name: value for name, value in record.items() if name != "tokens_per_second"} for record in metrics]
+
+
+def equal(ours, theirs):
+    """Two models hold the same bits."""
+    theirs = theirs.state_dict()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run that nothing happened to: its metrics and its model."""
+    run, model, _ = go(tmp_path_factory.mktemp("run") / "unbroken")
+    return story(run.metrics()), model
+
+
+# Stage and schedule
+
+
+def test_schedule_has_exact_corners():
+    stage = Stage("language", 100, 0.3)
+    values = [warmup_stable_decay(step, stage) for step in range(100)]
+    assert values[10:90] == [0.3] * 80
+    assert values[0] == 0.3 * (1 / 11) and values[9] == 0.3 * (10 / 11)
+    assert values[90] == 0.3 * (10 / 11) and values[99] == 0.3 * (1 / 11)
+    assert warmup_stable_decay(100, stage) == 1e-8
+    assert values == values[::-1]
+
+
+def test_schedule_without_warmup_or_decay():
+    assert {warmup_stable_decay(step, Stage("language", 9, 0.5, warmup=0, decay=0)) for step in range(9)} == {0.5}
+    assert warmup_stable_decay(0, Stage("language", 10, 0.5, warmup=0)) == 0.5
+    assert warmup_stable_decay(9, Stage("language", 10, 0.5, decay=0)) == 0.5
+    assert warmup_stable_decay(0, Stage("language", 1, 0.5, warmup=0, decay=0)) == 0.5
+
+
+@given(st.integers(1, 200), st.floats(0, 1), st.floats(0, 1), st.floats(1e-6, 1.0))
+@settings(max_examples=100, deadline=None)
+def test_schedule_rises_then_falls_between_floor_and_lr(steps, warmup, decay, lr):
+    stage = Stage("language", steps, lr, warmup=warmup, decay=min(decay, 1 - warmup))
+    values = [warmup_stable_decay(step, stage) for step in range(steps)]
+    assert all(1e-8 <= value <= lr for value in values)
+    peak = values.index(max(values))
+    assert values[: peak + 1] == sorted(values[: peak + 1]) and values[peak:] == sorted(values[peak:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("steps", -1), ("lr", 0.0), ("lr", float("nan")), ("lr", float("inf")), ("weight_decay", -0.1), ("warmup", -0.1),
+     ("warmup", 1.5), ("decay", 0.95), ("clip", 0.0), ("clip", float("nan"))],
+)
+def test_stage_refuses_senseless_numbers(field, value):
+    with pytest.raises(ValueError, match=f"stage language: {field} is "):
+        Stage(**{"objective": "language", "steps": 10, "lr": 0.1, field: value})
+
+
+# What trains
+
+
+def test_weight_decay_is_for_matrices_only():
+    teacher, student = pair()
+    for model in (teacher, student):
+        matrices, vectors = optimizer_for(model, Stage("language", 10, 0.1, weight_decay=0.3)).param_groups
+        assert matrices["weight_decay"] == 0.3 and vectors["weight_decay"] == 0.0
+        assert all(p.dim() >= 2 for p in matrices["params"]) and all(p.dim() == 1 for p in vectors["params"])
+        assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+        assert matrices["betas"] == (0.9, 0.95) and matrices["eps"] == 1e-8
+    teacher.backbone.embedding.requires_grad_(False)
+    matrices, _ = optimizer_for(teacher, Stage("language", 10, 0.1)).param_groups
+    assert not any(p is teacher.backbone.embedding.weight for p in matrices["params"])
+
+
+def test_language_reaches_everything():
+    model = toy()
+    model.requires_grad_(False)
+    counts = reached(model, Language(model), rows(1))
+    assert counts == {name: p.numel() for name, p in model.named_parameters()}
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_orientation_leaves_x_z_and_out_proj_alone():
+    teacher, student = pair()
+    counts = reached(student, OBJECTIVES["orientation"](teacher, student), rows(1))
+    mixer = "backbone.layers.0.mixer."
+    assert counts[mixer + "out_proj.weight"] == counts[mixer + "z_bias"] == counts["backbone.embedding.weight"] == 0
+    assert counts[mixer + "in_proj.weight"] == (2 * 2 * 4 + 2) * 16  # B, C and A_log: two heads, state size 4, width 16
+    assert counts[mixer + "D"] == 2
+    frozen = {name for name, p in student.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, count in counts.items() if count == 0}
+
+
+def test_orientation_moves_no_weight_that_it_does_not_train():
+    teacher, student = pair()
+    before = copy.deepcopy(student.state_dict())
+    distill(teacher, student, Data(), [Stage("orientation", 5, 0.05, weight_decay=0.0)], accelerator=cpu(), progress=False)
+    after = student.state_dict()
+    moved = {name.split("layers.0.")[1] for name in before if "layers.0." in name and not torch.equal(before[name], after[name])}
+    assert moved == {"input_layernorm.weight", "mixer.D", "mixer.in_proj.weight", "mixer.conv1d.weight", "mixer.conv1d.bias"}
+    weight = "backbone.layers.0.mixer.in_proj.weight"
+    assert (before[weight] != after[weight]).any(1).tolist() == [False] * 16 + [True] * 16 + [False] * 16 + [True] * 2
+    assert torch.equal(before["backbone.embedding.weight"], after["backbone.embedding.weight"])
+
+
+def test_weight_decay_shrinks_rows_without_gradient():
+    """Why stage 1 has none: the factor is the one that AdamW promises."""
+    teacher, student = pair()
+    x_rows = student.backbone.layers[0].mixer.in_proj.weight.detach().double()[:16].clone()
+    stage = Stage("orientation", 5, 0.05, weight_decay=0.1)
+    distill(teacher, student, Data(), [stage], accelerator=cpu(), progress=False)
+    factor = math.prod(1 - 0.1 * warmup_stable_decay(step, stage) for step in range(5))
+    assert relative_error(student.backbone.layers[0].mixer.in_proj.weight[:16], factor * x_rows) < 1e-6
+
+
+def test_a_zero_start_hides_nothing():
+    """A projection that starts at zero gives what lies before it no gradient at first: it must train all the same."""
+    model = toy()
+    for block in model.backbone.layers:
+        torch.nn.init.zeros_(block.mixer.o_proj.weight)
+    counts = reached(model, Language(model), rows(1))
+    assert counts["backbone.layers.0.mixer.q_proj.weight"] == 16 * 16
+    before = copy.deepcopy(model)
+    train(model, [Stage("language", 4, 1e-2, weight_decay=0.0)], Data(), lambda stage: Language(model), accelerator=cpu(), progress=False)
+    assert not torch.equal(model.backbone.layers[0].mixer.q_proj.weight, before.backbone.layers[0].mixer.q_proj.weight)
+
+
+def test_describe_counts():
+    teacher, student = pair()
+    counts = reached(student, OBJECTIVES["orientation"](teacher, student), rows(1))
+    lines = describe(student, counts).splitlines()
+    total = sum(p.numel() for p in student.parameters())
+    assert lines[0] == f"trains {sum(counts.values()):,} of {total:,} parameters, the rest is frozen:"
+    assert "  backbone.layers.*.mixer.in_proj.weight: 576 of 1,600" in lines
+    assert "  backbone.layers.*.mixer.D: 4" in lines
+    assert not any("out_proj" in line or "mlp" in line for line in lines)
+
+
+def test_train_leaves_everything_trainable():
+    teacher, student = pair()
+    distill(teacher, student, Data(), [Stage("orientation", 1, 0.01, 0.0)], accelerator=cpu(), progress=False)
+    assert all(p.requires_grad and p.grad is None for p in student.parameters())
+    with pytest.raises(KeyboardInterrupt):
+        distill(teacher, student, Data(0, die), [Stage("orientation", 1, 0.01, 0.0)], accelerator=cpu(), progress=False)
+    assert all(p.requires_grad and p.grad is None for p in student.parameters())
+
+
+# One step
+
+
+class Recorder(torch.optim.SGD):
+    """An optimiser that changes nothing and keeps the gradients that it was to use."""
+
+    def step(self):
+        self.seen = torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"] if p.grad is not None])
+
+
+def gradient(name, micro_batch_size, clip=float("inf")):
+    """The gradient of a step and its losses, for a batch of 8 rows."""
+    teacher, student = pair()
+    objective = OBJECTIVES[name](teacher, student)
+    optimizer = Recorder(student.parameters(), lr=0.0)
+    losses, norm = train_step(student, Stage(name, 10, 0.1, clip=clip), objective, rows(8), optimizer, cpu(), micro_batch_size, "here")
+    return optimizer.seen, losses, norm
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_micro_batches_give_the_gradient_of_the_batch(name, size):
+    whole, losses, norm = gradient(name, 8)
+    parts, losses_of_parts, norm_of_parts = gradient(name, size)
+    assert relative_error(parts, whole) < 1e-6
+    assert relative_error(losses_of_parts, losses) < 1e-6
+    assert abs(norm_of_parts / norm - 1) < 1e-6
+
+
+def test_gradient_is_clipped_and_its_norm_reported_before():
+    whole, _, norm = gradient("language", 8)
+    clipped, _, same = gradient("language", 8, clip=norm / 10)
+    assert same == norm
+    assert relative_error(clipped, whole / 10) < 1e-4 and abs(clipped.norm().item() / (norm / 10) - 1) < 1e-4
+
+
+def test_check_finite_names_the_first():
+    check_finite(torch.tensor([1.0, 2.0]), ["a", "b"], "here")
+    with pytest.raises(FloatingPointError, match="^here: the loss of b is inf$"):
+        check_finite(torch.tensor([1.0, float("inf"), float("nan")]), ["a", "b", "c"], "here")
+
+
+@pytest.mark.parametrize(
+    "weight, place",
+    [("backbone.embedding.weight", "the embedding"), ("backbone.layers.0.mixer.q_proj.weight", "layer 0"), (PART, "layer 1"),
+     ("backbone.final_layernorm.weight", "the head")],
+)
+def test_first_bad_layer(weight, place):
+    model = toy()
+    assert first_bad_layer(model, rows(2)) == "no layer"
+    model.state_dict()[weight].fill_(float("nan"))
+    assert first_bad_layer(model, rows(2)) == place
+
+
+# NaN in a run
+
+
+def test_nan_stops_before_anything_changes(tmp_path):
+    model = toy()
+    data = Data(8, lambda: model.state_dict()[PART][0, 0].fill_(float("nan")))
+    with pytest.raises(FloatingPointError, match=r"^stage language, step 2 of 5: the loss of text is nan; .* layer 1$"):
+        go(tmp_path / "run", data, model=model, save_every=1)
+    run = Run(tmp_path / "run", {"stages": 2}, resume=True)
+    assert [record["step"] for record in run.metrics()] == list(range(1, 9))
+    assert run.checkpoints()[-1].name == "step-00000008"
+    kept = toy(seed=3)
+    run.load(kept)
+    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, kept.state_dict()[name])]
+    assert changed == [PART] and model.state_dict()[PART].isnan().sum() == 1
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_nan_in_a_layer_of_stage_1_is_named():
+    teacher, student = pair()
+    data = Data(2, lambda: student.backbone.layers[1].mixer.in_proj.weight.data[20].fill_(float("nan")))
+    with pytest.raises(FloatingPointError, match="stage orientation, step 3 of 4: the loss of layer 1 is nan; .* layer 1$"):
+        distill(teacher, student, data, [Stage("orientation", 4, 0.01, 0.0)], accelerator=cpu(), progress=False)
+
+
+def test_nan_of_the_teacher_is_not_blamed_on_the_student():
+    teacher, student = pair()
+    teacher.state_dict()[PART].fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="the loss of layer 1 is nan; .* no layer$"):
+        distill(teacher, student, Data(), [Stage("alignment", 4, 0.01)], accelerator=cpu(), progress=False)
+
+
+def test_nan_of_one_row_is_found_in_its_micro_batch():
+    model = toy()
+    model.backbone.embedding.weight.data[5] = float("nan")
+    tokens = torch.full((4, LENGTH), 3)
+    tokens[3, 0] = 5
+    data = Batches(tokens, 4)
+    with pytest.raises(FloatingPointError, match="the embedding$"):
+        train(model, [Stage("language", 2, 0.01)], data, lambda stage: Language(model), accelerator=cpu(), micro_batch_size=1, progress=False)
+
+
+def test_gradient_that_overflows_alone():
+    """A finite loss with an infinite gradient stops the run as well."""
+    model = toy()
+
+    class Steep:
+        parts = ("steep",)
+
+        def __call__(self, input_ids, backward):
+            loss = (model.backbone.final_layernorm.weight - 1).clamp(min=0).sqrt().sum()
+            backward(loss)
+            return loss.detach()[None]
+
+    before = copy.deepcopy(model)
+    with pytest.raises(FloatingPointError, match="losses are finite, but the norm of the gradient is inf"):
+        train(model, [Stage("language", 1, 0.1)], Data(), lambda stage: Steep(), accelerator=cpu(), progress=False)
+    assert equal(model, before)
+
+
+# Resume
+
+
+def test_metrics_have_their_fields(unbroken):
+    metrics, _ = unbroken
+    assert [record["step"] for record in metrics] == list(range(1, 13))
+    assert [record["lr"] for record in metrics] == [warmup_stable_decay(i, stage) for stage in STAGES for i in range(stage.steps)]
+    for record in metrics:
+        assert set(record) == {"step", "stage", "loss", "parts", "lr", "gradient_norm", "tokens"}
+        assert record["parts"] == [record["loss"]] and record["tokens"] == BATCH * LENGTH
+
+
+def test_records_are_what_is_logged(tmp_path):
+    run, _, records = go(tmp_path / "run")
+    assert records == run.metrics() and all(record["tokens_per_second"] > 0 for record in records)
+
+
+def test_two_runs_are_equal(tmp_path, unbroken):
+    run, model, _ = go(tmp_path / "run")
+    assert story(run.metrics()) == unbroken[0] and equal(model, unbroken[1])
+
+
+# A checkpoint is written after steps 3 and 6 (of stage 1), 7 (its end), 9 (of stage 2) and 12 (its end).
+@pytest.mark.parametrize(
+    "steps, newest",
+    [(0, None), (2, None), (3, 3), (4, 3), (6, 6), (7, 7), (8, 7), (9, 9), (11, 9)],
+    ids=lambda value: str(value),
+)
+def test_killed_after_any_step_and_resumed(tmp_path, unbroken, steps, newest):
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run", Data(steps, die))
+    run, model, records = go(tmp_path / "run", resume=True)
+    assert story(run.metrics()) == unbroken[0], "a step is missing, twice, or different"
+    assert equal(model, unbroken[1])
+    assert [record["step"] for record in records] == list(range((newest or 0) + 1, 13))
+
+
+def test_killed_again_and_again(tmp_path, unbroken):
+    for number, steps in enumerate((4, 5, 8, 11)):
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path / "run", Data(steps, die), resume=number > 0)
+    run, model, _ = go(tmp_path / "run", resume=True)
+    assert story(run.metrics()) == unbroken[0] and equal(model, unbroken[1])
+
+
+def test_resume_of_a_finished_run_does_nothing(tmp_path, unbroken):
+    go(tmp_path / "run")
+    before = {file: file.read_bytes() for file in sorted((tmp_path / "run").rglob("*")) if file.is_file()}
+    called = []
+    run, model, records = go(tmp_path / "run", resume=True, model=toy(seed=5), after_stage=lambda *args: called.append(args))
+    assert records == [] and called == [] and equal(model, unbroken[1])
+    assert {file: file.read_bytes() for file in sorted((tmp_path / "run").rglob("*")) if file.is_file()} == before
+
+
+def test_resume_with_micro_batches_and_distillation(tmp_path):
+    """Three objectives, parts, micro-batches, a hybrid: a kill in each stage."""
+    stages = [Stage("orientation", 4, 0.01, 0.0), Stage("alignment", 4, 0.01), Stage("distillation", 4, 0.01)]
+
+    def student_of(path, data, resume):
+        teacher = toy(layers=3)
+        torch.manual_seed(1)
+        student = Llamba.from_teacher(teacher, [1], d_state=4, chunk_size=8)
+        run = Run(path, {}, resume)
+        distill(teacher, student, data, stages, run=run, accelerator=cpu(), save_every=2, micro_batch_size=3, progress=False)
+        return run, student
+
+    whole, model = student_of(tmp_path / "whole", Data(), False)
+    for number, steps in enumerate((3, 7, 11)):
+        with pytest.raises(KeyboardInterrupt):
+            student_of(tmp_path / "run", Data(steps, die), number > 0)
+    run, resumed = student_of(tmp_path / "run", Data(), True)
+    assert story(run.metrics()) == story(whole.metrics()) and equal(resumed, model)
+    assert [len(record["parts"]) for record in run.metrics()] == [2] * 8 + [1] * 4
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path):
+    """An objective that draws random numbers is resumed exactly too."""
+
+    class Noisy(Language):
+        def __call__(self, input_ids, backward):
+            return super().__call__(input_ids[:, : 8 + int(torch.randint(8, ()))], backward)
+
+    def noisy(path, data, resume=False):
+        model, run = toy(), Run(path, {}, resume)
+        train(model, [Stage("language", 8, 0.01)], data, lambda stage: Noisy(model), run=run, accelerator=cpu(), save_every=3, progress=False)
+        return story(run.metrics())
+
+    whole = noisy(tmp_path / "whole", Data())
+    with pytest.raises(KeyboardInterrupt):
+        noisy(tmp_path / "run", Data(5, die))
+    torch.rand(100)
+    assert noisy(tmp_path / "run", Data(), resume=True) == whole
+
+
+def test_load_keeps_type_and_storage(tmp_path):
+    """Weights are read into the model's own tensors: same objects, same type, and no window on the file."""
+    run, model, _ = go(tmp_path / "run", model=toy().double())
+    other = toy(seed=4).double()
+    before = {name: (id(p), p.data_ptr()) for name, p in other.named_parameters()}
+    run.load(other)
+    assert equal(other, model)
+    assert {name: (id(p), p.data_ptr()) for name, p in other.named_parameters()} == before
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(run.path) not in maps.read_text()
+
+
+def test_stage_of_no_steps_is_left_out():
+    model, called = toy(), []
+    stages = [Stage("language", 0, 0.1), Stage("language", 2, 0.01)]
+    records = train(model, stages, Data(), lambda stage: Language(model), accelerator=cpu(), progress=False,
+                    after_stage=lambda step, stage: called.append((step, stage.lr)))
+    assert len(records) == 2 and called == [(2, 0.01)]
+
+
+def test_after_stage_is_called_again_when_killed_before_the_checkpoint(tmp_path, unbroken):
+    calls = []
+
+    def evaluate(step, stage):
+        run = Metrics(tmp_path / "run")
+        run.log(step=step, evaluation=1.5)
+        calls.append(step)
+        if calls == [7]:
+            die()
+
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run", after_stage=evaluate)
+    run, model, _ = go(tmp_path / "run", resume=True, after_stage=evaluate)
+    assert calls == [7, 7, 12] and equal(model, unbroken[1])
+    assert [record["step"] for record in run.metrics() if "evaluation" in record] == [7, 12]
+    assert story(record for record in run.metrics() if "loss" in record) == unbroken[0]
+
+
+# A real kill
+
+
+def script(path, text, **environment):
+    """A process that runs `text` with this file's names as `t`."""
+    lines = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport torch; torch.set_num_threads(1)\n"
+    path.write_text(lines + "import test_training as t\n" + text)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen([sys.executable, str(path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def slow_run(path):
+    """What the process that is killed runs: the run of the other tests, with a pause at every step."""
+    data = Data()
+    draw = data.next
+    data.next = lambda: (time.sleep(0.2), draw())[1]
+    go(path, data)
+
+
+def test_sigkill(tmp_path, unbroken):
+    run = tmp_path / "run"
+    process = script(tmp_path / "first.py", f"t.slow_run({str(run)!r})")
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 5):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    left = Metrics(run).metrics()
+    assert 5 <= len(left) < 12, "the kill came too late to prove anything"
+
+    _, model, _ = go(run, resume=True)  # in another process than the one that was killed
+    assert story(Metrics(run).metrics()) == unbroken[0] and equal(model, unbroken[1])
+
+
+# Checkpoints that are whole or absent
+
+
+def test_keep(tmp_path):
+    run = Run(tmp_path / "run", {}, keep=1)
+    for step in (1, 2, 10):
+        run.save(step, toy(), {"step": step})
+        assert [path.name for path in run.checkpoints()] == [f"step-{step:08d}"]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    with pytest.raises(ValueError, match="keep is 0"):
+        Run(tmp_path / "other", {}, keep=0)
+
+
+def test_run_keeps_two_checkpoints(tmp_path):
+    run, _, _ = go(tmp_path / "run")
+    assert [path.name for path in run.checkpoints()] == ["step-00000009", "step-00000012"]
+    assert sorted(file.name for file in run.checkpoints()[0].iterdir()) == ["training.pt", "weights.safetensors"]
+
+
+@pytest.mark.parametrize("function", ["write_state", "write_tensors"])
+def test_full_disk(tmp_path, monkeypatch, unbroken, function):
+    """The second checkpoint does not fit: OSError, the first one is whole, and there the run goes on."""
+    write, calls = getattr(training, function), []
+
+    def full(file, *args):
+        calls.append(file)
+        if len(calls) == 2:
+            Path(file).write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(file))
+        write(file, *args)
+
+    monkeypatch.setattr(training, function, full)
+    with pytest.raises(OSError, match="No space left"):
+        go(tmp_path / "run")
+    run = Run(tmp_path / "run", {"stages": 2}, resume=True)
+    assert [path.name for path in run.checkpoints()] == ["step-00000003"]
+    assert not list((run.path / "checkpoints").glob(".*")), "what was half written is gone"
+    assert run.load(toy())["step"] == 3
+    run, model, _ = go(tmp_path / "run", resume=True)
+    assert story(run.metrics()) == unbroken[0] and equal(model, unbroken[1])
+
+
+@pytest.mark.parametrize("save_every", [3, 0], ids=["training state", "weights"])
+def test_system_refuses_to_write(tmp_path, unbroken, save_every):
+    """As a full disk, but a real error of the system: files must not grow beyond 12 kB. It comes with different words."""
+    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))
+
+    try:
+        with pytest.raises(OSError):
+            go(tmp_path / "run", Data(5, small_files), save_every=save_every)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    run = Run(tmp_path / "run", {"stages": 2}, resume=True)
+    assert [path.name for path in run.checkpoints()] == (["step-00000003"] if save_every else [])
+    run, model, _ = go(tmp_path / "run", resume=True)
+    assert story(run.metrics()) == unbroken[0] and equal(model, unbroken[1])
+
+
+def test_interrupted_while_saving(tmp_path, monkeypatch, unbroken):
+    monkeypatch.setattr(training, "write_tensors", lambda *args: die())
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run")
+    monkeypatch.undo()
+    assert Run(tmp_path / "run", {"stages": 2}, resume=True).checkpoints() == []
+    run, model, _ = go(tmp_path / "run", resume=True)
+    assert story(run.metrics()) == unbroken[0] and equal(model, unbroken[1])
+
+
+def test_what_a_kill_left_unfinished_is_no_checkpoint_and_goes(tmp_path, unbroken):
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run", Data(8, die))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000007", checkpoints / ".step-00000009-abc")  # killed while writing it
+    (checkpoints / ".step-00000009-abc" / "weights.safetensors").unlink()
+    shutil.copytree(checkpoints / "step-00000006", checkpoints / ".step-00000003-old")  # killed while removing it
+    assert [path.name for path in Run(tmp_path / "run", {"stages": 2}, True).checkpoints()] == ["step-00000006", "step-00000007"]
+    run, model, _ = go(tmp_path / "run", resume=True)
+    assert story(run.metrics()) == unbroken[0] and equal(model, unbroken[1])
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000009", "step-00000012"]
+
+
+def test_checkpoint_that_runs_code_is_refused(tmp_path):
+    class Surprise:
+        def __reduce__(self):
+            return Path.write_text, (tmp_path / "harm", "done")
+
+    run, _, _ = go(tmp_path / "run")
+    torch.save({"step": 12, "data": Surprise()}, run.checkpoints()[-1] / "training.pt")
+    with pytest.raises(ValueError, match="training.pt: damaged, or not a training state"):
+        go(tmp_path / "run", resume=True)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("name", ["training.pt", "weights.safetensors"])
+def test_damaged_checkpoint_is_named(tmp_path, name):
+    run, _, _ = go(tmp_path / "run")
+    os.truncate(run.checkpoints()[-1] / name, 3000)
+    with pytest.raises(ValueError, match=f"step-00000012/{name}: damaged"):
+        go(tmp_path / "run", resume=True)
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path):
+    go(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"step-00000012: the weights do not fit the model: .*layers\.2"):
+        go(tmp_path / "run", resume=True, model=toy(layers=3))
+
+
+# The directory of a run
+
+
+def test_a_run_that_exists_is_not_overwritten(tmp_path):
+    run, _, _ = go(tmp_path / "run")
+    before = run.metrics()
+    with pytest.raises(FileExistsError, match="there is a run already"):
+        go(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        Run(tmp_path / "file", {})
+    assert Run(tmp_path / "run", {"stages": 2}, resume=True).metrics() == before
+
+
+def test_a_directory_where_a_kill_left_no_config_is_free(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json").write_text('{"lr"')
+    with pytest.raises(FileNotFoundError, match="there is no run to resume"):
+        Run(tmp_path / "run", {"lr": 1}, resume=True)
+    Run(tmp_path / "run", {"lr": 1})
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"lr": 1}
+
+
+def test_resume_with_other_settings_names_them(tmp_path):
+    config = {"lr": 0.1, "steps": (1, 2, 3), "text": "austen", "seed": 0}
+    Run(tmp_path / "run", config)
+    Run(tmp_path / "run", config, resume=True)
+    with pytest.raises(ValueError, match="these settings differ from the run's: lr, seed, steps$"):
+        Run(tmp_path / "run", {"lr": 0.2, "steps": (1, 2, 4), "text": "austen"} | {"seed": 1}, resume=True)
+    with pytest.raises(ValueError, match="differ from the run's: extra, text$"):
+        Run(tmp_path / "run", {"lr": 0.1, "steps": [1, 2, 3], "seed": 0, "extra": 1}, resume=True)
+
+
+def test_resume_with_other_stages_is_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run", Data(10, die))  # the newest checkpoint lies in the second stage
+    for stages in ([Stage("language", 6, 1e-2), STAGES[1]], STAGES[:1], [STAGES[0], Stage("language", 5, 1e-3)]):
+        with pytest.raises(ValueError, match="cannot resume, the run's stages were"):
+            train(toy(), stages, Data(), lambda stage: None, run=Run(tmp_path / "run", {"stages": 2}, True), accelerator=cpu())
+
+
+def test_forget_after_without_a_file(tmp_path):
+    run = Run(tmp_path / "run", {})
+    run.forget_after(3)
+    assert run.metrics() == [] and [path.name for path in run.path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("last", ['{"step": 3, "lo', '{"step": 3}', ""])
+def test_line_that_a_kill_cut_short(tmp_path, last):
+    run = Run(tmp_path / "run", {})
+    for step in (1, 2):
+        run.log(step=step)
+    with open(run.path / "metrics.jsonl", "a") as handle:
+        handle.write(last)
+    run.metrics()
+    run.forget_after(2)
+    run.log(step=3)
+    assert [record["step"] for record in run.metrics()] == [1, 2, 3]
+
+
+def test_resume_over_a_line_cut_short(tmp_path, unbroken):
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run", Data(8, die))
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as handle:
+        handle.write('{"step": 9, "stage": "lang')
+    run, model, _ = go(tmp_path / "run", resume=True)
+    assert story(run.metrics()) == unbroken[0] and equal(model, unbroken[1])
+
+
+def test_damage_elsewhere_in_the_metrics_is_named(tmp_path):
+    run = Run(tmp_path / "run", {})
+    (run.path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        run.metrics()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [({"save_every": -1}, "save_every is -1"), ({"micro_batch_size": 0}, "micro_batch_size is 0"),
+     ({"data": Data(rank=1, world_size=2)}, "data has rank 1 and world_size 2: this process needs 0 and 1")],
+)
+def test_settings_that_do_not_fit(options, message):
+    data = options.pop("data", Data())
+    with pytest.raises(ValueError, match=message):
+        train(toy(), STAGES, data, lambda stage: None, accelerator=cpu(), **options)
+
+
+def test_half_precision_that_needs_loss_scaling_is_refused():
+    accelerator = types.SimpleNamespace(mixed_precision="fp16", process_index=0, num_processes=1)
+    with pytest.raises(ValueError, match="mixed_precision is 'fp16'"):
+        train(toy(), STAGES, Data(), lambda stage: None, accelerator=accelerator)
+
+
+# What the user sees
+
+
+def test_a_file_gets_lines_and_no_carriage_returns(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 3))  # three seconds a step
+    fake = types.SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
+    monkeypatch.setattr(training, "time", fake)
+    model = toy()
+    train(model, STAGES[:1], Data(), lambda stage: Language(model), accelerator=cpu())
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
+    assert "\r" not in output.out + output.err
+    assert lines[1].startswith("language: 7 steps, lr 0.01; trains ")
+    shown = [line for line in lines if line.startswith("language: step ")]
+    assert [line.split(", loss ")[0] for line in shown] == ["language: step 4 of 7", "language: step 7 of 7"]
+    assert shown[-1].endswith(" tokens/s")
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    model = toy()
+    train(model, STAGES[:1], Data(), lambda stage: Language(model), accelerator=cpu())
+    assert "\rlanguage: 100%" in terminal.getvalue() and "tokens_s=" in terminal.getvalue()
+
+
+def test_no_progress_is_silent(capsys):
+    model = toy()
+    train(model, STAGES[:1], Data(), lambda stage: Language(model), accelerator=cpu(), progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+# Several processes
+
+
+def share_of_a_run(path):
+    """What each of several processes runs: its rows, a run that is broken off at step 5, and resumed."""
+    accelerator = cpu()
+    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    assert place["world_size"] == 2
+    for at, resume in ((5, False), (None, True)):
+        model = toy(seed=0 if accelerator.is_main_process else 9)  # the others start from the weights of the first
+        with accelerator.main_process_first():
+            run = Run(path, {"stages": 2}, resume=resume or not accelerator.is_main_process)
+        try:
+            train(model, STAGES, Data(at, die, **place), lambda stage: Language(model), run=run, accelerator=accelerator,
+                  save_every=3, progress=False)
+        except KeyboardInterrupt:
+            accelerator.wait_for_everyone()
+    torch.save(model.state_dict(), Path(f"{path}-{accelerator.process_index}.pt"))
+
+
+def test_two_processes_give_what_one_gives(tmp_path, unbroken):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    processes = [
+        script(tmp_path / f"{rank}.py", f"t.share_of_a_run({str(tmp_path / 'run')!r})", RANK=str(rank), LOCAL_RANK=str(rank), **place)
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    first, second = (torch.load(tmp_path / f"run-{rank}.pt", weights_only=True) for rank in range(2))
+    for name, expected in unbroken[1].state_dict().items():
+        assert torch.equal(first[name], second[name]), "processes drifted apart"
+        assert relative_error(first[name], expected) < 1e-5
+    metrics = Metrics(tmp_path / "run").metrics()
+    assert [record["step"] for record in metrics] == list(range(1, 13))
+    for ours, theirs in zip(metrics, unbroken[0]):
+        assert abs(ours["loss"] / theirs["loss"] - 1) < 1e-5 and ours["tokens"] == theirs["tokens"]
+
+
+@pytest.mark.gpu
+def test_resume_on_a_gpu(tmp_path):
+    """Weights and optimiser state come back to the device; the losses agree to rounding."""
+    text = f"""
+acc = t.Accelerator()
+assert acc.device.type == "cuda"
+whole, model, _ = t.go({str(tmp_path / 'whole')!r}, accelerator=acc)
+try:
+    t.go({str(tmp_path / 'run')!r}, t.Data(8, t.die), accelerator=acc)
+except KeyboardInterrupt:
+    pass
+run, again, _ = t.go({str(tmp_path / 'run')!r}, resume=True, accelerator=acc)
+assert all(p.is_cuda for p in again.parameters())
+for a, b in zip(run.metrics(), whole.metrics(), strict=True):
+    assert a["step"] == b["step"] and abs(a["loss"] / b["loss"] - 1) < 1e-4
+"""
+    process = script(tmp_path / "gpu.py", text)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+
+
+def test_language_is_an_objective():
+    """The protocol: parts with names, one loss for each."""
+    model = toy()
+    objective: Objective = Language(model)
+    losses = objective(rows(2), lambda loss: loss.backward())
+    assert losses.shape == (len(objective.parts),) and not losses.requires_grad
+    assert abs(losses.item() - math.log(VOCAB)) < 0.1
