@@ -367,6 +367,15 @@ def test_an_end_that_is_there_is_not_doubled(documents, tokenizer):
     assert torch.equal(pack(documents, changed, 8).tokens, pack(documents, tokenizer, 8).tokens)
 
 
+def test_pack_stops_at_max_blocks(documents, tokenizer):
+    whole = pack(documents, tokenizer, 16)
+    first = pack(documents, tokenizer, 16, max_blocks=2)
+    assert torch.equal(first.tokens, whole.tokens[:2])
+    assert torch.equal(pack(documents, tokenizer, 16, max_blocks=10**6).tokens, whole.tokens)
+    with pytest.raises(ValueError, match="max_blocks is 0"):
+        pack(documents, tokenizer, 16, max_blocks=0)
+
+
 def test_pack_errors(documents, tokenizer):
     with pytest.raises(ValueError, match="corpus is empty"):
         pack(documents.select([]), tokenizer, 8)
