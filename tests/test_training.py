@@ -402,6 +402,12 @@ def test_killed_again_and_again(tmp_path, unbroken):
     assert story(run.metrics()) == unbroken[0] and equal(model, unbroken[1])
 
 
+def test_after_step_is_called_after_every_step_with_its_stage(tmp_path):
+    called = []
+    _, _, records = go(tmp_path / "run", after_step=lambda step, stage: called.append((step, stage.objective)))
+    assert called == [(record["step"], record["stage"]) for record in records] and len(called) == 12
+
+
 def test_resume_of_a_finished_run_does_nothing(tmp_path, unbroken):
     go(tmp_path / "run")
     before = {file: file.read_bytes() for file in sorted((tmp_path / "run").rglob("*")) if file.is_file()}
