@@ -1,0 +1,31 @@
+"""What ships with the package is what its notes say."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from llamba_ref.checkpoint import find_checkpoint
+from llamba_ref.cli import load_model
+from llamba_ref.data import load_documents, pack, split_documents
+from llamba_ref.evaluate import evaluate
+
+MEGABYTE = 10**6
+
+
+def test_the_embedded_llama_has_the_perplexity_that_its_log_ends_with():
+    model, tokenizer = load_model("tiny")
+    held_out = split_documents(load_documents("austen"))[1]
+    result = evaluate(model, pack(held_out, tokenizer, 256))
+    log = (find_checkpoint("tiny") / "training.log").read_text().splitlines()[-1]
+    perplexity, bits = re.fullmatch(r"held-out perplexity ([\d.]+), ([\d.]+) bits per byte", log).groups()
+    assert float(perplexity) == pytest.approx(result.perplexity, abs=0.006)
+    assert float(bits) == pytest.approx(result.bits_per_byte, abs=0.0006)
+    assert f"| {perplexity} ({bits} bits per byte)" in (find_checkpoint("tiny") / "README.md").read_text()
+
+
+def test_what_ships_is_small():
+    folder = find_checkpoint("tiny")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 8 * MEGABYTE
+    assert (folder.parent / "austen.txt").stat().st_size < 2 * MEGABYTE
