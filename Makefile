@@ -3,7 +3,7 @@
 PYTHON ?= python3
 OUT ?= runs/demo
 NB ?= *
-BENCH ?= *
+BENCH ?= stage1_memory
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,15 +11,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # A wheel that matches a constraint may be a CPU build; torch goes first and alone so that nothing else picks its version.
 INSTALL := $(PIP) install -c constraints.txt
 
-# Two OpenMP threads on busy cores spin and were measured 10 to 20 times slower than one.
+# OpenMP threads spin while they wait: two of them beside another program are slower than one (bench/results/threads.json).
 TEST := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long export notebooks lab teacher bench clean distclean
+.PHONY: help demo smollm2 compare test test-long export notebooks lab teacher bench clean distclean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  PYTHON=python3.12 picks the interpreter the environment is made from (3.10 to 3.13)."
 
@@ -49,11 +49,14 @@ lab: $(VENV)/.installed-dev  ## open the chapters in JupyterLab
 
 teacher: $(VENV)/.installed-teacher  ## install a real teacher (SmolLM2-135M) and a larger text
 
-bench: $(VENV)/.installed-runtime  ## run the scripts in bench/, or one: BENCH=NAME
-	@set -e; for script in bench/$(BENCH).py; do \
-	    if [ ! -e "$$script" ]; then echo "there is no $$script" >&2; exit 1; fi; \
-	    echo "$$script"; OMP_NUM_THREADS=1 $(BIN)/python "$$script"; \
-	done
+smollm2: $(VENV)/.installed-teacher  ## distil some layers of SmolLM2-135M on the CPU, about 15 minutes
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.smollm2_hybrid
+
+compare: $(VENV)/.installed-runtime  ## the demo's student with and without its stages, about 20 minutes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.mohawk_stages
+
+bench: $(VENV)/.installed-runtime  ## run one script of bench/: BENCH=stage1_memory
+	@$(BIN)/python -m bench.$(BENCH)
 
 clean:  ## remove caches and build products; keeps .venv/ and runs/
 	@rm -rf build dist *.egg-info _proc _docs docs/_build .pytest_cache .hypothesis

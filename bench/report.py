@@ -1,0 +1,103 @@
+"""Put the saved measurements into README.md: tables between markers, figures in docs/images.
+
+    python -m bench.report            write
+    python -m bench.report --check    exit with 1 when README.md does not show what bench/results holds
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from bench.common import RESULTS
+
+ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / "docs" / "images"
+COLORS = {"stages 1+2+3": "C0", "stages 2+3": "C1", "stage 3 only": "C2", "stage 3 only, more time": "C2", "from scratch, more time": "C3"}
+
+
+def result(name: str) -> dict:
+    """A saved measurement."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def stages_table() -> str:
+    """The ablation and the baselines of bench.mohawk_stages."""
+    saved = result("mohawk_stages")
+    lines = ["| student | tokens | CPU seconds | held-out perplexity | over the teacher's |", "| --- | --- | --- | --- | --- |"]
+    for row in saved["rows"]:
+        lines.append(f"| {row['name']} | {row['tokens'] / 1e6:.2f} M | {row['cpu_seconds']:.0f} | {row['perplexity']:.2f} | {row['ratio']:.3f} |")
+    lines.append(f"| *teacher* | | | {saved['teacher_perplexity']:.2f} | 1 |")
+    return "\n".join([*lines, "", made_by(saved)])
+
+
+def memory_table() -> str:
+    """Peak memory of a step of stage 1."""
+    saved = result("stage1_memory")
+    depths = sorted({row["layers"] for row in saved["rows"]})
+    lines = ["| layers | " + " | ".join(map(str, depths)) + " |", "| --- |" + " --- |" * len(depths)]
+    for way in ("layer by layer", "all layers at once"):
+        sizes = {row["layers"]: row["step_mib"] for row in saved["rows"] if row["way"] == way}
+        lines.append(f"| {way} | " + " | ".join(f"{sizes[depth]:.0f} MiB" for depth in depths) + " |")
+    return "\n".join([*lines, "", made_by(saved)])
+
+
+def teacher_table() -> str:
+    """The real teacher: perplexity through the stages of a hybrid."""
+    saved = result("smollm2_hybrid")
+    lines = ["| | held-out perplexity | over the teacher's | same next token |", "| --- | --- | --- | --- |",
+             f"| teacher (SmolLM2-135M-Instruct) | {saved['evaluations'][0]['teacher_perplexity']:.2f} | 1 | |"]
+    for row in saved["evaluations"]:
+        ratio = row["perplexity"] / row["teacher_perplexity"]
+        lines.append(f"| {row['evaluation']} | {row['perplexity']:.2f} | {ratio:.3f} | {row['agreement']:.1%} |")
+    return "\n".join([*lines, "", made_by(saved)])
+
+
+def made_by(saved: dict) -> str:
+    """Where a measurement comes from."""
+    return f"*`{saved['command']}` on {saved['device']}, {saved['date']}.*"
+
+
+TABLES = {"stages": stages_table, "memory": memory_table, "teacher": teacher_table}
+
+
+def filled(text: str) -> str:
+    """README.md with every table as the saved measurements have it."""
+    for name, table in TABLES.items():
+        text = re.sub(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda m: m[1] + table() + m[2], text, flags=re.DOTALL)
+    return text
+
+
+def draw_stages() -> None:
+    """Held-out perplexity against tokens, for every way to train the student."""
+    saved = result("mohawk_stages")
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for row in saved["rows"]:
+        tokens, perplexity = zip(*((point["tokens"] / 1e6, point["perplexity"]) for point in row["curve"]))
+        longer = row["name"].endswith("more time")
+        axis.plot(tokens, perplexity, color=COLORS[row["name"]], ls=":" if longer and row["name"].startswith("stage") else "-", label=row["name"])
+    axis.axhline(saved["teacher_perplexity"], color="k", ls="--", lw=1, label="teacher")
+    axis.set(xlabel="tokens seen, millions", ylabel="held-out perplexity", yscale="log")
+    axis.set_yticks([20, 30, 50, 100, 200, 500, 1000], labels=["20", "30", "50", "100", "200", "500", "1000"])
+    axis.minorticks_off()
+    axis.legend(fontsize=8)
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(IMAGES / "stages.png", dpi=110)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    if "--check" in sys.argv[1:]:
+        sys.exit(0 if filled(text) == text else "README.md does not show the saved measurements: run python -m bench.report")
+    readme.write_text(filled(text))
+    draw_stages()
+    print("written: README.md, docs/images/stages.png")
+
+
+if __name__ == "__main__":
+    main()
