@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +32,9 @@ def test_what_ships_is_small():
     folder = find_checkpoint("tiny")
     assert sum(file.stat().st_size for file in folder.iterdir()) < 8 * MEGABYTE
     assert (folder.parent / "austen.txt").stat().st_size < 2 * MEGABYTE
+
+
+def test_readme_shows_the_saved_measurements():
+    root = Path(__file__).parent.parent
+    check = subprocess.run([sys.executable, "-m", "bench.report", "--check"], cwd=root, capture_output=True, text=True)
+    assert check.returncode == 0, check.stderr
