@@ -2,13 +2,18 @@
 
     python -m bench.mohawk_stages
 
-Every row is a training run with seed 0. The ablation has equal tokens; the two baselines have at least the time of the three
-stages: end to end only, and the same architecture trained on the text from scratch, without a teacher.
+The ablation (first three rows) has equal tokens. The two baselines have more time than the three stages: end to end only, and
+the same architecture trained on the text from scratch, without a teacher. Every row is run with three seeds, two runs at a
+time with one thread each; time is processor time, which other programs disturb little. About 25 minutes on two cores.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
 
 import torch
 
@@ -20,59 +25,75 @@ from llamba_ref.llamba import Llamba
 from llamba_ref.mohawk import distill
 from llamba_ref.training import Stage
 
-DEMO = Distill()
-FIRST, SECOND, THIRD = DEMO.steps
-TOTAL = sum(DEMO.steps)
-EVERY = 20  # steps between two points of a curve
-RUNS = [  # name, steps of orientation, alignment, distillation, language
-    ("stages 1+2+3", (FIRST, SECOND, THIRD, 0)),
-    ("stages 2+3", (0, FIRST + SECOND, THIRD, 0)),
-    ("stage 3 only", (0, 0, TOTAL, 0)),
-    ("stage 3 only, more time", (0, 0, TOTAL * 5 // 4, 0)),
-    ("from scratch, more time", (0, 0, 0, TOTAL * 3 // 2)),
-]
+FIRST, SECOND, THIRD = Distill().steps
+TOTAL = FIRST + SECOND + THIRD
+SEEDS = (0, 1, 2)
+EVERY = 50  # steps between two points of a curve
+END_TO_END_LR = 2e-3  # the best of 2e-3, 4e-3 and 8e-3 after 300 steps
+SCRATCH_LR = 2e-3  # with which the teacher was trained
+ROWS = {  # steps of orientation, alignment, distillation, language
+    "stages 1+2+3": (FIRST, SECOND, THIRD, 0),
+    "stages 2+3": (0, FIRST + SECOND, THIRD, 0),
+    "stage 3 only": (0, 0, TOTAL, 0),
+    "stage 3 only, more time": (0, 0, TOTAL * 5 // 4, 0),
+    "from scratch, more time": (0, 0, 0, TOTAL * 3 // 2),
+}
 
 
 def stages(steps: tuple[int, int, int, int]) -> list[Stage]:
     """The demo's stages with other lengths; where the student trains end to end from the start, at the rate that suits it best."""
     names = ("orientation", "alignment", "distillation", "language")
-    rates = (DEMO.lr[0], DEMO.lr[1], DEMO.lr[2] if steps[1] else END_TO_END_LR, SCRATCH_LR)
-    return [Stage(name, n, lr, weight_decay=0.0 if name == "orientation" else 0.1) for name, n, lr in zip(names, steps, rates) if n]
+    lr = Distill().lr
+    rates = (lr[0], lr[1], lr[2] if steps[1] else END_TO_END_LR, SCRATCH_LR)
+    return [Stage(name, n, rate, weight_decay=0.0 if name == "orientation" else 0.1) for name, n, rate in zip(names, steps, rates) if n]
 
 
-END_TO_END_LR = 2e-3  # the best of 2e-3, 4e-3 and 8e-3 after 300 steps
-SCRATCH_LR = 2e-3  # with which the teacher was trained
+def run(name: str, seed: int) -> dict:
+    """Train one student: its curve of held-out perplexity against tokens and processor time."""
+    torch.set_num_threads(1)
+    demo, steps = Distill(seed=seed), ROWS[name]
+    teacher, tokenizer = load_model(demo.teacher)
+    training, held_out = split_documents(load_documents(demo.corpus.text), demo.corpus.held_out)
+    blocks, validation = (pack(documents, tokenizer, demo.corpus.length) for documents in (training, held_out))
+    student = demo.student(teacher)
+    if steps[3]:  # nothing of the teacher's: the same architecture, initialised anew
+        torch.manual_seed(seed)
+        student = Llamba(student.config)
+    curve, spent, began = [], 0.0, time.process_time()
+
+    def point(step: int, stage: Stage) -> None:
+        nonlocal began, spent
+        if step % EVERY == 0 or step == sum(steps):
+            spent += time.process_time() - began
+            curve.append({"tokens": step * demo.batch_size * demo.corpus.length, "cpu_seconds": spent, "stage": stage.objective,
+                          "perplexity": evaluate(student, validation).perplexity})
+            began = time.process_time()
+
+    distill(teacher, student, Batches(blocks, demo.batch_size, seed), stages(steps), after_step=point, progress=False)
+    return {"name": name, "seed": seed, "teacher_perplexity": evaluate(teacher, validation).perplexity, "curve": curve}
+
+
+def summary(name: str, runs: list[dict]) -> dict:
+    """One row of the table: means over the seeds, and the range of the perplexity."""
+    ends = [one["curve"][-1] for one in runs]
+    found = [end["perplexity"] for end in ends]
+    mean = {key: statistics.mean(end[key] for end in ends) for key in ("tokens", "cpu_seconds", "perplexity")}
+    return {"name": name, "steps": ROWS[name], **mean, "lowest": min(found), "highest": max(found),
+            "ratio": mean["perplexity"] / runs[0]["teacher_perplexity"], "curve": runs[0]["curve"]}
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # so that processor time, which other programs do not disturb, is time
-    teacher, tokenizer = load_model(DEMO.teacher)
-    training, held_out = split_documents(load_documents(DEMO.corpus.text), DEMO.corpus.held_out)
-    blocks, validation = (pack(documents, tokenizer, DEMO.corpus.length) for documents in (training, held_out))
-    target, rows = evaluate(teacher, validation).perplexity, []
-    print(f"teacher: held-out perplexity {target:.2f}")
-    for name, steps in RUNS:
-        torch.manual_seed(DEMO.seed)
-        student = DEMO.student(teacher)
-        if steps[3]:  # nothing of the teacher's: the same architecture, initialised anew
-            student = Llamba(student.config)
-        curve, spent = [], 0.0
-
-        def point(step: int, stage: Stage) -> None:
-            nonlocal began, spent
-            if step % EVERY == 0 or step == sum(steps):
-                spent += time.process_time() - began
-                tokens = step * DEMO.batch_size * DEMO.corpus.length
-                curve.append({"tokens": tokens, "cpu_seconds": spent, "stage": stage.objective, "perplexity": evaluate(student, validation).perplexity})
-                began = time.process_time()
-
-        began = time.process_time()
-        distill(teacher, student, Batches(blocks, DEMO.batch_size, DEMO.seed), stages(steps), after_step=point, progress=False)
-        rows.append({"name": name, "steps": steps, **curve[-1], "ratio": curve[-1]["perplexity"] / target, "curve": curve})
-        print(f"{name:>24}: {curve[-1]['tokens']:9,} tokens {curve[-1]['cpu_seconds']:6.1f} s  perplexity {curve[-1]['perplexity']:7.2f}"
-              f"  {rows[-1]['ratio']:6.3f} x the teacher's", flush=True)
-    save("mohawk_stages", "python -m bench.mohawk_stages", teacher_perplexity=target, batch_size=DEMO.batch_size,
-         length=DEMO.corpus.length, d_state=DEMO.d_state, lr=DEMO.lr, end_to_end_lr=END_TO_END_LR, scratch_lr=SCRATCH_LR, rows=rows)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        runs = list(pool.map(run, *zip(*product(ROWS, SEEDS))))
+    teacher, rows = runs[0]["teacher_perplexity"], []
+    print(f"teacher: held-out perplexity {teacher:.2f}; students, mean of {len(SEEDS)} seeds (lowest to highest):")
+    for name in ROWS:
+        rows.append(row := summary(name, [one for one in runs if one["name"] == name]))
+        print(f"{name:>24}: {row['tokens'] / 1e6:.2f} M tokens {row['cpu_seconds']:6.1f} s  perplexity {row['perplexity']:6.2f} "
+              f"({row['lowest']:.2f} to {row['highest']:.2f})  {row['ratio']:.3f} x the teacher's")
+    demo = Distill()
+    save("mohawk_stages", "make compare", teacher_perplexity=teacher, seeds=SEEDS, batch_size=demo.batch_size, length=demo.corpus.length,
+         d_state=demo.d_state, lr=demo.lr, end_to_end_lr=END_TO_END_LR, scratch_lr=SCRATCH_LR, rows=rows)
 
 
 if __name__ == "__main__":

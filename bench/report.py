@@ -30,9 +30,10 @@ def stages_table() -> str:
     saved = result("mohawk_stages")
     lines = ["| student | tokens | CPU seconds | held-out perplexity | over the teacher's |", "| --- | --- | --- | --- | --- |"]
     for row in saved["rows"]:
-        lines.append(f"| {row['name']} | {row['tokens'] / 1e6:.2f} M | {row['cpu_seconds']:.0f} | {row['perplexity']:.2f} | {row['ratio']:.3f} |")
+        found = f"{row['perplexity']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+        lines.append(f"| {row['name']} | {row['tokens'] / 1e6:.2f} M | {row['cpu_seconds']:.0f} | {found} | {row['ratio']:.3f} |")
     lines.append(f"| *teacher* | | | {saved['teacher_perplexity']:.2f} | 1 |")
-    return "\n".join([*lines, "", made_by(saved)])
+    return "\n".join([*lines, "", f"Means of {len(saved['seeds'])} seeds (lowest to highest). {made_by(saved)}"])
 
 
 def memory_table() -> str:
