@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from llamba_ref.checkpoint import find_checkpoint
 from llamba_ref.cli import load_model
+from llamba_ref.core import relative_error
 from llamba_ref.data import load_documents, pack, split_documents
 from llamba_ref.evaluate import evaluate
+from llamba_ref.llamba import Llamba
 
 MEGABYTE = 10**6
 
@@ -26,6 +29,20 @@ def test_the_embedded_llama_has_the_perplexity_that_its_log_ends_with():
     assert float(perplexity) == pytest.approx(result.perplexity, abs=0.006)
     assert float(bits) == pytest.approx(result.bits_per_byte, abs=0.0006)
     assert f"| {perplexity} ({bits} bits per byte)" in (find_checkpoint("tiny") / "README.md").read_text()
+
+
+def test_prefill_and_64_steps_of_the_tiny_student_equal_forward():
+    teacher, tokenizer = load_model("tiny")
+    ids = pack(split_documents(load_documents("austen"))[1], tokenizer, 128, max_blocks=2).blocks
+    for keep_attention in ((), (0, 2)):
+        student = Llamba.from_teacher(teacher, keep_attention, d_state=32, chunk_size=32)
+        with torch.no_grad():
+            logits, state = student.prefill(ids[:, :64])
+            rows = list(logits.unbind(1))
+            for token_ids in ids[:, 64:].unbind(1):
+                logits, state = student.step(token_ids, state)
+                rows.append(logits)
+            assert relative_error(torch.stack(rows, 1), student(ids)) < 1e-5
 
 
 def test_what_ships_is_small():
