@@ -55,3 +55,10 @@ def test_readme_shows_the_saved_measurements():
     root = Path(__file__).parent.parent
     check = subprocess.run([sys.executable, "-m", "bench.report", "--check"], cwd=root, capture_output=True, text=True)
     assert check.returncode == 0, check.stderr
+
+
+def test_the_example_in_the_readme_runs(capsys):
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(example.replace('", 50, ', '", 2, '), {})
+    assert float(capsys.readouterr().out.splitlines()[-1]) > 1
