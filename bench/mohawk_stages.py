@@ -83,6 +83,7 @@ def summary(name: str, runs: list[dict]) -> dict:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # as in every run, and for the record
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         runs = list(pool.map(run, *zip(*product(ROWS, SEEDS))))
     teacher, rows = runs[0]["teacher_perplexity"], []

@@ -74,18 +74,22 @@ def filled(text: str) -> str:
 
 
 def draw_stages() -> None:
-    """Held-out perplexity against tokens, for every way to train the student."""
+    """Held-out perplexity over the teacher's against tokens, for every way to train the student: all of it, and the last stretch."""
     saved = result("mohawk_stages")
-    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for row in saved["rows"]:
-        tokens, perplexity = zip(*((point["tokens"] / 1e6, point["perplexity"]) for point in row["curve"]))
-        longer = row["name"].endswith("more time")
-        axis.plot(tokens, perplexity, color=COLORS[row["name"]], ls=":" if longer and row["name"].startswith("stage") else "-", label=row["name"])
-    axis.axhline(saved["teacher_perplexity"], color="k", ls="--", lw=1, label="teacher")
-    axis.set(xlabel="tokens seen, millions", ylabel="held-out perplexity", yscale="log")
-    axis.set_yticks([20, 30, 50, 100, 200, 500, 1000], labels=["20", "30", "50", "100", "200", "500", "1000"])
-    axis.minorticks_off()
-    axis.legend(fontsize=8)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis in axes:
+        for row in saved["rows"]:
+            tokens, ratio = zip(*((point["tokens"] / 1e6, point["perplexity"] / saved["teacher_perplexity"]) for point in row["curve"]))
+            dotted = row["name"] == "stage 3 only, more time"
+            axis.plot(tokens, ratio, color=COLORS[row["name"]], ls=":" if dotted else "-", label=row["name"])
+        axis.axhline(1, color="k", ls="--", lw=1, label="teacher")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set(xlabel="tokens seen, millions")
+    axes[0].set(ylabel="held-out perplexity,\nmultiple of the teacher's", yscale="log")
+    axes[0].set_yticks([1, 2, 5, 10, 20], labels=["1", "2", "5", "10", "20"])
+    axes[0].minorticks_off()
+    axes[0].legend(fontsize=8, frameon=False)
+    axes[1].set(ylim=(0.98, 1.4), title="the last stretch")
     IMAGES.mkdir(parents=True, exist_ok=True)
     figure.savefig(IMAGES / "stages.png", dpi=110)
 
