@@ -269,7 +269,8 @@ def test_top_k_keeps_the_k_most_likely(logits, k, temperature):
     z = torch.tensor(logits)
     drawn = sample(z.expand(300, -1), temperature, top_k=k).unique()
     assert len(drawn) <= k
-    assert z[drawn].min() >= z.sort(descending=True).values[: min(k, len(z))].min()
+    kth = z.sort(descending=True).values[min(k, len(z)) - 1]
+    assert z[drawn].min() >= kth - 1e-6 * z.abs().max()  # logits closer than float32's rounding count as equal
 
 
 @given(logits=LOGITS, p=st.floats(0.01, 1), temperature=st.floats(0.1, 10))
