@@ -42,10 +42,11 @@ ROWS = {  # steps of orientation, alignment, distillation, language
 
 def stages(steps: tuple[int, int, int, int]) -> list[Stage]:
     """The demo's stages with other lengths; where the student trains end to end from the start, at the rate that suits it best."""
-    names = ("orientation", "alignment", "distillation", "language")
-    lr = Distill().lr
-    rates = (lr[0], lr[1], lr[2] if steps[1] else END_TO_END_LR, SCRATCH_LR)
-    return [Stage(name, n, rate, weight_decay=0.0 if name == "orientation" else 0.1) for name, n, rate in zip(names, steps, rates) if n]
+    *mohawk, language = steps
+    orientation, alignment, distillation = Distill().lr
+    lr = (orientation, alignment, distillation if steps[1] else END_TO_END_LR)
+    first = Distill(steps=tuple(mohawk), lr=lr).stages() if any(mohawk) else []
+    return first + ([Stage("language", language, SCRATCH_LR)] if language else [])
 
 
 def run(name: str, seed: int) -> dict:
