@@ -6,9 +6,16 @@ import datetime
 import importlib.metadata
 import json
 import platform
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+
+from llamba_ref.core import load_result
+from llamba_ref.decoder import Decoder
 
 RESULTS = Path(__file__).parent / "results"  # a link into the package: the chapters plot what lies there
 
@@ -32,3 +39,38 @@ def save(name: str, command: str, **content) -> Path:
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written: bench/results/{name}.json")
     return path
+
+
+def best_rate_runs(
+    run: Callable[[str, float, int], dict],  # trains one model with a learning rate and a seed; its record has "score", lower is better
+    models: Sequence[str],  # names of models
+    rates: Sequence[float],  # learning rates to choose from, for each model by itself
+    seeds: Sequence[int],  # the first one chooses the rate
+) -> list[dict]:  # a record for each model and seed with the model's best rate
+    """Give every model the learning rate that suits it best, then run all seeds; two runs at a time."""
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        trials = list(pool.map(run, *zip(*product(models, rates, seeds[:1]))))
+        best = [min((trial for trial in trials if trial["name"] == name), key=lambda trial: trial["score"]) for name in models]
+        return best + list(pool.map(run, *zip(*((one["name"], one["lr"], seed) for one in best for seed in seeds[1:]))))
+
+
+def first_run(name: str, model: str) -> tuple[str, float, int]:
+    """Model, learning rate and seed of the first run of a model in a saved result, to train it again."""
+    return next((one["name"], one["lr"], one["seed"]) for one in load_result(name)["runs"] if one["name"] == model)
+
+
+def parameters(model: Decoder) -> int:
+    """How many numbers a model has."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def equal_size(
+    build: Callable[[str, int], Decoder],  # makes the model of a name with MLPs of a width
+    name: str,  # which model
+    largest: str,  # the model that has most parameters when all MLPs have width `mlp`
+    mlp: int,  # the width of that model's MLPs
+    cost: int,  # parameters of the whole model for one more unit of width
+) -> Decoder:
+    """A model whose MLPs make up for what its mixers lack in parameters."""
+    lacking = parameters(build(largest, mlp)) - parameters(build(name, mlp))
+    return build(name, mlp + round(lacking / cost))

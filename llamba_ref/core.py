@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # %% auto #0
-__all__ = ['relative_error', 'check_tensors', 'wide_dtype', 'choose_backend', 'load_result', 'peak_bytes']
+__all__ = ['relative_error', 'check_tensors', 'check_sizes', 'wide_dtype', 'choose_backend', 'load_result', 'peak_bytes']
 
 # %% ../nbs/00_core.ipynb #c0306d32
 def relative_error(
@@ -55,6 +55,13 @@ def check_tensors(
     if sizes.get("len") == 0:
         raise ValueError(f"{next(iter(inputs))} has len = 0: it must hold at least one token")
     return sizes
+
+# %% ../nbs/00_core.ipynb #452cdec4
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError that names the size unless all are integers of at least 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} is {size!r}: it must be an integer of at least 1")
 
 # %% ../nbs/00_core.ipynb #c85c56a8
 def wide_dtype(

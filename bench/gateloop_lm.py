@@ -1,0 +1,89 @@
+"""A small GateLoop language model against a Transformer and against gates that do not listen: equal parameters, tokens and text.
+
+    python -m bench.gateloop_lm                 all runs, two at a time with one thread each; about 40 minutes on two cores
+    python -m bench.gateloop_lm --save-to DIR   train the model with complex gates and seed 0 again and write it to DIR
+
+All models are trained on the shipped novels with the tokenizer of the embedded Llama, and tested on held-out chapters. Every model
+is trained with each learning rate of LEARNING_RATES and seed 0; the best of them is used for the other seeds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import tyro
+
+from bench.common import best_rate_runs, equal_size, first_run, parameters, save
+from llamba_ref.checkpoint import find_checkpoint
+from llamba_ref.cli import save_model
+from llamba_ref.data import Batches, load_documents, load_tokenizer, pack, split_documents
+from llamba_ref.decoder import Decoder
+from llamba_ref.evaluate import evaluate
+from llamba_ref.gateloop import GateLoopConfig, GateLoopLM
+from llamba_ref.llama import Llama, LlamaConfig
+from llamba_ref.training import Language, Stage, train
+
+VOCABULARY, WIDTH, LAYERS, MLP, HEADS = 1024, 128, 4, 256, 4
+BATCH, LENGTH, STEPS = 8, 256, 600
+SEEDS, LEARNING_RATES = (0, 1, 2), (2e-3, 5e-3)
+EVERY = 50  # steps between two points of a curve
+MODELS = ("complex gates", "real gates", "fixed gates", "Transformer")
+
+
+def model(name: str, mlp: int = MLP) -> Decoder:
+    """A model with MLPs of width `mlp`; recurrent ones have one number a head."""
+    if name == "Transformer":
+        return Llama(LlamaConfig(VOCABULARY, WIDTH, mlp, LAYERS, HEADS, HEADS, WIDTH // HEADS, tie_word_embeddings=True))
+    return GateLoopLM(GateLoopConfig(VOCABULARY, WIDTH, LAYERS, WIDTH, mlp, gates=name.split()[0], mode="scan"))
+
+
+def texts():
+    """Training blocks, held-out blocks and the tokenizer."""
+    tokenizer = load_tokenizer(find_checkpoint("tiny"))
+    training, held_out = split_documents(load_documents("austen"))
+    return *(pack(documents, tokenizer, LENGTH) for documents in (training, held_out)), tokenizer
+
+
+def fit(name: str, lr: float, seed: int, steps: int = STEPS) -> tuple[Decoder, dict]:
+    """Train one model: the model, and its curve of held-out perplexity."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    net, (training, held_out, _) = equal_size(model, name, MODELS[0], MLP, 3 * WIDTH * LAYERS), texts()
+    curve, spent, began = [], 0.0, time.process_time()
+
+    def point(step: int, stage: Stage) -> None:
+        nonlocal spent, began
+        if step % EVERY == 0:
+            spent += time.process_time() - began
+            curve.append({"step": step, "tokens": step * BATCH * LENGTH, "perplexity": evaluate(net, held_out).perplexity, "cpu_seconds": spent})
+            began = time.process_time()
+
+    train(net, [Stage("language", steps, lr)], Batches(training, BATCH, seed), lambda stage: Language(net), after_step=point, progress=False)
+    print(f"{name:>14} lr {lr:g} seed {seed}: {parameters(net):,} parameters, held-out perplexity {curve[-1]['perplexity']:.2f}", flush=True)
+    return net, {"name": name, "lr": lr, "seed": seed, "parameters": parameters(net), "curve": curve, "score": curve[-1]["perplexity"]}
+
+
+def run(name: str, lr: float, seed: int) -> dict:
+    """The record of one model."""
+    return fit(name, lr, seed)[1]
+
+
+def main(
+    save_to: Path | None = None,  # train the model with complex gates and seed 0 again and write it there
+) -> None:
+    if save_to is not None:
+        save_model(save_to, fit(*first_run("gateloop_lm", MODELS[0]))[0].half(), texts()[2])
+        return
+    torch.set_num_threads(1)  # as in every run, and for the record
+    runs = best_rate_runs(run, MODELS, LEARNING_RATES, SEEDS)
+    for name in MODELS:
+        ends = [one["score"] for one in runs if one["name"] == name]
+        print(f"{name:>14}: held-out perplexity {statistics.mean(ends):.2f} ({min(ends):.2f} to {max(ends):.2f})")
+    save("gateloop_lm", "python -m bench.gateloop_lm", batch_size=BATCH, length=LENGTH, rates=LEARNING_RATES, runs=runs)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,95 @@
+"""Which gates can forget on cue: four models of equal size on the Memory Horizon task of chapter 03.
+
+    python -m bench.memory_horizon                 all runs, two at a time with one thread each; about 40 minutes on two cores
+    python -m bench.memory_horizon --save-to DIR   train the model with complex gates and seed 0 again and write it to DIR
+
+Every model is trained with each learning rate of LEARNING_RATES and seed 0; the rate with the lowest final loss is then used
+for the other seeds. Equal sizes: where mixers have fewer parameters, MLPs are wider.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import tyro
+
+from bench.common import best_rate_runs, equal_size, parameters, save
+from llamba_ref.decoder import Decoder
+from llamba_ref.gateloop import GateLoopConfig, GateLoopLM
+from llamba_ref.horizon import HorizonBatches, HorizonObjective, horizon_accuracy, horizon_sequences, horizon_targets
+from llamba_ref.llama import Llama, LlamaConfig
+from llamba_ref.training import Stage, train
+
+MODULUS, WIDTH, LAYERS, MLP = 5, 64, 2, 128
+BATCH, LENGTH, LONG, STEPS = 32, 256, 2048, 1000
+SEEDS, LEARNING_RATES = (0, 1, 2), (2e-3, 5e-3)
+EVERY = 50  # steps between two points of a curve
+EDGES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+MODELS = ("complex gates", "real gates", "fixed gates", "Transformer")
+
+
+def model(name: str, mlp: int = MLP) -> Decoder:
+    """A model with MLPs of width `mlp`; recurrent ones have one number a head, the Transformer has four heads."""
+    if name == "Transformer":
+        return Llama(LlamaConfig(MODULUS + 1, WIDTH, mlp, LAYERS, 4, 4, WIDTH // 4))
+    return GateLoopLM(GateLoopConfig(MODULUS + 1, WIDTH, LAYERS, WIDTH, mlp, gates=name.split()[0], mode="scan", tie_embeddings=False))
+
+
+@torch.no_grad()
+def accuracy(net: Decoder, input_ids: torch.Tensor) -> float:
+    """Share of right answers, all distances together."""
+    return (net(input_ids).argmax(-1) == horizon_targets(input_ids, MODULUS)).float().mean().item()
+
+
+def fit(name: str, lr: float, seed: int) -> tuple[Decoder, dict]:
+    """Train one model: the model, its learning curve, and its accuracy against distance at both lengths."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    net, curve, spent, began = equal_size(model, name, MODELS[0], MLP, 3 * WIDTH * LAYERS), [], 0.0, time.process_time()
+    short, long = (horizon_sequences(count, length, MODULUS, generator=torch.Generator().manual_seed(10_000 + length))
+                   for length, count in ((LENGTH, 128), (LONG, 32)))
+
+    def point(step: int, stage: Stage) -> None:
+        nonlocal spent, began
+        if step % EVERY == 0:
+            spent += time.process_time() - began
+            curve.append({"step": step, "accuracy": accuracy(net, short[:32]), "cpu_seconds": spent})
+            began = time.process_time()
+
+    records = train(net, [Stage("horizon", STEPS, lr)], HorizonBatches(BATCH, LENGTH, MODULUS, seed),
+                    lambda stage: HorizonObjective(net, MODULUS), after_step=point, progress=False)
+    result = {"name": name, "lr": lr, "seed": seed, "parameters": parameters(net), "curve": curve,
+              "score": statistics.mean(record["loss"] for record in records[-20:]),
+              "accuracy": accuracy(net, short), "by_distance": horizon_accuracy(net, short, EDGES[:9], MODULUS),
+              "long_accuracy": accuracy(net, long), "long_by_distance": horizon_accuracy(net, long, EDGES, MODULUS)}
+    print(f"{name:>14} lr {lr:g} seed {seed}: final loss {result['score']:.3f}, accuracy at {LENGTH} tokens {result['accuracy']:.3f}, "
+          f"at {LONG} {result['long_accuracy']:.3f}", flush=True)
+    return net, result
+
+
+def run(name: str, lr: float, seed: int) -> dict:
+    """The record of one model."""
+    return fit(name, lr, seed)[1]
+
+
+def main(
+    save_to: Path | None = None,  # train the model with complex gates and seed 0 again and write it there
+) -> None:
+    if save_to is not None:
+        fit(*first_run("memory_horizon", MODELS[0]))[0].half().save_pretrained(save_to)
+        return
+    torch.set_num_threads(1)  # as in every run, and for the record
+    runs = best_rate_runs(run, MODELS, LEARNING_RATES, SEEDS)
+    for name in MODELS:
+        rows = [one for one in runs if one["name"] == name]
+        short, long = (statistics.mean(one[key] for one in rows) for key in ("accuracy", "long_accuracy"))
+        print(f"{name:>14}: {rows[0]['parameters']:,} parameters, accuracy {short:.3f}, at {LONG} tokens {long:.3f}")
+    save("memory_horizon", "python -m bench.memory_horizon", modulus=MODULUS, length=LENGTH, long=LONG, batch_size=BATCH, steps=STEPS,
+         edges=EDGES, rates=LEARNING_RATES, runs=runs)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
