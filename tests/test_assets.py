@@ -57,8 +57,10 @@ def test_readme_shows_the_saved_measurements():
     assert check.returncode == 0, check.stderr
 
 
-def test_the_example_in_the_readme_runs(capsys):
+def test_the_examples_in_the_readme_run(capsys):
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(example.replace('", 50, ', '", 2, '), {})
+    distilling, recurrences = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(distilling.replace('", 50, ', '", 2, '), {})
     assert float(capsys.readouterr().out.splitlines()[-1]) > 1
+    exec(recurrences, names := {})
+    assert names["y"].shape == names["h"].shape == names["v"].shape and names["y"].is_complex()

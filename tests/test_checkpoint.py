@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,8 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 from llamba_ref import checkpoint
-from llamba_ref.checkpoint import (atomic_directory, find_checkpoint, load_strict, read_config, read_tensors, read_weights,
-                                   save_checkpoint, write_tensors)
+from llamba_ref.checkpoint import (atomic_directory, build_model, drop_tied_head, find_checkpoint, load_strict, read_config,
+                                   read_part, read_tensors, read_weights, save_checkpoint, write_tensors)
 
 
 def model():
@@ -320,6 +321,93 @@ def test_load_strict_into_meta(dtype, weights):
     load_strict(target, {k: v.half() for k, v in weights.items()}, "somewhere", dtype)
     assert same(target.state_dict(), {k: v.half().to(dtype or torch.float16) for k, v in weights.items()})
     assert all(p.requires_grad and not p.is_meta for p in target.parameters())
+
+
+# From a config and weights to a model
+
+
+@dataclass(frozen=True)
+class Sizes:
+    vocab_size: int
+    width: int
+    tie_embeddings: bool = True
+
+    def __post_init__(self):
+        if self.width % 2:
+            raise ValueError(f"width is {self.width}: it must be even")
+
+
+class Tied(nn.Module):
+    """An embedding that is its own head, or a head besides."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.backbone = nn.ModuleDict({"embedding": nn.Embedding(config.vocab_size, config.width)})
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+
+
+def test_read_part():
+    assert read_part(Sizes, {"vocab_size": 5, "width": 4}, "here") == Sizes(5, 4)
+    assert read_part(Sizes, {"tie_embeddings": False, "width": 4, "vocab_size": 5}, "here") == Sizes(5, 4, False)
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"width": 4}, "here: missing entry vocab_size; known are vocab_size, width, tie_embeddings"),
+    ({}, "here: missing entry vocab_size, width; known are vocab_size, width, tie_embeddings"),
+    ({"vocab_size": 5, "width": 4, "z": 1, "a": 2}, "here: unknown entry a, z; known are vocab_size, width, tie_embeddings"),
+    ({"width": 4, "a": 2}, "here: unknown entry a; known are vocab_size, width, tie_embeddings"),
+    ({"vocab_size": 5, "width": 3}, "here: width is 3: it must be even"),
+    (None, "here is None: it must be a table of sizes"),
+    ([5, 4], "here is [5, 4]: it must be a table of sizes"),
+])
+def test_read_part_names_what_is_wrong(values, message):
+    with pytest.raises(ValueError) as error:
+        read_part(Sizes, values, "here")
+    assert str(error.value) == message
+
+
+def test_drop_tied_head():
+    embedding, other = torch.randn(5, 4), torch.randn(5, 4)
+    name, head = "backbone.embedding.weight", "lm_head.weight"
+    weights = {name: embedding, "x": other}
+    drop_tied_head(weights, "here")
+    assert weights == {name: embedding, "x": other}
+    for value in (embedding, embedding.clone()):
+        weights[head] = value
+        drop_tied_head(weights, "here")
+        assert weights.keys() == {name, "x"}
+    for value in (other, embedding[:4]):
+        with pytest.raises(ValueError) as error:
+            drop_tied_head(weights | {head: value}, "here")
+        assert str(error.value) == "here: config.json says tie_embeddings, but lm_head.weight is not backbone.embedding.weight"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
+def test_build_model(tied, dtype, tmp_path):
+    config = Sizes(5, 4, tied)
+    weights = {name: weight.half() for name, weight in Tied(config).state_dict().items()}
+    copy = {"lm_head.weight": weights["backbone.embedding.weight"].clone()} if tied else {}
+    save_checkpoint(tmp_path / "a", {}, weights | copy)
+    seen = []
+
+    def kind(config):
+        seen.append(torch.empty(1).device.type)  # on the meta device, a large model takes no memory before its weights come
+        return Tied(config)
+
+    model = build_model(kind, config, tmp_path / "a", "here", dtype)
+    assert seen == ["meta"] and torch.empty(1).device.type == "cpu"
+    assert same(model.state_dict(), {name: weight.to(dtype or torch.float16) for name, weight in weights.items()})
+
+
+def test_build_model_is_strict(tmp_path):
+    save_checkpoint(tmp_path / "a", {}, Tied(Sizes(5, 4)).state_dict())
+    for config, message in ((Sizes(5, 4, False), "1 missing .lm_head.weight"), (Sizes(5, 6), r"has shape \(5, 4\) instead of \(5, 6\)")):
+        with pytest.raises(ValueError, match=f"^here: the weights do not fit the model: .*{message}"):
+            build_model(Tied, config, tmp_path / "a", "here")
+    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor pytorch_model.bin"):
+        build_model(Tied, Sizes(5, 4), tmp_path, "here")
 
 
 # Writing

@@ -1,0 +1,243 @@
+"""What every chapter leans on: errors that are measured right, checks that name the mistake, memory that is counted right."""
+
+import json
+import types
+
+import pytest
+import torch
+
+from llamba_ref import core
+from llamba_ref.core import check_sizes, check_tensors, choose_backend, load_result, peak_bytes, relative_error, wide_dtype
+
+MIB = 2**20
+
+
+def mebibytes(count):
+    """A new tensor of `count` MiB."""
+    return torch.ones(count, MIB // 4)
+
+
+# relative error
+
+
+def test_relative_error_by_hand():
+    assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == 0.1
+    assert relative_error(torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0], [1.0]])) == 0.0
+    assert relative_error(torch.tensor([0.0, 0.25]), torch.zeros(2)) == 0.25  # without a size to compare with, the gap itself
+    assert relative_error(torch.tensor(1 + 1j), torch.tensor(1.0)) == relative_error(torch.tensor(1.0), torch.tensor(1 + 0.0j) / 2) == 1.0
+
+
+def test_relative_error_is_computed_in_float64():
+    one = torch.ones(10, dtype=torch.float64)
+    assert relative_error(one + 1e-12, one) == pytest.approx(1e-12, rel=1e-3)
+    assert relative_error(one.float(), one + 1e-12) == pytest.approx(1e-12, rel=1e-3)
+    assert relative_error(one.bfloat16() * 1e30, one * 1e30) < 2**-8  # its square overflows in float32
+    assert relative_error(one.to(torch.complex64), one + 1e-12j) == pytest.approx(1e-12, rel=1e-3)
+
+
+def test_relative_error_of_what_is_not_finite():
+    for bad in (torch.nan, torch.inf):
+        assert not relative_error(torch.tensor([1.0, bad]), torch.ones(2)) < 1e30
+
+
+def test_relative_error_does_not_broadcast():
+    with pytest.raises(ValueError, match=r"out has shape \(3,\), ref has \(1, 3\): they must be the same"):
+        relative_error(torch.ones(3), torch.ones(1, 3))
+
+
+def test_relative_error_needs_no_detach():
+    leaf = torch.ones(2, requires_grad=True)
+    assert relative_error(2 * leaf, leaf) == 1.0
+
+
+# checks
+
+
+def test_check_tensors_returns_the_sizes():
+    q, one, none = torch.zeros(2, 8, 4, 3), torch.zeros(2, 8, 4, 1), torch.zeros(2, 8, 4, 0)
+    axes, shared = "batch len heads key", "batch len heads key|1"
+    expected = {"batch": 2, "len": 8, "heads": 4, "key": 3}
+    assert check_tensors({"q": (q, axes)}) == check_tensors({"q": (q, axes), "log_a": (q, shared)}) == expected
+    assert check_tensors({"q": (q, axes), "log_a": (one, shared), "k": (q, axes)}) == expected
+    assert check_tensors({"q": (none, axes)}) == expected | {"key": 0}
+    assert check_tensors({"scalar": (torch.zeros(()), "")}) == {}
+
+
+def test_an_axis_that_may_be_1_decides_nothing():
+    """Were its 1 taken for the size, the next tensor would be blamed."""
+    one, q = torch.zeros(2, 8, 1), torch.zeros(2, 8, 3)
+    assert check_tensors({"log_a": (one, "batch len key|1"), "q": (q, "batch len key")}) == {"batch": 2, "len": 8, "key": 3}
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (2, 8, 4, 3, 1), (2, 8, 4, 2), (1, 8, 4, 3), (2, 8, 1, 3), ()])
+def test_a_wrong_shape_is_named_with_what_was_wanted(shape):
+    q = torch.zeros(2, 8, 4, 3)
+    with pytest.raises(ValueError) as error:
+        check_tensors({"q": (q, "batch len heads key"), "phase": (torch.zeros(shape), "batch len heads key|1")})
+    assert str(error.value) == f"phase has shape {shape}: it must be (batch = 2, len = 8, heads = 4, key = 3 or 1)"
+
+
+@pytest.mark.parametrize("name", ["log_a", "log_a_t", "phase", "phase_t"])
+def test_gates_are_real_even_where_complex_numbers_are_fine(name):
+    z = torch.zeros(2, 3, dtype=torch.complex64)
+    assert check_tensors({"x": (z, "batch len")}, complex_too=True) == {"batch": 2, "len": 3}
+    with pytest.raises(ValueError, match=f"^{name} is torch.complex64: it must be a tensor of real floating-point numbers$"):
+        check_tensors({name: (z, "batch len")}, complex_too=True)
+    with pytest.raises(ValueError, match="^x is torch.complex64: it must be a tensor of real floating-point numbers$"):
+        check_tensors({"x": (z, "batch len")})
+
+
+@pytest.mark.parametrize("bad, kind", [
+    (torch.zeros(2, 3).long(), "torch.int64"), (torch.zeros(2, 3).bool(), "torch.bool"), (torch.zeros(2, 3).numpy(), "ndarray"),
+    (None, "NoneType"), ([[0.0]], "list"), (1.0, "float"),
+])
+def test_what_is_no_tensor_of_numbers_is_named(bad, kind):
+    for complex_too, wanted in ((False, "real floating-point"), (True, "floating-point")):
+        with pytest.raises(ValueError, match=f"^x is {kind}: it must be a tensor of {wanted} numbers$"):
+            check_tensors({"x": (bad, "batch len")}, complex_too=complex_too)
+
+
+def test_positive_logs_and_empty_sequences():
+    zero = torch.zeros(2, 3)
+    assert check_tensors({"log_a": (zero, "batch len"), "x": (zero + 1, "batch len")})
+    with pytest.raises(ValueError, match="^log_a_t reaches 0.5: it is the log of a decay and must be at most 0$"):
+        check_tensors({"x": (zero, "batch len"), "log_a_t": (torch.tensor([[-1.0, 0.5, 0.0]] * 2), "batch len")})
+    with pytest.raises(ValueError, match="^x has len = 0: it must hold at least one token$"):
+        check_tensors({"x": (zero[:, :0], "batch len"), "log_a": (zero[:, :0], "batch len")})
+
+
+def test_check_sizes():
+    check_sizes()
+    check_sizes(heads=1, width=10**12)
+    for bad in (0, -3, 1.0, "4", None, True, torch.tensor(3)):
+        with pytest.raises(ValueError) as error:
+            check_sizes(heads=2, width=bad)
+        assert str(error.value) == f"width is {bad!r}: it must be an integer of at least 1"
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16, torch.float32, torch.complex64])
+def test_wide_dtype(narrow):
+    x = torch.zeros(1, dtype=narrow)
+    assert wide_dtype(x) == wide_dtype(x, None, x) == wide_dtype() == torch.float32
+    for wide in (torch.float64, torch.complex128):
+        assert wide_dtype(x, None, torch.zeros(1, dtype=wide)) == torch.float64
+
+
+# backends
+
+
+@pytest.mark.parametrize("interpreting", [False, True])
+def test_choose_backend(monkeypatch, interpreting):
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreting)))
+    here, there = torch.zeros(1), types.SimpleNamespace(is_cuda=True)
+    assert choose_backend("naive", here, "scan") == choose_backend("naive", there, "scan") == "naive"
+    assert choose_backend("auto", here, "scan") == choose_backend("auto", here) == choose_backend("auto", there) == "naive"
+    assert choose_backend("auto", there, "scan") == choose_backend("triton", there, "scan") == "triton"
+    if interpreting:
+        assert choose_backend("triton", here, "scan") == "triton"
+    else:
+        with pytest.raises(RuntimeError, match="^backend='triton': kernel scan needs a CUDA tensor, this one is on cpu$"):
+            choose_backend("triton", here, "scan")
+    for tensor in (here, there):
+        with pytest.raises(RuntimeError, match="^backend='triton': this operation has no Triton kernel; use backend='naive' or 'auto'$"):
+            choose_backend("triton", tensor)
+        with pytest.raises(ValueError, match="^backend is 'Triton': it must be 'naive', 'triton' or 'auto'$"):
+            choose_backend("Triton", tensor, "scan")
+
+
+# saved results
+
+
+def test_load_result(monkeypatch, tmp_path):
+    monkeypatch.setattr(core, "files", lambda package: tmp_path / package)
+    (tmp_path / "llamba_ref" / "assets" / "results").mkdir(parents=True)
+    (tmp_path / "llamba_ref" / "assets" / "results" / "speed.json").write_text(json.dumps({"rows": [1, 2]}))
+    assert load_result("speed") == {"rows": [1, 2]}
+    with pytest.raises(FileNotFoundError, match="^no saved result 'nothing': run python -m bench.nothing$"):
+        load_result("nothing")
+
+
+# memory
+
+
+def test_peak_counts_what_is_alive_at_one_time():
+    def two_at_a_time():
+        x = mebibytes(1)
+        for _ in range(5):
+            x = x + 1  # the new one is made before the old one goes
+
+    def all_five():
+        kept = [mebibytes(1) for _ in range(5)]
+        return len(kept)
+
+    assert peak_bytes(two_at_a_time) == 2 * MIB and peak_bytes(all_five) == 5 * MIB
+    assert peak_bytes(lambda: None) == 0
+
+
+def test_peak_is_not_what_is_left():
+    def function():
+        mebibytes(3).sum()
+        return mebibytes(1)
+
+    assert 3 * MIB <= peak_bytes(function) < 3 * MIB + 100
+
+
+def test_what_was_there_before_is_not_counted():
+    x = mebibytes(4)
+    assert peak_bytes(lambda: x.add_(1)) == peak_bytes(lambda: x.view(-1)[10:].mul_(2)) == peak_bytes(x.t) == 0
+    assert peak_bytes(lambda: x * 2) == 4 * MIB
+    freed = [mebibytes(2)]
+    assert peak_bytes(lambda: (freed.pop(), mebibytes(1))) == MIB  # nor taken off when it goes
+
+
+def test_one_memory_is_counted_once():
+    def views():
+        x = mebibytes(2)
+        return x, x.t(), x[:1], x.view(-1), x.expand(3, -1, -1), x.detach(), x.split(1), x.add_(1)
+
+    assert peak_bytes(views) == 2 * MIB
+    assert peak_bytes(lambda: torch.ones(1).expand(MIB)) == 4  # an expanded tensor takes no more than what it repeats
+    assert peak_bytes(lambda: mebibytes(2).unbind(0)) == 2 * MIB
+
+
+def test_memory_at_an_address_that_was_used_before_is_counted():
+    def function():
+        for _ in range(50):
+            torch.ones(1)
+        return [mebibytes(1) for _ in range(5)]
+
+    assert peak_bytes(function) == 5 * MIB
+
+
+def test_part_of_a_tensor_keeps_all_of_it():
+    def part():
+        kept = mebibytes(4)[:1]
+        return kept + mebibytes(1)
+
+    assert peak_bytes(part) == 6 * MIB
+    assert peak_bytes(lambda: (mebibytes(4)[:1].clone(), mebibytes(1))) == 5 * MIB
+
+
+def test_peak_of_a_backward_pass():
+    x = mebibytes(1).requires_grad_()
+
+    def chain(steps, backward):
+        y = x
+        for _ in range(steps):
+            y = y.sin()
+        if backward:
+            torch.autograd.grad(y, x, torch.ones_like(y))
+
+    forward, both = ([peak_bytes(lambda: chain(steps, backward)) for steps in (4, 8)] for backward in (False, True))
+    assert forward == [4 * MIB, 8 * MIB]  # y of every step is kept for the gradient
+    assert both[1] - both[0] == 4 * MIB and both[1] > forward[1]
+    with torch.no_grad():
+        assert peak_bytes(lambda: chain(8, False)) == 2 * MIB
+    leaf = mebibytes(1).requires_grad_()
+    assert peak_bytes(lambda: leaf.sum().backward()) >= MIB and leaf.grad is not None
+
+
+def test_peak_of_a_function_that_fails():
+    with pytest.raises(ZeroDivisionError):
+        peak_bytes(lambda: 1 / 0)
+    assert peak_bytes(lambda: mebibytes(1)) == MIB  # and the next one is counted as ever
