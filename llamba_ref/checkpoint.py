@@ -140,7 +140,7 @@ def load_strict(
     weights = {name: tensor.to(devices[name], dtype) for name, tensor in weights.items()}
     model.load_state_dict(weights, strict=True, assign=True)
 
-# %% ../nbs/90_checkpoint.ipynb #75c38d8b
+# %% ../nbs/90_checkpoint.ipynb #ec5f1940
 def drop_tied_head(weights: dict[str, Tensor], where: str | os.PathLike) -> None:
     """Remove a second copy of the embedding stored as lm_head.weight. Raises ValueError when it is no copy."""
     head, embedding = weights.pop("lm_head.weight", None), weights.get("backbone.embedding.weight")
@@ -159,8 +159,11 @@ def build_model(
     weights = read_weights(path)
     if config.tie_embeddings:
         drop_tied_head(weights, where)
-    with torch.device("meta"):
-        model = kind(config)
+    try:
+        with torch.device("meta"):
+            model = kind(config)
+    except ValueError as err:
+        raise ValueError(f"{where}: {err}") from err
     load_strict(model, weights, where, dtype)
     return model
 

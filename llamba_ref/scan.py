@@ -14,33 +14,45 @@ from torch import Tensor
 from .core import check_tensors, choose_backend, wide_dtype
 
 # %% auto #0
-__all__ = ['BLOCK', 'split_gate', 'fade', 'rotor', 'polar_gate', 'linear_scan']
+__all__ = ['BLOCK', 'split_gate', 'fade', 'rotor', 'take_out', 'polar_gate', 'linear_scan']
 
-# %% ../nbs/01_scan.ipynb #f5b6a093
+# %% ../nbs/01_scan.ipynb #9b7e83a5
 def split_gate(
-    log_a: Float[Tensor, "*shape"],  # log of real gates, at most 0
-) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:  # whole (0 or 1) and rest: the gate is their sum
+    log_a: Shaped[Tensor, "*shape"],  # log of gates, real part at most 0
+) -> tuple[Shaped[Tensor, "*shape"], Shaped[Tensor, "*shape"]]:  # whole (0 or 1) and rest: the gate is their sum
     """Write a gate as whole + rest, so that in float32 a gate near 1 keeps all its digits."""
-    near_one = log_a > -0.5
+    near_one = log_a.real > -0.5
     return near_one.to(log_a.dtype), torch.where(near_one, log_a.expm1(), log_a.exp())
 
 
 def fade(
     state: Shaped[Tensor, "*shape"],  # what is remembered, real or complex
-    whole: Float[Tensor, "*gate"],  # from `split_gate`
-    rest: Float[Tensor, "*gate"],  # from `split_gate`
+    whole: Shaped[Tensor, "*gate"],  # from `split_gate`
+    rest: Shaped[Tensor, "*gate"],  # from `split_gate`
     update: Shaped[Tensor, "*shape"],  # what comes in
 ) -> Shaped[Tensor, "*shape"]:
     """One step a * state + update. Large terms are added last: whole * state + (rest * state + update)."""
     return torch.addcmul(torch.addcmul(update, rest, state), whole, state)
 
-# %% ../nbs/01_scan.ipynb #b094b7c6
+# %% ../nbs/01_scan.ipynb #1939d1d9
 def rotor(
     phase: Float[Tensor, "batch len *rest"],  # radians that each step turns by
 ) -> Shaped[Tensor, "batch len *rest"]:  # exp(i (phase_1 + ... + phase_t)), complex64 or complex128
     """The running product of unit gates along dim 1. Angles are summed in float64, whatever the input."""
     angle = phase.double().cumsum(1)
     return torch.complex(angle.cos(), angle.sin()).to(wide_dtype(phase).to_complex())
+
+
+def take_out(
+    log_a: Float[Tensor, "batch len *gate"],  # log of the gates' magnitudes
+    phase: Float[Tensor, "batch len *gate"],  # radians that they turn by
+) -> tuple[Shaped[Tensor, "batch len *gate"], Shaped[Tensor, "batch len *gate"]]:  # logs of gates that do not turn, the rotor
+    """Gates without their phases, and the rotor to turn by instead, a constant for autograd.
+
+    Where a gradient is wanted, the logs are complex: their imaginary part is 0, and the gradient of `phase` flows through it."""
+    if phase.requires_grad:
+        log_a = torch.complex(*torch.broadcast_tensors(log_a, phase - phase.detach()))
+    return log_a, rotor(phase.detach())
 
 # %% ../nbs/01_scan.ipynb #86ad908b
 def polar_gate(
@@ -55,11 +67,11 @@ def polar_gate(
     sine = phase.sin()
     return torch.complex(size * phase.cos(), size * (-sine if conjugate else sine))
 
-# %% ../nbs/01_scan.ipynb #58c58a10
+# %% ../nbs/01_scan.ipynb #5cc9a26f
 def _sequential(x, start, log_a, phase=None):
     """Equation (1), one step after the other: x (b l ...), start (b ...), gates that broadcast to x."""
     if phase is not None:
-        turn = rotor(phase)
+        log_a, turn = take_out(log_a, phase)
         return turn * _sequential(turn.conj() * x, start, log_a)
     states, h = [], start
     for whole, rest, x_t in zip(*(z.unbind(1) for z in (*split_gate(log_a), x))):
@@ -143,7 +155,7 @@ def _gate_gradient(adjoint, u, before, *gates):
     parts = (w,) if len(gates) == 1 else (w.real, -w.imag if adjoint else w.imag)
     return [part.sum_to_size(z.shape).contiguous() for part, z in zip(parts, gates)]
 
-# %% ../nbs/01_scan.ipynb #30d08817
+# %% ../nbs/01_scan.ipynb #1f195b86
 def _parallel(x, start, log_a, phase=None):
     """The two-level scan: x (b l ...), start (b ...), gates that broadcast to x."""
     if phase is not None:
@@ -182,7 +194,7 @@ def linear_scan(
     real = wide_dtype(x, log_a, phase, initial_state)
     with torch.autocast(x.device.type, enabled=False):
         start = torch.zeros_like(x[:, 0]) if initial_state is None else initial_state
-        values = (z.to(real.to_complex() if turning else real) for z in (x, start))
+        values = (z.to(real.to_complex() if turning else real).resolve_conj() for z in (x, start))
         gates = (z.to(real) for z in (log_a, phase) if z is not None)
         h = (_parallel if mode == "parallel" else _sequential)(*values, *gates)
     return h.to(wide_dtype(x).to_complex() if turning else x.dtype)
