@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from bench.common import best_rate_runs, equal_size, parameters, save
+from bench.common import best_rate_runs, equal_size, first_run, parameters, save
 from llamba_ref.decoder import Decoder
 from llamba_ref.gateloop import GateLoopConfig, GateLoopLM
 from llamba_ref.horizon import HorizonBatches, HorizonObjective, horizon_accuracy, horizon_sequences, horizon_targets

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from llamba_ref.checkpoint import find_checkpoint
+from llamba_ref.checkpoint import EMBEDDED, find_checkpoint
 from llamba_ref.cli import load_model
-from llamba_ref.core import relative_error
+from llamba_ref.core import load_result, relative_error
 from llamba_ref.data import load_documents, pack, split_documents
 from llamba_ref.evaluate import evaluate
+from llamba_ref.gateloop import GateLoopLM
+from llamba_ref.horizon import horizon_accuracy, horizon_sequences
 from llamba_ref.llamba import Llamba
 
 MEGABYTE = 10**6
@@ -45,10 +47,31 @@ def test_prefill_and_64_steps_of_the_tiny_student_equal_forward():
             assert relative_error(torch.stack(rows, 1), student(ids)) < 1e-5
 
 
-def test_what_ships_is_small():
-    folder = find_checkpoint("tiny")
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_what_ships_is_small(name):
+    folder = find_checkpoint(name)
     assert sum(file.stat().st_size for file in folder.iterdir()) < 8 * MEGABYTE
     assert (folder.parent / "austen.txt").stat().st_size < 2 * MEGABYTE
+
+
+def recorded(name):
+    """The run with complex gates and seed 0 of a saved result: the one whose weights come with the package."""
+    return next(run for run in load_result(name)["runs"] if (run["name"], run["seed"]) == ("complex gates", 0))
+
+
+def test_the_gateloop_of_the_horizon_is_the_recorded_one():
+    model, record = GateLoopLM.from_pretrained("horizon"), recorded("memory_horizon")
+    ids = horizon_sequences(128, 256, generator=torch.Generator().manual_seed(10_256))  # as in bench.memory_horizon
+    by_distance = horizon_accuracy(model, ids, load_result("memory_horizon")["edges"][:9])
+    assert max(abs(found - saved) for found, saved in zip(by_distance, record["by_distance"])) < 2e-3  # weights in float16
+    assert sum(p.numel() for p in model.parameters()) == record["parameters"]
+
+
+def test_the_gateloop_language_model_is_the_recorded_one():
+    model, tokenizer = load_model("tiny-gateloop")
+    held_out = split_documents(load_documents("austen"))[1]
+    record, found = recorded("gateloop_lm"), evaluate(model, pack(held_out, tokenizer, 256)).perplexity
+    assert abs(found / record["curve"][-1]["perplexity"] - 1) < 1e-3  # weights in float16
 
 
 def test_readme_shows_the_saved_measurements():
