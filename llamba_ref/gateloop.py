@@ -20,7 +20,8 @@ from .decoder import Backbone, Decoder, init_weights
 from .scan import fade, linear_scan, split_gate, take_out
 
 # %% auto #0
-__all__ = ['GATELOOP_MODES', 'sums_after', 'gateloop', 'gateloop_matrix', 'GateLoop', 'GateLoopConfig', 'GateLoopLM']
+__all__ = ['GATELOOP_MODES', 'sums_after', 'gateloop', 'gateloop_matrix', 'GateLoopParameters', 'GateLoop', 'GateLoopConfig',
+           'GateLoopLM']
 
 # %% ../nbs/02_gateloop.ipynb #14d877c2
 def sums_after(
@@ -172,9 +173,9 @@ def gateloop_matrix(
         T = _scores(*(rearrange(z, "b l h d -> b h l d") for z in (q, k, log_a)))
     return T.to(wide.to_complex() if T.is_complex() else narrow)
 
-# %% ../nbs/02_gateloop.ipynb #c9f14be1
-class GateLoop(nn.Module):
-    """GateLoop's mixer (Katsch 2023, section 3): every gate computed from the input; the output gated with a SiLU."""
+# %% ../nbs/02_gateloop.ipynb #eed26b20
+class GateLoopParameters(nn.Module):
+    """The parameters of GateLoop's mixer and their start."""
 
     def __init__(
         self,
@@ -210,6 +211,12 @@ class GateLoop(nn.Module):
         self.alpha.copy_((log_a - torch.log(-log_a.expm1()))[torch.randperm(len(log_a))])  # the logit of exp(log_a)
         if self.beta is not None:
             self.beta.uniform_(0, 0.3)
+
+# %% ../nbs/02_gateloop.ipynb #7ba6635b
+class GateLoop(GateLoopParameters):
+    """GateLoop's mixer (Katsch 2023, section 3): every gate computed from the input; the output gated with a SiLU.
+
+    Raises ValueError for sizes below 1, heads that do not divide the width, and unknown `gates` or `mode`."""
 
     def project(self, u: Tensor):
         """What the recurrence needs, q, k, v, log_a and phase, and the output gate's input z."""
