@@ -35,7 +35,7 @@ def horizon_sequences(
     resets[:, 0] = True
     return torch.randint(modulus, (batch, length), generator=generator).masked_fill(resets, modulus)
 
-# %% ../nbs/03_memory_horizon.ipynb #f4edda62
+# %% ../nbs/03_memory_horizon.ipynb #a81dbafd
 def since_reset(
     input_ids: Int[Tensor, "batch len"],  # from `horizon_sequences`
     modulus: int = 5,  # the reset token's id
@@ -49,10 +49,11 @@ def horizon_targets(
     input_ids: Int[Tensor, "batch len"],  # from `horizon_sequences`
     modulus: int = 5,  # the reset token's id
 ) -> Int[Tensor, "batch len"]:  # sum of the digits since the last reset, modulo `modulus`
-    """The exact solution of the Memory Horizon task, by integer arithmetic."""
-    total = input_ids.masked_fill(input_ids == modulus, 0).cumsum(1)
+    """The exact solution of the Memory Horizon task, by integer arithmetic. A sequence counts from its start until the first reset."""
+    digits = input_ids.masked_fill(input_ids == modulus, 0)
+    total = digits.cumsum(1)
     last_reset = torch.arange(input_ids.shape[1], device=input_ids.device) - since_reset(input_ids, modulus)
-    return (total - total.gather(1, last_reset)) % modulus
+    return (total - (total - digits).gather(1, last_reset)) % modulus
 
 # %% ../nbs/03_memory_horizon.ipynb #4b9a8256
 class HorizonBatches:
