@@ -109,7 +109,7 @@ def _check(q, k, log_a, phase, **others) -> None:
         if name in given and given[name].dtype.to_real() != q.dtype.to_real():
             raise ValueError(f"{name} is {given[name].dtype}: it must have the precision of q, {q.dtype}")
 
-# %% ../nbs/02_gateloop.ipynb #c171447d
+# %% ../nbs/02_gateloop.ipynb #72d6584a
 GATELOOP_MODES = ("recurrent", "scan", "attention", "chunked")
 
 
@@ -126,7 +126,7 @@ def gateloop(
     return_state: bool = False,  # also return the state after the last token
     backend: str = "auto",  # "naive", "triton" or "auto"
 ) -> Tensor | tuple[Tensor, Tensor]:  # y (batch, len, heads, value) at the precision of v; with return_state also the state
-    """GateLoop: S_t = a_t * S_{t-1} + k_t^T v_t, y_t = q_t S_t with a_t = exp(log_a_t + i phase_t) (Katsch 2023, section 3).
+    """GateLoop: S_t = a_t * S_{t-1} + k_t^T v_t, y_t = q_t S_t with a_t = exp(log_a_t + i phase_t) (Katsch 2023).
 
     The result is complex when phase is given or an input is complex, then complex64 at least; the state has float32 or complex64
     at least. Raises ValueError when shapes or dtypes do not fit, the sequence is empty, a log_a is positive, or mode, chunk_size
@@ -155,14 +155,14 @@ def gateloop(
     y = y.to(wide.to_complex() if y.is_complex() else narrow)
     return (y, state) if return_state else y
 
-# %% ../nbs/02_gateloop.ipynb #c4e8d4ce
+# %% ../nbs/02_gateloop.ipynb #ce22a891
 def gateloop_matrix(
     q: Shaped[Tensor, "batch len heads key"],  # queries
     k: Shaped[Tensor, "batch len heads key"],  # keys
     log_a: Float[Tensor, "batch len heads key"],  # log of the gates' magnitudes; a last size of 1: one gate a head
     phase: Float[Tensor, "batch len heads key"] | None = None,  # radians that the gates turn by
 ) -> Shaped[Tensor, "batch heads len len"]:  # T, lower triangular, at the precision of q; y = T @ v head by head
-    """The surrogate attention matrix: T_ts = sum over keys of q_t k_s a_{s+1} ... a_t for s <= t (Katsch 2023, section 3.3).
+    """The surrogate attention matrix: T_ts = sum over keys of q_t k_s a_{s+1} ... a_t for s <= t (Katsch 2023).
 
     Complex when phase is given or an input is complex. Raises ValueError as `gateloop` does."""
     _check(q, k, log_a, phase)
@@ -212,9 +212,9 @@ class GateLoopParameters(nn.Module):
         if self.beta is not None:
             self.beta.uniform_(0, 0.3)
 
-# %% ../nbs/02_gateloop.ipynb #7ba6635b
+# %% ../nbs/02_gateloop.ipynb #8a781f47
 class GateLoop(GateLoopParameters):
-    """GateLoop's mixer (Katsch 2023, section 3): every gate computed from the input; the output gated with a SiLU.
+    """GateLoop's mixer (Katsch 2023): every gate computed from the input; the output gated with a SiLU.
 
     Raises ValueError for sizes below 1, heads that do not divide the width, and unknown `gates` or `mode`."""
 

@@ -54,13 +54,13 @@ def take_out(
         log_a = torch.complex(*torch.broadcast_tensors(log_a, phase - phase.detach()))
     return log_a, rotor(phase.detach())
 
-# %% ../nbs/01_scan.ipynb #86ad908b
+# %% ../nbs/01_scan.ipynb #f80f062a
 def polar_gate(
     log_a: Float[Tensor, "*shape"],  # log of the magnitude
     phase: Float[Tensor, "*shape"] | None = None,  # radians; None: real gates
     conjugate: bool = False,  # turn the other way
 ) -> Shaped[Tensor, "*shape"]:  # exp(log_a + i phase); real without phase
-    """Gates from magnitude and phase (Katsch 2023, section 3)."""
+    """Gates from magnitude and phase (Katsch 2023)."""
     size = log_a.exp()
     if phase is None:
         return size
