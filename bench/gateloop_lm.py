@@ -49,9 +49,14 @@ def texts():
 
 def fit(name: str, lr: float, seed: int, steps: int = STEPS) -> tuple[Decoder, dict]:
     """Train one model: the model, and its curve of held-out perplexity."""
-    torch.set_num_threads(1)
     torch.manual_seed(seed)
-    net, (training, held_out, _) = equal_size(model, name, MODELS[0], MLP, 3 * WIDTH * LAYERS), texts()
+    return train_on_novels(equal_size(model, name, MODELS[0], MLP, 3 * WIDTH * LAYERS), name, lr, seed, steps)
+
+
+def train_on_novels(net: Decoder, name: str, lr: float, seed: int, steps: int = STEPS) -> tuple[Decoder, dict]:
+    """Train a new model on the novels, with one thread: the model, and its curve of held-out perplexity."""
+    torch.set_num_threads(1)
+    training, held_out, _ = texts()
     curve, spent, began = [], 0.0, time.process_time()
 
     def point(step: int, stage: Stage) -> None:

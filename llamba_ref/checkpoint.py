@@ -140,7 +140,7 @@ def load_strict(
     weights = {name: tensor.to(devices[name], dtype) for name, tensor in weights.items()}
     model.load_state_dict(weights, strict=True, assign=True)
 
-# %% ../nbs/90_checkpoint.ipynb #ec5f1940
+# %% ../nbs/90_checkpoint.ipynb #299dc4e6
 def drop_tied_head(weights: dict[str, Tensor], where: str | os.PathLike) -> None:
     """Remove a second copy of the embedding stored as lm_head.weight. Raises ValueError when it is no copy."""
     head, embedding = weights.pop("lm_head.weight", None), weights.get("backbone.embedding.weight")
@@ -154,16 +154,18 @@ def build_model(
     path: Path,  # checkpoint directory
     where: str | os.PathLike,  # what to call it in a message
     dtype: torch.dtype | None = torch.float32,  # type of the weights; None: as stored
+    stored_as: Callable[[str], str] | None = None,  # what the checkpoint calls a weight of ours; None: the same
 ) -> nn.Module:
     """Build a model without memory and give it a checkpoint's weights, strictly. Raises FileNotFoundError, ValueError."""
-    weights = read_weights(path)
-    if config.tie_embeddings:
-        drop_tied_head(weights, where)
     try:
         with torch.device("meta"):
             model = kind(config)
     except ValueError as err:
         raise ValueError(f"{where}: {err}") from err
+    ours = {} if stored_as is None else {stored_as(name): name for name in model.state_dict()}
+    weights = {ours.get(name, name): tensor for name, tensor in read_weights(path).items()}
+    if config.tie_embeddings:
+        drop_tied_head(weights, where)
     load_strict(model, weights, where, dtype)
     return model
 
@@ -226,7 +228,7 @@ def save_checkpoint(path: str | os.PathLike, config: dict, weights: dict[str, Te
     with atomic_directory(path) as directory:
         write_checkpoint(directory, config, weights)
 
-# %% ../nbs/90_checkpoint.ipynb #50397ed2
+# %% ../nbs/90_checkpoint.ipynb #741cb5bd
 PATIENCE = 5.0  # seconds to wait for a first sign of the hub
 
 
@@ -258,6 +260,7 @@ def download_checkpoint(name: str) -> Path:
 EMBEDDED = {  # models that come with this package
     "tiny": "tiny-llama",  # a Llama trained on three novels, the teacher of the demo
     "tiny-gateloop": "tiny-gateloop",  # a GateLoop language model trained on the same novels
+    "tiny-mamba2": "tiny-mamba2",  # a Mamba-2 language model trained on the same novels
     "horizon": "horizon-gateloop",  # a GateLoop trained on the Memory Horizon task
 }
 

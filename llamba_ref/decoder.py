@@ -165,21 +165,23 @@ class LayerView:
         with torch.no_grad():
             return self.block.mixer.matrix(self.mixer_input)
 
-# %% ../nbs/08_decoder.ipynb #c2ed0da1
+# %% ../nbs/08_decoder.ipynb #d8640a79
 class _Reader(nn.Module):
     """Backbone and head: from token ids to logits."""
 
-    def __init__(self, backbone: Backbone, tie_embeddings: bool, lm_head_bias: bool = False):
+    def __init__(
+        self,
+        backbone: Backbone,  # embedding, blocks, final norm
+        tie_embeddings: bool,  # head and embedding share their weight
+        lm_head_bias: bool = False,  # bias in the head
+        vocab_size: int | None = None,  # number of token ids, where rows of the embedding are left over; None: all rows
+    ):
         super().__init__()
         self.backbone = backbone
+        self.vocab_size = backbone.embedding.num_embeddings if vocab_size is None else vocab_size
         if not tie_embeddings:
-            vocab_size, d_model = backbone.embedding.weight.shape
-            self.lm_head = nn.Linear(d_model, vocab_size, bias=lm_head_bias)
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the embedding."""
-        return self.backbone.embedding.num_embeddings
+            rows, d_model = backbone.embedding.weight.shape
+            self.lm_head = nn.Linear(d_model, rows, bias=lm_head_bias)
 
     @property
     def device(self) -> torch.device:
@@ -189,7 +191,8 @@ class _Reader(nn.Module):
     def head(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of the hidden states that leave the last block: final norm, then the (possibly tied) head."""
         x = self.backbone.final_layernorm(x)
-        return self.lm_head(x) if hasattr(self, "lm_head") else F.linear(x, self.backbone.embedding.weight)
+        logits = self.lm_head(x) if hasattr(self, "lm_head") else F.linear(x, self.backbone.embedding.weight)
+        return logits[..., : self.vocab_size]
 
     def check_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Raise ValueError for anything but (batch, len >= 1) integer ids of the vocabulary and a mask of the same shape."""

@@ -1,0 +1,94 @@
+"""How many pairs fit into a state: multi-query associative recall with Mamba-2, GateLoop and a Transformer (chapter 06_recall).
+
+    python -m bench.recall        all runs, two at a time with one thread each; about half an hour on two cores
+
+Every model has two layers of width 64. It is trained with each learning rate of LEARNING_RATES and seed 0; the rate with the lowest
+final loss is then used for the other seed. Names end with the state size N, the width of a key in each head. "+ convolution" puts the
+convolution that Mamba-2 has inside in front of the mixer; "without convolution" holds Mamba-2's own at the identity.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from bench.common import best_rate_runs, parameters, save
+from llamba_ref.decoder import Decoder
+from llamba_ref.gateloop import GateLoopConfig, GateLoopLM
+from llamba_ref.llama import Llama, LlamaConfig
+from llamba_ref.mamba2 import Mamba2Config, Mamba2LM
+from llamba_ref.recall import RecallBatches, RecallObjective, WithConvolution, recall_accuracy, recall_sequences
+from llamba_ref.training import Stage, train
+
+VOCABULARY, WIDTH, LAYERS, HEADS, MLP = 128, 64, 2, 4, 128
+PAIRS, PAIRS_IN_BATCH, STEPS = (2, 4, 8, 16, 32), 256, 1600
+SEEDS, LEARNING_RATES = (0, 1), (3e-3, 1e-2)
+STATES = (4, 8, 16, 32, 64)
+EVERY = 100  # steps between two points of a curve
+MODELS = ("Transformer", *(f"Mamba-2, {N}" for N in STATES), *(f"GateLoop + convolution, {N}" for N in STATES),
+          "Mamba-2 without convolution, 16", "GateLoop, 16", "GateLoop with complex gates + convolution, 16")
+
+
+def model(name: str) -> Decoder:
+    """The model of a name."""
+    kind, _, state = name.partition(", ")
+    if kind == "Transformer":
+        return Llama(LlamaConfig(VOCABULARY, WIDTH, MLP, LAYERS, HEADS, HEADS, WIDTH // HEADS))
+    if kind.startswith("Mamba-2"):
+        net = Mamba2LM(Mamba2Config(VOCABULARY, WIDTH, LAYERS, int(state), headdim=64, chunk_size=32, tie_embeddings=False))
+        if kind.endswith("without convolution"):
+            for block in net.backbone.layers:
+                conv = block.mixer.conv1d.requires_grad_(False)
+                nn.init.zeros_(conv.weight)[..., -1] = 1
+                nn.init.zeros_(conv.bias)
+        return net
+    gates = "complex" if "complex" in kind else "real"
+    net = GateLoopLM(GateLoopConfig(VOCABULARY, WIDTH, LAYERS, HEADS, MLP, int(state), gates, mode="recurrent", tie_embeddings=False))
+    if kind.endswith("+ convolution"):
+        for block in net.backbone.layers:
+            block.mixer = WithConvolution(block.mixer, WIDTH)
+    return net
+
+
+def state_numbers(name: str) -> int | None:
+    """Real numbers in the recurrent state of a layer; None for the Transformer, whose cache grows."""
+    kind, _, state = name.partition(", ")
+    if kind == "Transformer":
+        return None
+    return int(state) * (2 * WIDTH if kind.startswith("Mamba-2") or "complex" in kind else WIDTH)
+
+
+def run(name: str, lr: float, seed: int) -> dict:
+    """Train one model: its learning curve, and its accuracy for each number of pairs."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    net, curve, spent, began = model(name), [], 0.0, time.process_time()
+    tests = {pairs: recall_sequences(4096 // pairs, pairs, generator=torch.Generator().manual_seed(10_000 + pairs)) for pairs in PAIRS}
+
+    def point(step: int, stage: Stage) -> None:
+        nonlocal spent, began
+        if step % EVERY == 0:
+            spent += time.process_time() - began
+            curve.append({"step": step, "accuracy": recall_accuracy(net, tests[PAIRS[-1]]), "cpu_seconds": spent})
+            began = time.process_time()
+
+    records = train(net, [Stage("recall", STEPS, lr)], RecallBatches(PAIRS_IN_BATCH, PAIRS, seed), lambda stage: RecallObjective(net),
+                    after_step=point, progress=False)
+    accuracy = {pairs: recall_accuracy(net, ids) for pairs, ids in tests.items()}
+    print(f"{name:>46} lr {lr:g} seed {seed}: " + "  ".join(f"{pairs}: {share:.3f}" for pairs, share in accuracy.items())
+          + f"  {spent:.0f} s", flush=True)
+    return {"name": name, "lr": lr, "seed": seed, "parameters": parameters(net), "state_numbers": state_numbers(name), "curve": curve,
+            "score": statistics.mean(record["loss"] for record in records[-50:]), "accuracy": list(accuracy.values())}
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # as in every run, and for the record
+    runs = best_rate_runs(run, MODELS, LEARNING_RATES, SEEDS)
+    save("recall", "python -m bench.recall", pairs=PAIRS, steps=STEPS, rates=LEARNING_RATES, states=STATES, runs=runs)
+
+
+if __name__ == "__main__":
+    main()
