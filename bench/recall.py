@@ -23,10 +23,10 @@ from llamba_ref.mamba2 import Mamba2Config, Mamba2LM
 from llamba_ref.recall import RecallBatches, RecallObjective, WithConvolution, recall_accuracy, recall_sequences
 from llamba_ref.training import Stage, train
 
-VOCABULARY, WIDTH, LAYERS, HEADS, MLP = 128, 64, 2, 4, 128
-PAIRS, PAIRS_IN_BATCH, STEPS = (2, 4, 8, 16, 32), 256, 1600
+VOCABULARY, WIDTH, LAYERS, HEADS, MLP = 64, 64, 2, 4, 128
+PAIRS, PAIRS_IN_BATCH, STEPS = (2, 4, 8, 16), 256, 1600
 SEEDS, LEARNING_RATES = (0, 1), (3e-3, 1e-2)
-STATES = (4, 8, 16, 32, 64)
+STATES = (2, 4, 8, 16, 32)
 EVERY = 100  # steps between two points of a curve
 MODELS = ("Transformer", *(f"Mamba-2, {N}" for N in STATES), *(f"GateLoop + convolution, {N}" for N in STATES),
           "Mamba-2 without convolution, 16", "GateLoop, 16", "GateLoop with complex gates + convolution, 16")

@@ -58,12 +58,24 @@ def teacher_table() -> str:
     return "\n".join([*lines, "", made_by(saved)])
 
 
+def speed_table() -> str:
+    """How many times the time of `ssd` other chunked implementations take on a CPU."""
+    saved = result("ssd_cpu")
+    names = list(saved["results"][0]["ratios"]["forward"]["ratios"])
+    lines = ["| time over `ssd`'s | threads | " + " | ".join(names) + " |", "| --- | --- |" + " --- |" * len(names)]
+    kinds = {1: "one group (Mamba-2)", saved["shape"]["heads"]: "a group for each head (Llamba)"}
+    for one in saved["results"]:
+        for what, found in one["ratios"].items():
+            lines.append(f"| {kinds[one['groups']]}, {what} | {one['threads']} | " + " | ".join(f"{found['ratios'][name]:.2f}" for name in names) + " |")
+    return "\n".join([*lines, "", f"*`{saved['command']}` on {saved['processor']}, {saved['date']}.*"])
+
+
 def made_by(saved: dict) -> str:
     """Where a measurement comes from."""
     return f"*`{saved['command']}` on {saved['device']}, {saved['date']}.*"
 
 
-TABLES = {"stages": stages_table, "memory": memory_table, "teacher": teacher_table}
+TABLES = {"stages": stages_table, "memory": memory_table, "teacher": teacher_table, "speed": speed_table}
 
 
 def filled(text: str) -> str:

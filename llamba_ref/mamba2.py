@@ -24,8 +24,8 @@ from .decoder import Backbone, Decoder, init_weights
 from .ssd import ssd, ssd_matrix, ssd_step
 
 # %% auto #0
-__all__ = ['ORIGINAL', 'TRANSFORMERS', 'inverse_softplus', 'causal_conv', 'GatedRMSNorm', 'MambaState', 'Projected', 'SSDMixer',
-           'Mamba2', 'Layout', 'Mamba2Config', 'Mamba2LM']
+__all__ = ['ORIGINAL', 'TRANSFORMERS', 'inverse_softplus', 'causal_conv', 'GatedRMSNorm', 'MambaState', 'Projected',
+           'SSDParameters', 'SSDMixer', 'Mamba2', 'Layout', 'Mamba2Config', 'Mamba2LM']
 
 # %% ../nbs/06_mamba2.ipynb #fd7cb9d7
 def inverse_softplus(
@@ -92,11 +92,23 @@ class Projected(NamedTuple):
         """What enters the state."""
         return self.x if self.dt is None else (self.x * self.dt[..., None]).to(self.x.dtype)
 
-# %% ../nbs/06_mamba2.ipynb #e9c708c4
-class SSDMixer(nn.Module):
-    """What all mixers around `ssd` share. A subclass adds `project`, `gate_and_project` and the parameters that these need."""
+# %% ../nbs/06_mamba2.ipynb #fefea5f5
+class SSDParameters(nn.Module):
+    """The parameters that all mixers around `ssd` have, and the state that they keep."""
 
-    def __init__(self, d_model, d_inner, d_state, n_heads, n_groups, d_conv, chunk_size, activation, bias, conv_bias):
+    def __init__(
+        self,
+        d_model: int,  # width of the residual stream
+        d_inner: int,  # width of all heads together
+        d_state: int,  # width N of a key
+        n_heads: int,  # heads
+        n_groups: int,  # groups of heads that share keys and queries
+        d_conv: int,  # width of the convolution
+        chunk_size: int,  # length of a chunk in `ssd`
+        activation: str,  # after the convolution: "silu" or "identity"
+        bias: bool,  # biases in the projections
+        conv_bias: bool,  # bias in the convolution
+    ):
         super().__init__()
         self.d_inner, self.d_state, self.n_heads, self.n_groups = d_inner, d_state, n_heads, n_groups
         self.chunk_size, self.activation = chunk_size, activation
@@ -112,6 +124,10 @@ class SSDMixer(nn.Module):
         conv = weight.new_zeros(batch, self.conv1d.out_channels, self.conv1d.kernel_size[0])
         wide = torch.promote_types(weight.dtype, torch.float32)
         return MambaState(conv, weight.new_zeros(batch, self.n_heads, self.d_inner // self.n_heads, self.d_state, dtype=wide))
+
+# %% ../nbs/06_mamba2.ipynb #61cf8be4
+class SSDMixer(SSDParameters):
+    """A mixer around `ssd`. A subclass says in `project` what enters it, and in `gate_and_project` what becomes of its output."""
 
     def convolve(self, xBC: Tensor, window: Tensor | None, tokens: Tensor | None = None):
         """x, B and C after the convolution, and its new window.
@@ -253,7 +269,27 @@ TRANSFORMERS = Layout(
     weights={**ORIGINAL.weights, "backbone.embedding.": "backbone.embeddings."},
 )
 
-# %% ../nbs/06_mamba2.ipynb #dbd6a933
+# %% ../nbs/06_mamba2.ipynb #fa5d81ee
+def _layout(config: dict, where: str) -> tuple[Layout, dict]:
+    """Which layout a config.json has, and its entries, those of `ssm_cfg` among them as "ssm_cfg.name"."""
+    kind = config.get("model_type") if isinstance(config, dict) else config
+    if kind == "mamba2":
+        return TRANSFORMERS, config
+    if kind is None and isinstance(config, dict) and isinstance(config.get("ssm_cfg"), dict):
+        inner = {f"ssm_cfg.{name}": value for name, value in config["ssm_cfg"].items()}
+        return ORIGINAL, {name: value for name, value in config.items() if name != "ssm_cfg"} | inner
+    raise ValueError(f"{where}: model_type is {kind!r}: a Mamba-2 has 'mamba2', or an entry ssm_cfg and no model_type")
+
+
+def _limits(pair, where: str) -> tuple[float, float]:
+    """The two limits of dt; transformers writes infinity as {"__float__": "Infinity"}."""
+    try:
+        low, high = (float(limit["__float__"] if isinstance(limit, dict) else limit) for limit in pair)
+    except (TypeError, ValueError, KeyError) as err:
+        raise ValueError(f"{where}: dt_limit is {pair!r}: it must be two numbers") from err
+    return low, high
+
+# %% ../nbs/06_mamba2.ipynb #ea4b57b5
 @dataclass(frozen=True)
 class Mamba2Config:
     """Sizes of a Mamba-2 language model, most of them under the names of the original code."""
@@ -303,26 +339,6 @@ class Mamba2Config:
         values = {theirs: getattr(self, ours) for ours, theirs in TRANSFORMERS.names.items()}
         heads = self.expand * self.d_model // self.headdim
         return {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", **values, "num_heads": heads, "hidden_act": "silu"}
-
-
-def _layout(config: dict, where: str) -> tuple[Layout, dict]:
-    """Which layout a config.json has, and its entries, those of `ssm_cfg` among them as "ssm_cfg.name"."""
-    kind = config.get("model_type") if isinstance(config, dict) else config
-    if kind == "mamba2":
-        return TRANSFORMERS, config
-    if kind is None and isinstance(config, dict) and isinstance(config.get("ssm_cfg"), dict):
-        inner = {f"ssm_cfg.{name}": value for name, value in config["ssm_cfg"].items()}
-        return ORIGINAL, {name: value for name, value in config.items() if name != "ssm_cfg"} | inner
-    raise ValueError(f"{where}: model_type is {kind!r}: a Mamba-2 has 'mamba2', or an entry ssm_cfg and no model_type")
-
-
-def _limits(pair, where: str) -> tuple[float, float]:
-    """The two limits of dt; transformers writes infinity as {"__float__": "Infinity"}."""
-    try:
-        low, high = (float(limit["__float__"] if isinstance(limit, dict) else limit) for limit in pair)
-    except (TypeError, ValueError, KeyError) as err:
-        raise ValueError(f"{where}: dt_limit is {pair!r}: it must be two numbers") from err
-    return low, high
 
 # %% ../nbs/06_mamba2.ipynb #45e69452
 class Mamba2LM(Decoder):

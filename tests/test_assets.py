@@ -18,6 +18,7 @@ from llamba_ref.evaluate import evaluate
 from llamba_ref.gateloop import GateLoopLM
 from llamba_ref.horizon import horizon_accuracy, horizon_sequences
 from llamba_ref.llamba import Llamba
+from llamba_ref.mamba2 import Mamba2LM
 
 MEGABYTE = 10**6
 
@@ -72,6 +73,15 @@ def test_the_gateloop_language_model_is_the_recorded_one():
     held_out = split_documents(load_documents("austen"))[1]
     record, found = recorded("gateloop_lm"), evaluate(model, pack(held_out, tokenizer, 256)).perplexity
     assert abs(found / record["curve"][-1]["perplexity"] - 1) < 1e-3  # weights in float16
+
+
+def test_the_mamba2_language_model_is_the_recorded_one():
+    model, tokenizer = load_model("tiny-mamba2")
+    assert isinstance(model, Mamba2LM)
+    held_out = split_documents(load_documents("austen"))[1]
+    record, found = load_result("mamba2_lm")["runs"][0], evaluate(model, pack(held_out, tokenizer, 256)).perplexity
+    assert abs(found / record["curve"][-1]["perplexity"] - 1) < 1e-3  # weights in float16
+    assert sum(p.numel() for p in model.parameters()) == record["parameters"]
 
 
 def test_readme_shows_the_saved_measurements():
