@@ -140,7 +140,7 @@ def load_strict(
     weights = {name: tensor.to(devices[name], dtype) for name, tensor in weights.items()}
     model.load_state_dict(weights, strict=True, assign=True)
 
-# %% ../nbs/90_checkpoint.ipynb #299dc4e6
+# %% ../nbs/90_checkpoint.ipynb #321b07dd
 def drop_tied_head(weights: dict[str, Tensor], where: str | os.PathLike) -> None:
     """Remove a second copy of the embedding stored as lm_head.weight. Raises ValueError when it is no copy."""
     head, embedding = weights.pop("lm_head.weight", None), weights.get("backbone.embedding.weight")
@@ -162,8 +162,12 @@ def build_model(
             model = kind(config)
     except ValueError as err:
         raise ValueError(f"{where}: {err}") from err
-    ours = {} if stored_as is None else {stored_as(name): name for name in model.state_dict()}
-    weights = {ours.get(name, name): tensor for name, tensor in read_weights(path).items()}
+    weights = read_weights(path)
+    if stored_as is not None:
+        ours = {stored_as(name): name for name in model.state_dict()}
+        if foreign := weights.keys() & set(ours.values()) - ours.keys():
+            raise ValueError(f"{where}: the weights do not fit the model: {len(foreign)} unexpected ({', '.join(sorted(foreign))})")
+        weights = {ours.get(name, name): tensor for name, tensor in weights.items()}
     if config.tie_embeddings:
         drop_tied_head(weights, where)
     load_strict(model, weights, where, dtype)

@@ -234,7 +234,7 @@ class Mamba2(SSDMixer):
         """Add the skip D x, gate and norm, and project back to d_model."""
         return self.out_proj(self.norm(rearrange(y + self.D[:, None] * x, "... h p -> ... (h p)"), z))
 
-# %% ../nbs/06_mamba2.ipynb #1ffbf961
+# %% ../nbs/06_mamba2.ipynb #1e807d7f
 class Layout(NamedTuple):
     """How one kind of checkpoint says what `Mamba2Config` and `Decoder` say."""
 
@@ -265,15 +265,16 @@ TRANSFORMERS = Layout(
     only={"hidden_act": "silu"},
     ignored=frozenset(["model_type", "num_heads", "residual_in_fp32", "rms_norm", "norm_before_gate", "initializer_range", "rescale_prenorm_residual",
                        "use_cache", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id",
+                       "intermediate_size", "time_step_init_scheme", "time_step_scale",
                        *(f"time_step_{name}" for name in ("rank", "min", "max", "floor")), *PreTrainedConfig().to_dict()]),
     weights={**ORIGINAL.weights, "backbone.embedding.": "backbone.embeddings."},
 )
 
-# %% ../nbs/06_mamba2.ipynb #fa5d81ee
+# %% ../nbs/06_mamba2.ipynb #135cea0c
 def _layout(config: dict, where: str) -> tuple[Layout, dict]:
     """Which layout a config.json has, and its entries, those of `ssm_cfg` among them as "ssm_cfg.name"."""
     kind = config.get("model_type") if isinstance(config, dict) else config
-    if kind == "mamba2":
+    if isinstance(config, dict) and kind == "mamba2":
         return TRANSFORMERS, config
     if kind is None and isinstance(config, dict) and isinstance(config.get("ssm_cfg"), dict):
         inner = {f"ssm_cfg.{name}": value for name, value in config["ssm_cfg"].items()}
@@ -289,7 +290,7 @@ def _limits(pair, where: str) -> tuple[float, float]:
         raise ValueError(f"{where}: dt_limit is {pair!r}: it must be two numbers") from err
     return low, high
 
-# %% ../nbs/06_mamba2.ipynb #ea4b57b5
+# %% ../nbs/06_mamba2.ipynb #d96552f1
 @dataclass(frozen=True)
 class Mamba2Config:
     """Sizes of a Mamba-2 language model, most of them under the names of the original code."""
@@ -312,6 +313,11 @@ class Mamba2Config:
 
     def __post_init__(self):
         check_sizes(**{field.name: getattr(self, field.name) for field in fields(self) if field.type == "int"})
+        for name in (field.name for field in fields(self) if field.type == "bool"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be true or false")
+        if not (isinstance(self.norm_epsilon, (int, float)) and self.norm_epsilon > 0):
+            raise ValueError(f"norm_epsilon is {self.norm_epsilon!r}: it must be a positive number")
 
     @classmethod
     def from_dict(cls, config: dict, where: str = "config.json") -> Mamba2Config:
@@ -330,7 +336,7 @@ class Mamba2Config:
         if "dt_limit" in values:
             values["dt_limit"] = _limits(values["dt_limit"], where)
         found = read_part(cls, values, where)
-        if layout is TRANSFORMERS and flat["num_heads"] * found.headdim != found.expand * found.d_model:
+        if layout is TRANSFORMERS and flat["num_heads"] != found.expand * found.d_model / found.headdim:
             raise ValueError(f"{where}: num_heads is {flat['num_heads']}: num_heads * head_dim must be expand * hidden_size")
         return found
 
@@ -338,7 +344,8 @@ class Mamba2Config:
         """A config.json that transformers reads as well."""
         values = {theirs: getattr(self, ours) for ours, theirs in TRANSFORMERS.names.items()}
         heads = self.expand * self.d_model // self.headdim
-        return {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", **values, "num_heads": heads, "hidden_act": "silu"}
+        tokens = {f"{kind}_token_id": None for kind in ("bos", "eos", "pad")}  # unknown here; transformers' defaults would end texts at id 2
+        return {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", **values, "num_heads": heads, "hidden_act": "silu", **tokens}
 
 # %% ../nbs/06_mamba2.ipynb #45e69452
 class Mamba2LM(Decoder):

@@ -373,7 +373,7 @@ def test_student_that_keeps_everything():
 @pytest.mark.parametrize("heads,kv_heads", [(4, 1), (4, 2), (4, 4), (1, 1)])
 def test_grouped_queries(heads, kv_heads):
     teacher, student = pair(heads=heads, kv_heads=kv_heads)
-    assert student.backbone.layers[0].mixer.n_v_heads == heads
+    assert student.backbone.layers[0].mixer.n_heads == heads
     losses = LayerByLayer(teacher, student, match_matrix)(rows(), lambda loss: loss.backward())
     assert losses.shape == (3,) and losses.isfinite().all()
 

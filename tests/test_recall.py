@@ -154,7 +154,7 @@ def test_memory_length_of_constant_and_mixed_gates():
 
 
 def test_the_record_says_what_the_chapter_shows():
-    """Attention solves the task, larger states recall more, and the convolution is what brings key and value together."""
+    """Attention solves the task, larger states recall more, and GateLoop's training needs the convolution that Mamba-2's can do without."""
     saved = load_result("recall")
     most = {}
     for run in saved["runs"]:
@@ -165,4 +165,4 @@ def test_the_record_says_what_the_chapter_shows():
         small, large = (mean[f"{kind}, {saved['states'][i]}"] for i in (0, -1))
         assert small < 0.7 and large > small + 0.2
     assert mean["GateLoop, 16"] < 0.5 * mean["GateLoop + convolution, 16"]
-    assert mean["Mamba-2 without convolution, 16"] < mean["Mamba-2, 16"]
+    assert abs(mean["Mamba-2 without convolution, 16"] - mean["Mamba-2, 16"]) < 0.1
