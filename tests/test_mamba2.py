@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from llamba_ref.checkpoint import find_checkpoint
+from llamba_ref.cli import load_model
 from llamba_ref.core import relative_error
+from llamba_ref.data import load_tokenizer
 from llamba_ref.decoder import Backbone, Decoder
 from llamba_ref.gateloop import GATELOOP_MODES, gateloop, gateloop_matrix
 from llamba_ref.llama import Llama, LlamaConfig
@@ -478,6 +481,18 @@ def test_the_original_layout(folder, file, tied, groups):
     if tied:  # the copy of the embedding need not be there
         del weights["lm_head.weight"]
         assert torch.equal(Mamba2LM.from_pretrained(write(folder(), config, weights, file))(ids), ours(ids))
+
+
+def test_the_command_line_loads_both_layouts(folder):
+    theirs, tokenizer = make_theirs(vocab_size=1024, n_groups=2), load_tokenizer(find_checkpoint("tiny"))
+    original, transformed = folder(), folder()
+    write(original, OFFICIAL | {"vocab_size": 1024}, as_official(theirs))
+    theirs.save_pretrained(transformed)
+    for path in (original, transformed):
+        tokenizer.save_pretrained(path)
+        model, _ = load_model(str(path))
+        ids = torch.randint(1024, (1, 9))
+        assert isinstance(model, Mamba2LM) and relative_error(model(ids), theirs(ids).logits) < CLOSE
 
 
 def test_defaults_of_the_original_layout(folder):
