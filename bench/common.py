@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
@@ -16,6 +17,7 @@ import torch
 
 from llamba_ref.core import load_result
 from llamba_ref.decoder import Decoder
+from llamba_ref.training import Stage
 
 RESULTS = Path(__file__).parent / "results"  # a link into the package: the chapters plot what lies there
 
@@ -39,6 +41,20 @@ def save(name: str, command: str, **content) -> Path:
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written: bench/results/{name}.json")
     return path
+
+
+class Curve:
+    """A learning curve, to be called after each step of `train`; CPU time counts the training alone."""
+
+    def __init__(self, every: int, measure: Callable[[int], dict]):
+        self.every, self.measure = every, measure  # steps between two points; from the number of steps taken to what a point holds
+        self.points, self.spent, self.began = [], 0.0, time.process_time()
+
+    def __call__(self, step: int, stage: Stage) -> None:
+        if step % self.every == 0:
+            self.spent += time.process_time() - self.began
+            self.points.append({"step": step, **self.measure(step), "cpu_seconds": self.spent})
+            self.began = time.process_time()
 
 
 def best_rate_runs(

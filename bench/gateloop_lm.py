@@ -10,13 +10,12 @@ is trained with each learning rate of LEARNING_RATES and seed 0; the best of the
 from __future__ import annotations
 
 import statistics
-import time
 from pathlib import Path
 
 import torch
 import tyro
 
-from bench.common import best_rate_runs, equal_size, first_run, parameters, save
+from bench.common import Curve, best_rate_runs, equal_size, first_run, parameters, save
 from llamba_ref.checkpoint import find_checkpoint
 from llamba_ref.cli import save_model
 from llamba_ref.data import Batches, load_documents, load_tokenizer, pack, split_documents
@@ -57,18 +56,10 @@ def train_on_novels(net: Decoder, name: str, lr: float, seed: int, steps: int = 
     """Train a new model on the novels, with one thread: the model, and its curve of held-out perplexity."""
     torch.set_num_threads(1)
     training, held_out, _ = texts()
-    curve, spent, began = [], 0.0, time.process_time()
-
-    def point(step: int, stage: Stage) -> None:
-        nonlocal spent, began
-        if step % EVERY == 0:
-            spent += time.process_time() - began
-            curve.append({"step": step, "tokens": step * BATCH * LENGTH, "perplexity": evaluate(net, held_out).perplexity, "cpu_seconds": spent})
-            began = time.process_time()
-
-    train(net, [Stage("language", steps, lr)], Batches(training, BATCH, seed), lambda stage: Language(net), after_step=point, progress=False)
-    print(f"{name:>14} lr {lr:g} seed {seed}: {parameters(net):,} parameters, held-out perplexity {curve[-1]['perplexity']:.2f}", flush=True)
-    return net, {"name": name, "lr": lr, "seed": seed, "parameters": parameters(net), "curve": curve, "score": curve[-1]["perplexity"]}
+    curve = Curve(EVERY, lambda step: {"tokens": step * BATCH * LENGTH, "perplexity": evaluate(net, held_out).perplexity})
+    train(net, [Stage("language", steps, lr)], Batches(training, BATCH, seed), lambda stage: Language(net), after_step=curve, progress=False)
+    print(f"{name:>14} lr {lr:g} seed {seed}: {parameters(net):,} parameters, held-out perplexity {curve.points[-1]['perplexity']:.2f}", flush=True)
+    return net, {"name": name, "lr": lr, "seed": seed, "parameters": parameters(net), "curve": curve.points, "score": curve.points[-1]["perplexity"]}
 
 
 def run(name: str, lr: float, seed: int) -> dict:

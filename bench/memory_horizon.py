@@ -10,13 +10,12 @@ for the other seeds. Equal sizes: where mixers have fewer parameters, MLPs are w
 from __future__ import annotations
 
 import statistics
-import time
 from pathlib import Path
 
 import torch
 import tyro
 
-from bench.common import best_rate_runs, equal_size, first_run, parameters, save
+from bench.common import Curve, best_rate_runs, equal_size, first_run, parameters, save
 from llamba_ref.decoder import Decoder
 from llamba_ref.gateloop import GateLoopConfig, GateLoopLM
 from llamba_ref.horizon import HorizonBatches, HorizonObjective, horizon_accuracy, horizon_sequences, horizon_targets
@@ -48,20 +47,13 @@ def fit(name: str, lr: float, seed: int) -> tuple[Decoder, dict]:
     """Train one model: the model, its learning curve, and its accuracy against distance at both lengths."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    net, curve, spent, began = equal_size(model, name, MODELS[0], MLP, 3 * WIDTH * LAYERS), [], 0.0, time.process_time()
+    net = equal_size(model, name, MODELS[0], MLP, 3 * WIDTH * LAYERS)
     short, long = (horizon_sequences(count, length, MODULUS, generator=torch.Generator().manual_seed(10_000 + length))
                    for length, count in ((LENGTH, 128), (LONG, 32)))
-
-    def point(step: int, stage: Stage) -> None:
-        nonlocal spent, began
-        if step % EVERY == 0:
-            spent += time.process_time() - began
-            curve.append({"step": step, "accuracy": accuracy(net, short[:32]), "cpu_seconds": spent})
-            began = time.process_time()
-
+    curve = Curve(EVERY, lambda step: {"accuracy": accuracy(net, short[:32])})
     records = train(net, [Stage("horizon", STEPS, lr)], HorizonBatches(BATCH, LENGTH, MODULUS, seed),
-                    lambda stage: HorizonObjective(net, MODULUS), after_step=point, progress=False)
-    result = {"name": name, "lr": lr, "seed": seed, "parameters": parameters(net), "curve": curve,
+                    lambda stage: HorizonObjective(net, MODULUS), after_step=curve, progress=False)
+    result = {"name": name, "lr": lr, "seed": seed, "parameters": parameters(net), "curve": curve.points,
               "score": statistics.mean(record["loss"] for record in records[-20:]),
               "accuracy": accuracy(net, short), "by_distance": horizon_accuracy(net, short, EDGES[:9], MODULUS),
               "long_accuracy": accuracy(net, long), "long_by_distance": horizon_accuracy(net, long, EDGES, MODULUS)}

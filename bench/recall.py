@@ -10,12 +10,11 @@ convolution that Mamba-2 has inside in front of the mixer; "without convolution"
 from __future__ import annotations
 
 import statistics
-import time
 
 import torch
 from torch import nn
 
-from bench.common import best_rate_runs, parameters, save
+from bench.common import Curve, best_rate_runs, parameters, save
 from llamba_ref.decoder import Decoder
 from llamba_ref.gateloop import GateLoopConfig, GateLoopLM
 from llamba_ref.llama import Llama, LlamaConfig
@@ -65,22 +64,15 @@ def run(name: str, lr: float, seed: int) -> dict:
     """Train one model: its learning curve, and its accuracy for each number of pairs."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    net, curve, spent, began = model(name), [], 0.0, time.process_time()
+    net = model(name)
     tests = {pairs: recall_sequences(4096 // pairs, pairs, generator=torch.Generator().manual_seed(10_000 + pairs)) for pairs in PAIRS}
-
-    def point(step: int, stage: Stage) -> None:
-        nonlocal spent, began
-        if step % EVERY == 0:
-            spent += time.process_time() - began
-            curve.append({"step": step, "accuracy": recall_accuracy(net, tests[PAIRS[-1]]), "cpu_seconds": spent})
-            began = time.process_time()
-
+    curve = Curve(EVERY, lambda step: {"accuracy": recall_accuracy(net, tests[PAIRS[-1]])})
     records = train(net, [Stage("recall", STEPS, lr)], RecallBatches(PAIRS_IN_BATCH, PAIRS, seed), lambda stage: RecallObjective(net),
-                    after_step=point, progress=False)
+                    after_step=curve, progress=False)
     accuracy = {pairs: recall_accuracy(net, ids) for pairs, ids in tests.items()}
     print(f"{name:>46} lr {lr:g} seed {seed}: " + "  ".join(f"{pairs}: {share:.3f}" for pairs, share in accuracy.items())
-          + f"  {spent:.0f} s", flush=True)
-    return {"name": name, "lr": lr, "seed": seed, "parameters": parameters(net), "state_numbers": state_numbers(name), "curve": curve,
+          + f"  {curve.spent:.0f} s", flush=True)
+    return {"name": name, "lr": lr, "seed": seed, "parameters": parameters(net), "state_numbers": state_numbers(name), "curve": curve.points,
             "score": statistics.mean(record["loss"] for record in records[-50:]), "accuracy": list(accuracy.values())}
 
 
