@@ -82,8 +82,8 @@ def _mix(x, log_a, B, C, state):
     outside = rearrange(C @ entering, "b c g l (r p) -> b c g l r p", p=x.shape[-1]) * reach
     return outside + rearrange(inside, "b c g r l p -> b c g l r p"), state
 
-# %% ../nbs/05_ssd.ipynb #f72c97b6
-CACHE = 2**17  # numbers in x that a processor works on together: 512 KiB in float32
+# %% ../nbs/05_ssd.ipynb #11947090
+CACHE = 2**17  # numbers in x that each thread of a processor works on at a time: 512 KiB in float32
 
 
 def _chunked(x, log_a, B, C, state, size):
@@ -94,7 +94,7 @@ def _chunked(x, log_a, B, C, state, size):
     x = rearrange(x, "b (c l) g r p -> b c g r l p", l=size)
     log_a = rearrange(log_a, "b (c l) g r -> b c g r l", l=size)
     B, C = (rearrange(z, "b (c l) g n -> b c g l n", l=size) for z in (B, C))
-    together = max(1, CACHE // x[:, 0].numel()) if x.device.type == "cpu" else x.shape[1]
+    together = max(1, CACHE * torch.get_num_threads() // x[:, 0].numel()) if x.device.type == "cpu" else x.shape[1]
     state, outputs = rearrange(state, "b g r p n -> b g n (r p)"), []
     for chunks in zip(*(z.split(together, 1) for z in (x, log_a, B, C))):
         y, state = _mix(*chunks, state)
