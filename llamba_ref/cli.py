@@ -145,7 +145,7 @@ class Text:
         except ValueError as err:
             raise ValueError(f"{self.text}, the held-out part: {err}") from err
 
-# %% ../nbs/92_cli.ipynb #41acef3d
+# %% ../nbs/92_cli.ipynb #72191f49
 @dataclass
 class Distill:
     """Turn a Llama into a Llamba, in MOHAWK's three stages. Without options: the demo, on the Llama and the text of this package."""
@@ -192,7 +192,7 @@ class Distill:
         stages, accelerator = self.stages(), self.machine.accelerator(self.precision)
         teacher, tokenizer = load_model(self.teacher)
         if not isinstance(teacher, Llama):
-            raise ValueError(f"{self.teacher}: a teacher must be a Llama, this is a Llamba")
+            raise ValueError(f"{self.teacher}: a teacher must be a Llama, this is a {type(teacher).__name__}")
         prompt_tokens(tokenizer, [self.prompt])  # to learn of an empty prompt before the training, not after it
         student = self.student(teacher)
         training, held_out = self.corpus.documents()
