@@ -155,7 +155,7 @@ def _gate_gradient(adjoint, u, before, *gates):
     parts = (w,) if len(gates) == 1 else (w.real, -w.imag if adjoint else w.imag)
     return [part.sum_to_size(z.shape).contiguous() for part, z in zip(parts, gates)]
 
-# %% ../nbs/01_scan.ipynb #1f195b86
+# %% ../nbs/01_scan.ipynb #de3931ba
 def _parallel(x, start, log_a, phase=None):
     """The two-level scan: x (b l ...), start (b ...), gates that broadcast to x."""
     if phase is not None:
@@ -188,13 +188,20 @@ def linear_scan(
     check_tensors(inputs, complex_too=True)
     if mode not in ("sequential", "parallel"):
         raise ValueError(f"mode is {mode!r}: it must be 'sequential' or 'parallel'")
-    choose_backend(backend, x)
+    obstacle = None if mode == "parallel" else f"mode={mode!r} has no Triton kernel"
+    path = choose_backend(backend, x, log_a, phase, initial_state, kernel="scan", obstacle=obstacle)
 
     turning = phase is not None or x.is_complex() or initial_state is not None and initial_state.is_complex()
     real = wide_dtype(x, log_a, phase, initial_state)
     with torch.autocast(x.device.type, enabled=False):
         start = torch.zeros_like(x[:, 0]) if initial_state is None else initial_state
-        values = (z.to(real.to_complex() if turning else real).resolve_conj() for z in (x, start))
+        inside = real.to_complex() if turning else real
+        values = (z.to(dtype).resolve_conj() for z, dtype in ((x, x.dtype if path == "triton" and not turning else inside), (start, inside)))
         gates = (z.to(real) for z in (log_a, phase) if z is not None)
-        h = (_parallel if mode == "parallel" else _sequential)(*values, *gates)
+        if path == "triton":
+            from llamba_ref.kernels.scan import triton_scan
+
+            h = triton_scan(*values, *gates)
+        else:
+            h = (_parallel if mode == "parallel" else _sequential)(*values, *gates)
     return h.to(wide_dtype(x).to_complex() if turning else x.dtype)

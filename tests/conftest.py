@@ -1,5 +1,6 @@
 """What every test runs under: no network, one thread, a fixed seed, Triton's interpreter where there is no GPU."""
 
+import importlib.util
 import os
 
 # Read when these libraries are first imported, so they are set before any of them is.
@@ -18,6 +19,10 @@ hypothesis.settings.load_profile("repeatable")
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # importing torch has not imported triton
+    if importlib.util.find_spec("triton"):  # there is none for macOS
+        from llamba_ref.kernels.device import scan_as_tree
+
+        scan_as_tree()
 
 torch.set_num_threads(1)
 

@@ -126,23 +126,48 @@ def test_wide_dtype(narrow):
 # backends
 
 
+class OnGPU(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
 @pytest.mark.parametrize("interpreting", [False, True])
 def test_choose_backend(monkeypatch, interpreting):
     monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreting)))
-    here, there = torch.zeros(1), types.SimpleNamespace(is_cuda=True)
-    assert choose_backend("naive", here, "scan") == choose_backend("naive", there, "scan") == "naive"
-    assert choose_backend("auto", here, "scan") == choose_backend("auto", here) == choose_backend("auto", there) == "naive"
-    assert choose_backend("auto", there, "scan") == choose_backend("triton", there, "scan") == "triton"
-    if interpreting:
-        assert choose_backend("triton", here, "scan") == "triton"
-    else:
-        with pytest.raises(RuntimeError, match="^backend='triton': kernel scan needs a CUDA tensor, this one is on cpu$"):
-            choose_backend("triton", here, "scan")
+    here, there = torch.zeros(1), torch.zeros(1).as_subclass(OnGPU)
     for tensor in (here, there):
-        with pytest.raises(RuntimeError, match="^backend='triton': this operation has no Triton kernel; use backend='naive' or 'auto'$"):
-            choose_backend("triton", tensor)
-        with pytest.raises(ValueError, match="^backend is 'Triton': it must be 'naive', 'triton' or 'auto'$"):
-            choose_backend("Triton", tensor, "scan")
+        assert choose_backend("naive", tensor, kernel="scan") == "naive"
+        assert choose_backend("auto", tensor) == "naive"
+        assert choose_backend("auto", tensor, kernel="scan", obstacle="keys too narrow") == "naive"
+        assert choose_backend("auto", tensor, tensor.double(), kernel="scan") == "naive"
+    assert choose_backend("auto", here, kernel="scan") == "naive"
+    assert choose_backend("auto", there, None, kernel="scan") == choose_backend("triton", there, kernel="scan") == "triton"
+    if interpreting:
+        assert choose_backend("triton", here, kernel="scan") == "triton"
+    else:
+        with pytest.raises(RuntimeError, match="^backend='triton': kernel scan needs a CUDA tensor, this one is on cpu; use backend='naive' or 'auto'$"):
+            choose_backend("triton", here, kernel="scan")
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, OnGPU])
+def test_triton_that_cannot_run_says_why(monkeypatch, kind):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    tensor = torch.zeros(1).as_subclass(kind)
+    for arguments, reason in (
+        ({}, "this operation has no Triton kernel"),
+        ({"kernel": "scan", "obstacle": "keys too narrow"}, "keys too narrow"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^backend='triton': {reason}; use backend='naive' or 'auto'$"):
+            choose_backend("triton", tensor, **arguments)
+    for wide in (torch.float64, torch.complex128):
+        with pytest.raises(RuntimeError, match=f"kernel scan computes in float32, but an argument is {wide}"):
+            choose_backend("triton", tensor, None, tensor.to(wide), kernel="scan")
+    with pytest.raises(ValueError, match="^backend is 'Triton': it must be 'naive', 'triton' or 'auto'$"):
+        choose_backend("Triton", tensor, kernel="scan")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="kernel scan needs the package triton, which is not installed"):
+        choose_backend("triton", tensor, kernel="scan")
 
 
 # saved results

@@ -494,8 +494,11 @@ def test_bad_options(option, message):
 
 
 def test_triton_that_cannot_run_says_so():
-    with pytest.raises(RuntimeError, match="backend='triton'"):
-        linear_scan(**arguments(), backend="triton")
+    with pytest.raises(RuntimeError, match="backend='triton': mode='sequential' has no Triton kernel; use"):
+        linear_scan(**arguments(), mode="sequential", backend="triton")
+    double = {name: z.to(torch.promote_types(z.dtype, torch.float64)) for name, z in arguments().items()}
+    with pytest.raises(RuntimeError, match="backend='triton': kernel scan computes in float32, but an argument is torch.float64"):
+        linear_scan(**double, backend="triton")
     assert torch.equal(linear_scan(**arguments(), backend="naive"), linear_scan(**arguments()))
 
 

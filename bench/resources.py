@@ -1,0 +1,94 @@
+"""What every kernel takes on three GPUs: registers, stack, spills and shared memory of a program. Needs no GPU.
+
+    python -m bench.resources        about two minutes, writes bench/results/resources.json
+
+The kernels are compiled for sm_75 (T4), sm_80 (A100) and sm_90 (H100) with the types, sizes and constants with which the package
+would launch them there at Llamba-1B's and 8B's shapes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.common import save
+from llamba_ref.kernels.device import GPU, GPUS, Launch, compile_for, recording
+from llamba_ref.kernels.scan import scan_backward, scan_forward
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor that stores nothing."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def call_scan(dtype: torch.dtype) -> None:
+    """GateLoop with one number a head: 2048 channels, gates of their own."""
+    x, gates = empty(1, 8192, 2048, dtype=dtype), empty(1, 8192, 2048)
+    phase = gates if dtype.is_complex else None
+    start = empty(1, 2048, dtype=dtype if dtype.is_complex else torch.float32)
+    scan_forward(x, gates, phase, start)
+    scan_backward(x, x, gates, phase, start)
+
+
+CALLS: dict[str, tuple[Callable, tuple[torch.dtype, ...]]] = {  # what launches kernels -> with which types
+    "scan": (call_scan, (*FLOATS, torch.complex64)),
+}
+
+
+class Job(NamedTuple):
+    """One program to compile."""
+
+    gpu: GPU
+    call: str
+    dtype: torch.dtype
+    index: int  # which of the launches of that call
+
+
+def programs(gpu: GPU, call: str, dtype: torch.dtype) -> list[Launch]:
+    """The different programs that a call launches on a GPU."""
+    function, _ = CALLS[call]
+    with recording(gpu) as launches:
+        function(dtype)
+    return list({f"{launch.kernel.__name__} {launch.signature()} {launch.num_warps}": launch for launch in launches}.values())
+
+
+def jobs() -> Iterator[Job]:
+    for gpu in GPUS.values():
+        for call, (_, dtypes) in CALLS.items():
+            for dtype in dtypes:
+                for index in range(len(programs(gpu, call, dtype))):
+                    yield Job(gpu, call, dtype, index)
+
+
+def compile_job(job: Job) -> dict:
+    """A row of the table: in a process of its own, because Triton and ptxas take seconds."""
+    launch = programs(job.gpu, job.call, job.dtype)[job.index]
+    began = time.perf_counter()
+    found = compile_for(job.gpu, launch)
+    tensor_cores = any(word in found.ptx for word in ("mma.sync", "wgmma"))
+    constants = {name: str(launch.arguments[name]) for name in sorted(launch.constants)}
+    return {"gpu": job.gpu.name, "call": job.call, "dtype": str(job.dtype).removeprefix("torch."), "kernel": launch.kernel.__name__,
+            "constants": constants, "warps": launch.num_warps, "registers": found.registers, "stack": found.stack, "spills": found.spills,
+            "shared": found.shared, "tensor_cores": tensor_cores, "seconds": time.perf_counter() - began}
+
+
+def compile_all(processes: int = 2) -> list[dict]:
+    """Compile everything. The kernels must not be interpreted: TRITON_INTERPRET must not be set."""
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        return list(pool.map(compile_job, jobs(), chunksize=4))
+
+
+if __name__ == "__main__":
+    rows = compile_all()
+    for row in rows:
+        print(f"{row['gpu']:5} {row['kernel']:24} {row['dtype']:10} {row['registers']:4} registers {row['spills']:5} bytes spilled "
+              f"{row['shared'] / 1024:6.1f} KiB shared  {row['seconds']:5.1f} s")
+    save("resources", "python -m bench.resources", rows=rows)
