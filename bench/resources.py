@@ -20,8 +20,9 @@ from torch import Tensor
 from bench.common import save
 from llamba_ref.kernels.device import GPU, GPUS, Launch, compile_for, recording
 from llamba_ref.kernels.scan import scan_backward, scan_forward
+from llamba_ref.kernels.ssd import ssd_backward, ssd_forward, step_forward
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = ("float32", "tf32", "float16", "bfloat16")  # tf32: float32 whose matrix products may be rounded on tensor cores
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -38,8 +39,26 @@ def call_scan(dtype: torch.dtype) -> None:
     scan_backward(x, x, gates, phase, start)
 
 
-CALLS: dict[str, tuple[Callable, tuple[torch.dtype, ...]]] = {  # what launches kernels -> with which types
-    "scan": (call_scan, (*FLOATS, torch.complex64)),
+def call_ssd(dtype: torch.dtype) -> None:
+    """Llamba-1B (heads of 64), Llamba-8B (heads of 128), and Mamba-2 (keys of 128 that all heads share)."""
+    for headdim, groups, state in ((64, 32, 64), (128, 32, 64), (64, 1, 128)):
+        x, log_a, keys = empty(2, 2048, 32, headdim, dtype=dtype), empty(2, 2048, 32), empty(2, 2048, groups, state, dtype=dtype)
+        start = empty(2, 32, headdim, state)
+        ssd_forward(x, log_a, keys, keys, start)
+        ssd_backward(x, start, x, log_a, keys, keys, start)
+
+
+def call_step(dtype: torch.dtype) -> None:
+    """One token of the same models."""
+    for headdim, groups, state in ((64, 32, 64), (128, 32, 64), (64, 1, 128)):
+        keys = empty(32, groups, state, dtype=dtype)
+        step_forward(empty(32, 32, headdim, dtype=dtype), empty(32, 32), keys, keys, empty(32, 32, headdim, state))
+
+
+CALLS: dict[str, tuple[Callable, tuple[str, ...]]] = {  # what launches kernels -> with which types
+    "scan": (call_scan, (*FLOATS, "complex64")),
+    "ssd": (call_ssd, FLOATS),
+    "step": (call_step, FLOATS),
 }
 
 
@@ -48,34 +67,41 @@ class Job(NamedTuple):
 
     gpu: GPU
     call: str
-    dtype: torch.dtype
+    dtype: str
     index: int  # which of the launches of that call
 
 
-def programs(gpu: GPU, call: str, dtype: torch.dtype) -> list[Launch]:
-    """The different programs that a call launches on a GPU."""
-    function, _ = CALLS[call]
+def launches_of(gpu: GPU, call: str, dtype: str) -> list[Launch]:
+    """What a call launches on a GPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     with recording(gpu) as launches:
-        function(dtype)
-    return list({f"{launch.kernel.__name__} {launch.signature()} {launch.num_warps}": launch for launch in launches}.values())
+        CALLS[call][0](torch.float32 if dtype == "tf32" else getattr(torch, dtype))
+    torch.set_float32_matmul_precision(before)
+    return launches
 
 
 def jobs() -> Iterator[Job]:
+    """Every program once for each GPU: many types and shapes launch the same."""
+    seen = set()
     for gpu in GPUS.values():
         for call, (_, dtypes) in CALLS.items():
             for dtype in dtypes:
-                for index in range(len(programs(gpu, call, dtype))):
-                    yield Job(gpu, call, dtype, index)
+                for index, launch in enumerate(launches_of(gpu, call, dtype)):
+                    program = f"{gpu.name} {launch.kernel.__name__} {launch.signature()} {launch.num_warps} {launch.num_stages}"
+                    if program not in seen:
+                        seen.add(program)
+                        yield Job(gpu, call, dtype, index)
 
 
 def compile_job(job: Job) -> dict:
     """A row of the table: in a process of its own, because Triton and ptxas take seconds."""
-    launch = programs(job.gpu, job.call, job.dtype)[job.index]
+    launch = launches_of(job.gpu, job.call, job.dtype)[job.index]
     began = time.perf_counter()
     found = compile_for(job.gpu, launch)
     tensor_cores = any(word in found.ptx for word in ("mma.sync", "wgmma"))
     constants = {name: str(launch.arguments[name]) for name in sorted(launch.constants)}
-    return {"gpu": job.gpu.name, "call": job.call, "dtype": str(job.dtype).removeprefix("torch."), "kernel": launch.kernel.__name__,
+    return {"gpu": job.gpu.name, "call": job.call, "dtype": job.dtype, "kernel": launch.kernel.__name__,
             "constants": constants, "warps": launch.num_warps, "registers": found.registers, "stack": found.stack, "spills": found.spills,
             "shared": found.shared, "tensor_cores": tensor_cores, "seconds": time.perf_counter() - began}
 

@@ -102,7 +102,7 @@ def _chunked(x, log_a, B, C, state, size):
     y = rearrange(torch.cat(outputs, 1), "b c g l r p -> b (c l) g r p")
     return y[:, :length], rearrange(state, "b g n (r p) -> b g r p n", r=heads)
 
-# %% ../nbs/05_ssd.ipynb #46b1a3fc
+# %% ../nbs/05_ssd.ipynb #62bef0b0
 def _check(inputs: dict[str, tuple[Tensor, str]]) -> None:
     """Raise ValueError unless the tensors, given as name: (tensor, axes), fit together and are what SSD needs."""
     sizes = check_tensors(inputs)
@@ -113,7 +113,13 @@ def _check(inputs: dict[str, tuple[Tensor, str]]) -> None:
         if tensor.dtype != lead.dtype:
             raise ValueError(f"{name} is {tensor.dtype}: it must be {lead.dtype}, like {first}")
 
-# %% ../nbs/05_ssd.ipynb #c8fe508a
+
+def _too_narrow(headdim: int, state: int) -> str | None:
+    """Why the Triton kernel cannot multiply matrices of these widths, or None."""
+    narrow = [f"{name} = {size}" for name, size in (("headdim", headdim), ("state", state)) if size < 16]
+    return f"kernel ssd needs widths of at least 16, here {' and '.join(narrow)}" if narrow else None
+
+# %% ../nbs/05_ssd.ipynb #0d8c47b3
 def ssd(
     x: Float[Tensor, "batch len heads headdim"],  # values
     log_a: Float[Tensor, "batch len heads"],  # log of the decays, at most 0; -inf forgets everything
@@ -121,7 +127,7 @@ def ssd(
     C: Float[Tensor, "batch len groups state"],  # queries, grouped as B
     *,
     mode: str = "chunked",  # "recurrent", "attention" or "chunked": the same numbers at another cost
-    chunk_size: int = 64,  # tokens in a chunk, for mode "chunked"
+    chunk_size: int = 64,  # tokens in a chunk, for mode "chunked"; the Triton kernel picks what suits the GPU
     initial_state: Float[Tensor, "batch heads headdim state"] | None = None,  # None is a zero state
     return_state: bool = False,  # also return the state after the last token
     backend: str = "auto",  # "naive", "triton" or "auto"
@@ -143,13 +149,19 @@ def ssd(
         raise ValueError(f"mode is {mode!r}: it must be 'recurrent', 'attention' or 'chunked'")
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size!r}: it must be an integer of at least 1")
-    choose_backend(backend, x)
-
     (batch, length, heads, headdim), (groups, state_size) = x.shape, B.shape[2:]
+    obstacle = None if mode == "chunked" else f"mode={mode!r} has no Triton kernel"
+    path = choose_backend(backend, x, log_a, B, C, initial_state, kernel="ssd", obstacle=obstacle or _too_narrow(headdim, state_size))
+
     dtype = wide_dtype(*(tensor for tensor, _ in inputs.values()))
     with torch.autocast(x.device.type, enabled=False):
         if initial_state is None:
             initial_state = x.new_zeros(batch, heads, headdim, state_size)
+        if path == "triton":
+            from llamba_ref.kernels.ssd import ssd_op
+
+            y, state = ssd_op(x, log_a.to(dtype).contiguous(), B, C, initial_state.to(dtype).contiguous())
+            return (y, state) if return_state else y
         state = rearrange(initial_state.to(dtype), "b (g r) p n -> b g r p n", g=groups)
         values, gates = (rearrange(z.to(dtype), "b l (g r) ... -> b l g r ...", g=groups) for z in (x, log_a))
         arguments = (values, gates, B.to(dtype), C.to(dtype), state)
@@ -160,17 +172,21 @@ def ssd(
         y = rearrange(y, "b l g r p -> b l (g r) p").to(x.dtype)
     return (y, rearrange(state, "b g r p n -> b (g r) p n")) if return_state else y
 
-# %% ../nbs/05_ssd.ipynb #8962e508
+# %% ../nbs/05_ssd.ipynb #9dc08f7d
 def ssd_step(
     x_t: Float[Tensor, "batch heads headdim"],  # values of one token
     log_a_t: Float[Tensor, "batch heads"],  # log of its decays, at most 0
     B_t: Float[Tensor, "batch groups state"],  # its keys
     C_t: Float[Tensor, "batch groups state"],  # its queries
-    state: Float[Tensor, "batch heads headdim state"],  # the state before it; it is not changed
+    state: Float[Tensor, "batch heads headdim state"],  # the state before it
+    *,
+    in_place: bool = False,  # overwrite the state, to save its memory or to keep its address; False leaves it as it is
+    backend: str = "auto",  # "naive", "triton" or "auto"; the kernel has no gradient, so "auto" is naive where one is wanted
 ) -> tuple[Tensor, Tensor]:  # y_t (batch, heads, headdim) with dtype of x_t; the state after it, float32 at least
     """One token of `ssd`, for decoding: work and memory do not depend on how many tokens came before.
 
-    Raises ValueError when shapes or dtypes do not fit or a log_a_t is positive."""
+    Raises ValueError when shapes or dtypes do not fit, a log_a_t is positive or a state to be overwritten has too narrow a type;
+    RuntimeError when backend="triton" cannot run here."""
     _check({
         "x_t": (x_t, "batch heads headdim"),
         "log_a_t": (log_a_t, "batch heads"),
@@ -179,13 +195,22 @@ def ssd_step(
         "state": (state, "batch heads headdim state"),
     })
     groups, dtype = B_t.shape[1], wide_dtype(x_t, log_a_t, state)
+    if in_place and state.dtype != dtype:
+        raise ValueError(f"state is {state.dtype}: to be overwritten it must be {dtype}")
+    given = (x_t, log_a_t, B_t, C_t, state)
+    differentiable = torch.is_grad_enabled() and any(z.requires_grad for z in given)
+    path = choose_backend(backend, *given, kernel="ssd_step", obstacle="kernel ssd_step has no gradient" if differentiable else None)
     with torch.autocast(x_t.device.type, enabled=False):
-        state = rearrange(state.to(dtype), "b (g r) p n -> b g r p n", g=groups)
+        if path == "triton":
+            from llamba_ref.kernels.ssd import triton_step
+
+            return triton_step(x_t, log_a_t.to(dtype), B_t, C_t, state.to(dtype), in_place)
+        old = rearrange(state.to(dtype), "b (g r) p n -> b g r p n", g=groups)
         values = rearrange(x_t.to(dtype), "b (g r) p -> b g r p", g=groups)
         gate = split_gate(rearrange(log_a_t.to(dtype), "b (g r) -> b g r 1 1", g=groups))
-        y_t, state = _one_step(state, values, *gate, B_t.to(dtype), C_t.to(dtype))
-        y_t = rearrange(y_t, "b g r p -> b (g r) p").to(x_t.dtype)
-    return y_t, rearrange(state, "b g r p n -> b (g r) p n")
+        y_t, new = _one_step(old, values, *gate, B_t.to(dtype), C_t.to(dtype))
+        y_t, new = rearrange(y_t, "b g r p -> b (g r) p").to(x_t.dtype), rearrange(new, "b g r p n -> b (g r) p n")
+    return y_t, state.copy_(new) if in_place else new
 
 # %% ../nbs/05_ssd.ipynb #d4c358cd
 def ssd_matrix(

@@ -63,7 +63,7 @@ def gpu_of(
     known = next((gpu for gpu in GPUS.values() if gpu.name in found.name), INTERPRETED)
     return known._replace(name=found.name, capability=10 * found.major + found.minor, multiprocessors=found.multi_processor_count)
 
-# %% ../../nbs/91_triton.ipynb #f30ee2ee
+# %% ../../nbs/91_triton.ipynb #e5c3cbdc
 class Launch(NamedTuple):
     """One call of a kernel, written down instead of made."""
 
@@ -72,6 +72,7 @@ class Launch(NamedTuple):
     arguments: dict  # name -> tensor, number, None, or constant
     constants: frozenset[str]  # names of those that are part of the program: another value, another program
     num_warps: int  # warps of 32 threads that make up a program
+    num_stages: int  # how many turns of a loop with matrix products have their loads under way at the same time
 
     def signature(self) -> tuple[dict, dict, dict]:
         """What Triton's compiler asks for: types of the arguments, values of the constants, and what is divisible by 16."""
@@ -96,6 +97,7 @@ def launch(
     grid: tuple[int, ...],  # how many programs along each axis
     *arguments: Tensor | int | None,  # in the order of the kernel's signature
     num_warps: int = 4,  # warps of 32 threads that make up a program
+    num_stages: int = 1,  # how many turns of a loop with matrix products have their loads under way at the same time
     **constants,  # the kernel's constexpr arguments, by name
 ) -> None:
     """Run a kernel on the device of its first tensor, or write the call down under `recording`."""
@@ -103,10 +105,10 @@ def launch(
     if _recorder is not None:
         named = dict(zip(kernel.arg_names, arguments)) | constants
         named = {name: named[name] for name in kernel.arg_names}
-        _recorder[1].append(Launch(kernel, grid, named, frozenset(constants), num_warps))
+        _recorder[1].append(Launch(kernel, grid, named, frozenset(constants), num_warps, num_stages))
         return
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-        kernel[grid](*arguments, **constants, num_warps=num_warps)
+        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
 
 # %% ../../nbs/91_triton.ipynb #46fdd5b8
 @contextmanager
@@ -123,7 +125,7 @@ def recording(
     finally:
         _recorder = None
 
-# %% ../../nbs/91_triton.ipynb #f378880e
+# %% ../../nbs/91_triton.ipynb #825cf752
 class Compiled(NamedTuple):
     """What a program takes on one kind of GPU."""
 
@@ -143,7 +145,7 @@ def compile_for(
         raise RuntimeError("kernels of this process are interpreted: compile in one that was started without TRITON_INTERPRET")
     types, values, attributes = call.signature()
     source = ASTSource(fn=call.kernel, signature=types, constexprs=values, attrs=attributes)
-    program = triton.compile(source, target=GPUTarget("cuda", gpu.capability, 32), options={"num_warps": call.num_warps})
+    program = triton.compile(source, target=GPUTarget("cuda", gpu.capability, 32), options={"num_warps": call.num_warps, "num_stages": call.num_stages})
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.TemporaryDirectory() as folder:
         ptx, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"

@@ -18,10 +18,11 @@ from ..scan import polar_gate
 __all__ = ['scan_op', 'scan_backward_op', 'expm1', 'combine', 'combine_complex', 'unit', 'turn', 'load_tile', 'store_tile',
            'last_row', 'scan_kernel', 'scan_forward', 'scan_backward', 'triton_scan']
 
-# %% ../../nbs/04_scan_kernel.ipynb #3dd89e7c
+# %% ../../nbs/04_scan_kernel.ipynb #4eed0454
 @triton.jit
 def expm1(x):
     """exp(x) - 1 for x <= 0, with all its digits near 0, where the sum of a series takes over."""
+    x = tl.maximum(x, -100.0)  # below, the result is -1 already, and powers of x overflow
     series = 1.0 + x / 9
     for i in tl.static_range(1, 8):
         series = 1.0 + x / (9 - i) * series
