@@ -32,9 +32,18 @@ def device_name() -> str:
     return f"{model}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
-def save(name: str, command: str, **content) -> Path:
-    """Write bench/results/NAME.json: the command that made it, device, versions, date, and the measurements."""
-    versions = {package: importlib.metadata.version(package) for package in ("llamba_ref", "torch", "transformers")}
+def version(package: str) -> str | None:
+    """The version of an installed package; None where it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def save(name: str, command: str, *, packages: Sequence[str] = (), **content) -> Path:
+    """Write bench/results/NAME.json: the command that made it, device, versions (of `packages` too, null where they are not
+    installed), date, and the measurements."""
+    versions = {package: version(package) for package in ("llamba_ref", "torch", "transformers", *packages)}
     record = {"command": command, "device": device_name(), "python": platform.python_version(), "versions": versions,
               "date": datetime.date.today().isoformat(), **content}
     path = RESULTS / f"{name}.json"

@@ -34,13 +34,13 @@ def fade(
     """One step a * state + update. Large terms are added last: whole * state + (rest * state + update)."""
     return torch.addcmul(torch.addcmul(update, rest, state), whole, state)
 
-# %% ../nbs/01_scan.ipynb #1939d1d9
+# %% ../nbs/01_scan.ipynb #06acdd0d
 def rotor(
     phase: Float[Tensor, "batch len *rest"],  # radians that each step turns by
 ) -> Shaped[Tensor, "batch len *rest"]:  # exp(i (phase_1 + ... + phase_t)), complex64 or complex128
     """The running product of unit gates along dim 1. Angles are summed in float64, whatever the input."""
     angle = phase.double().cumsum(1)
-    return torch.complex(angle.cos(), angle.sin()).to(wide_dtype(phase).to_complex())
+    return torch.complex(angle.cos(), angle.sin()).to(torch.promote_types(wide_dtype(phase), torch.complex64))
 
 
 def take_out(
@@ -155,7 +155,7 @@ def _gate_gradient(adjoint, u, before, *gates):
     parts = (w,) if len(gates) == 1 else (w.real, -w.imag if adjoint else w.imag)
     return [part.sum_to_size(z.shape).contiguous() for part, z in zip(parts, gates)]
 
-# %% ../nbs/01_scan.ipynb #de3931ba
+# %% ../nbs/01_scan.ipynb #f849fd00
 def _parallel(x, start, log_a, phase=None):
     """The two-level scan: x (b l ...), start (b ...), gates that broadcast to x."""
     if phase is not None:
@@ -195,13 +195,13 @@ def linear_scan(
     real = wide_dtype(x, log_a, phase, initial_state)
     with torch.autocast(x.device.type, enabled=False):
         start = torch.zeros_like(x[:, 0]) if initial_state is None else initial_state
-        inside = real.to_complex() if turning else real
+        inside = torch.promote_types(real, torch.complex64) if turning else real
         values = (z.to(dtype).resolve_conj() for z, dtype in ((x, x.dtype if path == "triton" and not turning else inside), (start, inside)))
         gates = (z.to(real) for z in (log_a, phase) if z is not None)
-        if path == "triton":
+        if path == "triton" and x.numel():  # without numbers there is nothing to launch
             from llamba_ref.kernels.scan import triton_scan
 
             h = triton_scan(*values, *gates)
         else:
             h = (_parallel if mode == "parallel" else _sequential)(*values, *gates)
-    return h.to(wide_dtype(x).to_complex() if turning else x.dtype)
+    return h.to(torch.promote_types(wide_dtype(x), torch.complex64) if turning else x.dtype)

@@ -15,8 +15,8 @@ from .device import gpu_of, launch
 from ..scan import polar_gate
 
 # %% auto #0
-__all__ = ['scan_op', 'scan_backward_op', 'expm1', 'combine', 'combine_complex', 'unit', 'turn', 'load_tile', 'store_tile',
-           'last_row', 'scan_kernel', 'scan_forward', 'scan_backward', 'triton_scan']
+__all__ = ['scan_op', 'scan_backward_op', 'expm1', 'combine', 'combine_complex', 'turn_back', 'unit', 'turn', 'load_tile',
+           'store_tile', 'last_row', 'scan_kernel', 'scan_forward', 'scan_backward', 'triton_scan']
 
 # %% ../../nbs/04_scan_kernel.ipynb #4eed0454
 @triton.jit
@@ -40,12 +40,17 @@ def combine_complex(r1, x1, y1, r2, x2, y2):
     """The same for states x + i y: the gates are real, so both parts fade alike."""
     return r1 + r2 + r1 * r2, x1 + (r2 * x1 + x2), y1 + (r2 * y1 + y2)
 
-# %% ../../nbs/04_scan_kernel.ipynb #85f7ab73
+# %% ../../nbs/04_scan_kernel.ipynb #7c2e27f2
+@triton.jit
+def turn_back(angle):
+    """An angle in float64, less all whole turns, in float32: between -pi and pi it has all its digits."""
+    return (angle - tl.floor(angle * 0.15915494309189535 + 0.5) * 6.283185307179586).to(tl.float32)
+
+
 @triton.jit
 def unit(angle):
-    """cos and sin of an angle in float64, which is turned back into [-pi, pi] first: there float32 has all its digits."""
-    turns = tl.floor(angle * 0.15915494309189535 + 0.5)
-    rest = (angle - turns * 6.283185307179586).to(tl.float32)
+    """cos and sin of an angle in float64."""
+    rest = turn_back(angle)
     return tl.cos(rest), tl.sin(rest)
 
 
@@ -76,7 +81,7 @@ def store_tile(pointer, t, d, width, mask, x, y, COMPLEX: tl.constexpr):
     else:
         tl.store(pointer + place, x.to(pointer.dtype.element_ty), mask)
 
-# %% ../../nbs/04_scan_kernel.ipynb #e5ae3aa5
+# %% ../../nbs/04_scan_kernel.ipynb #b47fa5f3
 @triton.jit
 def last_row(x, BL: tl.constexpr, FIRST: tl.constexpr):
     """The last row of a tile as a tile of one row; or the first, which is the last that a scan from the end reaches."""
@@ -139,7 +144,7 @@ def scan_kernel(
     if ENDS:
         if TURN:
             x, y = turn(*unit(angle), x, y)
-            store_tile(phase_out_ptr, place + one, d, width, inside, angle.to(tl.float32), 0.0, False)
+            store_tile(phase_out_ptr, place + one, d, width, inside, turn_back(angle), 0.0, False)
         store_tile(out_ptr, place + one, d, width, inside, x, y, TURN)
         store_tile(log_out_ptr, place + one, d, width, inside, total, 0.0, False)
 

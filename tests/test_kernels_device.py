@@ -1,0 +1,179 @@
+"""What kernels share: launches that are written down, types for the compiler, GPUs, how matrices are multiplied, and what is refused."""
+
+import os
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from llamba_ref.kernels.device import GPUS, INTERPRETED, POINTERS, Launch, compile_for, gpu_of, launch, precision_of, recording, scan_as_tree  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="about a process that interprets kernels")
+
+
+@triton.jit
+def add(x_ptr, y_ptr, out_ptr, size, shift, BLOCK: tl.constexpr, TWICE: tl.constexpr):
+    """x + y + shift, where y may be missing."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, i < size, other=0.0)
+    if y_ptr is not None:
+        x += tl.load(y_ptr + i, i < size, other=0.0)
+    tl.store(out_ptr + i, (x + shift) * (2 if TWICE else 1), i < size)
+
+
+def call(x, y, out, size=5, shift=1, num_warps=4):
+    launch(add, (2,), x, y, out, size, shift, num_warps=num_warps, TWICE=False, BLOCK=16)
+
+
+# launches
+
+
+def test_a_launch_runs():
+    x = torch.arange(20.0, device=DEVICE)
+    out = torch.zeros_like(x)
+    call(x, x, out, 20, 3)
+    assert torch.equal(out, 2 * x + 3)
+    call(x, None, out, 5, 0)
+    assert torch.equal(out, torch.where(x < 5, x, 2 * x + 3))
+
+
+def test_recording_writes_down_what_would_run_and_runs_nothing():
+    x, out = torch.ones(20), torch.zeros(20)
+    with recording(GPUS["T4"]) as launches:
+        call(x, None, out, num_warps=8)
+        call(out, x, x, 6)
+    assert not out.any() and x.all() and len(launches) == 2
+    first, second = launches
+    assert first.kernel is add and first.grid == (2,) and first.num_warps == 8 and second.num_warps == 4
+    assert list(first.arguments) == ["x_ptr", "y_ptr", "out_ptr", "size", "shift", "BLOCK", "TWICE"]  # as in the signature
+    assert first.arguments["x_ptr"] is x and first.arguments["y_ptr"] is None and first.arguments["out_ptr"] is out
+    assert first.arguments["size"] == 5 and second.arguments["size"] == 6 and first.arguments["BLOCK"] == 16
+    assert first.constants == {"BLOCK", "TWICE"}
+    call(x.to(DEVICE), None, there := out.to(DEVICE))  # afterwards launches run again
+    assert there.any() and len(launches) == 2
+
+
+def test_recording_works_on_tensors_without_numbers():
+    with recording(GPUS["H100"]) as launches:
+        call(torch.empty(2**40, device="meta"), None, torch.empty(2**40, device="meta"))
+    assert launches[0].arguments["x_ptr"].device.type == "meta"
+
+
+def test_recording_does_not_nest_and_ends_with_an_error():
+    with recording(GPUS["T4"]):
+        with pytest.raises(RuntimeError, match="recording is already going on"):
+            with recording(GPUS["A100"]):
+                pass
+        assert gpu_of(torch.device("cpu")) is GPUS["T4"]  # the outer one goes on
+    with pytest.raises(ZeroDivisionError):
+        with recording(GPUS["T4"]):
+            1 / 0
+    with recording(GPUS["H100"]) as launches:
+        assert gpu_of(torch.device("meta")) is GPUS["H100"] and launches == []
+
+
+# what the compiler is told
+
+
+def a_launch(**arguments):
+    return Launch(add, (1,), {"x_ptr": torch.empty(4), "y_ptr": None, **arguments, "BLOCK": 16}, frozenset({"BLOCK"}), 4, 1)
+
+
+def test_signature():
+    types, values, attributes = a_launch(size=5, many=2**31, most=2**31 - 1, sixteen=48, large=2**32).signature()
+    assert types == {"x_ptr": "*fp32", "y_ptr": "constexpr", "size": "i32", "many": "i64", "most": "i32", "sixteen": "i32", "large": "i64", "BLOCK": "constexpr"}
+    assert values == {(1,): None, (7,): 16}
+    assert set(attributes) == {(0,), (3,), (5,), (6,)}  # the pointer, 2**31, 48, 2**32
+    assert all(value == [["tt.divisibility", 16]] for value in attributes.values())
+
+
+@pytest.mark.parametrize("dtype, name", [(torch.float32, "*fp32"), (torch.float16, "*fp16"), (torch.bfloat16, "*bf16"), (torch.float64, "*fp64")])
+def test_pointer_types(dtype, name):
+    assert a_launch(z=torch.empty(1, dtype=dtype)).signature()[0]["z"] == name == POINTERS[dtype]
+
+
+def test_zero_and_negative_numbers():
+    types, _, attributes = a_launch(zero=0, less=-16, least=-(2**31) + 1, below=-(2**31)).signature()
+    assert [types[name] for name in ("zero", "less", "least", "below")] == ["i32", "i32", "i32", "i64"]
+    assert {(2,), (3,), (5,)} <= set(attributes) and (4,) not in attributes
+
+
+def test_a_number_among_the_constants_is_no_argument():
+    types, values, attributes = a_launch(size=16)._replace(constants=frozenset({"BLOCK", "size"})).signature()
+    assert types["size"] == "constexpr" and values[(2,)] == 16 and (2,) not in attributes
+
+
+# GPUs
+
+
+def test_data_sheets():
+    assert {name: gpu.capability for name, gpu in GPUS.items()} == {"T4": 75, "A100": 80, "H100": 90}
+    for gpu in GPUS.values():
+        assert gpu.float32 < gpu.half and 40 <= gpu.multiprocessors <= 132 and 64 * 1024 <= gpu.shared < 228 * 1024 and 3e11 < gpu.bandwidth < 4e12
+
+
+def test_without_a_gpu_the_interpreter():
+    assert gpu_of(torch.device("cpu")) is INTERPRETED and gpu_of(torch.device("meta")) is INTERPRETED
+
+
+@pytest.mark.parametrize("name, known", [("NVIDIA A100-SXM4-80GB", "A100"), ("Tesla T4", "T4"), ("NVIDIA H100 PCIe", "H100"), ("NVIDIA L4", None)])
+def test_a_gpu_that_is_there(monkeypatch, name, known):
+    class Properties:
+        major, minor, multi_processor_count = 8, 6, 58
+
+    Properties.name = name
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    gpu = gpu_of(torch.device("cuda"))
+    assert (gpu.name, gpu.capability, gpu.multiprocessors) == (name, 86, 58)
+    assert gpu is not INTERPRETED and (known is None or gpu.bandwidth == GPUS[known].bandwidth)
+
+
+@pytest.mark.gpu
+def test_gpu_the_device():
+    gpu = gpu_of(torch.device("cuda"))
+    assert gpu.name == torch.cuda.get_device_name() and gpu.capability == sum(x * y for x, y in zip(torch.cuda.get_device_capability(), (10, 1)))
+
+
+# how matrices are multiplied
+
+
+@pytest.fixture(params=["highest", "high", "medium"])
+def matmul(request):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("gpu", [*GPUS.values(), INTERPRETED], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_precision(gpu, dtype, matmul):
+    """Half precision from sm_80 on; float32 elsewhere, as tf32 only if asked for and the GPU has it."""
+    found = precision_of(dtype, gpu)
+    if dtype != torch.float32 and gpu.name in ("A100", "H100"):
+        assert found == {"TYPE": {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype], "PRECISION": "ieee"}
+    else:
+        assert found == {"TYPE": tl.float32, "PRECISION": "tf32" if matmul != "highest" and gpu.name != "T4" else "ieee"}
+
+
+# compiling
+
+
+@interpreted
+def test_a_process_that_interprets_cannot_compile():
+    with recording(GPUS["T4"]) as launches:
+        call(torch.empty(4), None, torch.empty(4))
+    with pytest.raises(RuntimeError, match="kernels of this process are interpreted: compile in one that was started without TRITON_INTERPRET"):
+        compile_for(GPUS["T4"], launches[0])
+
+
+@interpreted
+def test_scan_as_tree_may_be_called_again():
+    from triton.runtime import interpreter
+
+    before = interpreter.ScanOps.generic_scan
+    scan_as_tree()
+    assert interpreter.ScanOps.generic_scan is before  # tests/conftest.py has called it
