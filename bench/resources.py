@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bench.common import save
 from llamba_ref.kernels.device import GPU, GPUS, Launch, compile_for, recording
+from llamba_ref.kernels.orientation import orientation_backward, orientation_forward
 from llamba_ref.kernels.scan import scan_backward, scan_forward
 from llamba_ref.kernels.ssd import ssd_backward, ssd_forward, step_forward
 
@@ -55,10 +56,21 @@ def call_step(dtype: torch.dtype) -> None:
         step_forward(empty(32, 32, headdim, dtype=dtype), empty(32, 32), keys, keys, empty(32, 32, headdim, state))
 
 
+def call_orientation(dtype: torch.dtype) -> None:
+    """Stage 1 for a student like Llamba-1B or Llamba-8B: 32 heads, of which 8 of the teacher's have keys, 64 or 128 wide; states of 64."""
+    log_a, D, lse = empty(1, 8192, 32), empty(32), empty(1, 32, 8192)
+    B = C = empty(1, 8192, 32, 64, dtype=dtype)
+    for width in (64, 128):
+        inputs = (empty(1, 8192, 32, width, dtype=dtype), empty(1, 8192, 8, width, dtype=dtype), log_a, B, C, D)
+        distance, _ = orientation_forward(*inputs, width**-0.5)
+        orientation_backward(distance, distance, lse, *inputs, width**-0.5)
+
+
 CALLS: dict[str, tuple[Callable, tuple[str, ...]]] = {  # what launches kernels -> with which types
     "scan": (call_scan, (*FLOATS, "complex64")),
     "ssd": (call_ssd, FLOATS),
     "step": (call_step, FLOATS),
+    "orientation": (call_orientation, FLOATS),
 }
 
 

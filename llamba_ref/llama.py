@@ -24,8 +24,8 @@ from .checkpoint import (atomic_directory, find_checkpoint, load_strict, read_co
 from .decoder import Backbone, Decoder, init_weights
 
 # %% auto #0
-__all__ = ['OURS_AND_THEIRS', 'Rope', 'rope_frequencies', 'apply_rope', 'KVCache', 'causal_mask', 'Attention', 'LlamaConfig',
-           'rename', 'convert_gguf', 'Llama']
+__all__ = ['OURS_AND_THEIRS', 'Rope', 'rope_frequencies', 'apply_rope', 'KVCache', 'causal_mask', 'attention_matrix', 'Attention',
+           'LlamaConfig', 'rename', 'convert_gguf', 'Llama']
 
 # %% ../nbs/08_llama.ipynb #4c3315a6
 @dataclass(frozen=True)
@@ -110,6 +110,18 @@ def causal_mask(
         return (key <= query)[None, None]
     return ((key <= query) & (key >= padding[:, None, None]) | (key == query))[:, None]
 
+# %% ../nbs/08_llama.ipynb #29a0e053
+def attention_matrix(
+    q: Float[Tensor, "batch len heads headdim"],  # queries
+    k: Float[Tensor, "batch len kv_heads headdim"],  # keys, each for heads / kv_heads neighbouring heads
+    scale: float | None = None,  # scores are scale * q.k; None: 1 / sqrt(headdim)
+) -> Float[Tensor, "batch heads len len"]:  # row t holds the weights that position t gives to positions 0..t; dtype of q
+    """Causal softmax attention as a matrix for each query head. Computed in float32 at least from the scores on."""
+    q, k = rearrange(q, "b l h d -> b h l d"), repeat(k, "b l h d -> b (h r) l d", r=q.shape[2] // k.shape[2])
+    scores = q @ k.mT / q.shape[-1] ** 0.5 if scale is None else q @ k.mT * scale
+    scores = scores.masked_fill(~causal_mask(q.shape[2], 0, None, q.device), float("-inf"))
+    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+
 # %% ../nbs/08_llama.ipynb #6031ffa3
 class Attention(nn.Module):
     """Causal softmax attention with rotary positions and grouped queries: the mixer of Llama."""
@@ -176,13 +188,14 @@ class Attention(nn.Module):
         y, state = self(u_t[:, None], state)
         return y[:, 0], state
 
+    def queries_and_keys(self, u: Float[Tensor, "batch len d_model"]) -> tuple[Tensor, Tensor]:
+        """Rotated queries (batch, len, heads, headdim) and keys (batch, len, kv_heads, headdim), of which `attention_matrix` makes the matrix."""
+        q, k, _ = self.project(u, 0, None)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
     def matrix(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch heads len len"]:
         """The attention matrix of each query head: row t holds the weights that position t gives to positions 0..t."""
-        q, k, _ = self.project(u, 0, None)
-        k = repeat(k, "b h l d -> b (h r) l d", r=self.n_heads // self.n_kv_heads)
-        scores = q @ k.transpose(-1, -2) / self.head_dim**0.5
-        scores = scores.masked_fill(~causal_mask(u.shape[1], 0, None, u.device), float("-inf"))
-        return scores.softmax(-1, dtype=torch.promote_types(u.dtype, torch.float32)).to(u.dtype)
+        return attention_matrix(*self.queries_and_keys(u)).to(u.dtype)
 
 # %% ../nbs/08_llama.ipynb #3e39d9ce
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -165,13 +165,17 @@ class SSDMixer(SSDParameters):
         y, ssm = ssd_step(p.written[:, 0], p.log_a[:, 0], p.B[:, 0], p.C[:, 0], state.ssm)
         return self.gate_and_project(y, p.x[:, 0], p.z[:, 0]), MambaState(window, ssm)
 
-    def matrix(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch heads len len"]:
-        """The matrix that each head applies to its x: a column for each token that is written, D on the diagonal."""
+    def matrix_factors(self, u: Float[Tensor, "batch len d_model"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log_a, B, C and D, of which `ssd_matrix` makes the matrix. Step sizes go into B, so that each head then has a B of its own."""
         p, _ = self.project(u, None)
         if p.dt is None:
-            return ssd_matrix(p.log_a, p.B, p.C, self.D)
-        T = ssd_matrix(p.log_a, p.B, p.C) * rearrange(p.dt, "b s h -> b h 1 s")
-        return T + self.D[:, None, None] * torch.eye(u.shape[1], dtype=T.dtype, device=T.device)
+            return p.log_a, p.B, p.C, self.D
+        B, C = (repeat(z.to(p.dt.dtype), "b l g n -> b l (g r) n", r=self.n_heads // self.n_groups) for z in (p.B, p.C))
+        return p.log_a, B * p.dt[..., None], C, self.D
+
+    def matrix(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch heads len len"]:
+        """The matrix that each head applies to its x: a column for each token that is written, D on the diagonal."""
+        return ssd_matrix(*self.matrix_factors(u))
 
 # %% ../nbs/06_mamba2.ipynb #e2beb253
 class Mamba2(SSDMixer):

@@ -5,6 +5,7 @@
 # %% ../nbs/11_mohawk.ipynb #d2e00e1c
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
@@ -16,13 +17,16 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from .core import check_tensors, choose_backend, wide_dtype
 from .decoder import Decoder, LayerView
-from .llama import Attention
+from .llama import Attention, attention_matrix
+from .mamba2 import SSDMixer
+from .ssd import ssd_matrix
 from .training import Language, Objective, Stage, train
 
 # %% auto #0
-__all__ = ['OBJECTIVES', 'comparable', 'orientation_loss', 'LayerByLayer', 'match_matrix', 'alignment_loss', 'match_output',
-           'distillation_loss', 'EndToEnd', 'check_separate', 'distill', 'draw_matrices']
+__all__ = ['OBJECTIVES', 'comparable', 'orientation_loss', 'LayerByLayer', 'matrix_distance', 'match_matrix', 'alignment_loss',
+           'match_output', 'distillation_loss', 'EndToEnd', 'check_separate', 'distill', 'draw_matrices']
 
 # %% ../nbs/11_mohawk.ipynb #4099c065
 def comparable(
@@ -83,13 +87,72 @@ class LayerByLayer:
                 break  # the layers above the last new mixer have nothing to teach
         return torch.stack(losses).float()
 
-# %% ../nbs/11_mohawk.ipynb #9529dd17
+# %% ../nbs/11_mohawk.ipynb #b472c6d4
+def matrix_distance(
+    q: Float[Tensor, "batch len heads width"],  # the teacher's queries, rotated; they get no gradient
+    k: Float[Tensor, "batch len kv_heads width"],  # its keys, each for heads / kv_heads neighbouring heads; they get no gradient
+    log_a: Float[Tensor, "batch len heads"],  # logs of the student's decays, at most 0; -inf forgets everything
+    B: Float[Tensor, "batch len groups state"],  # its keys, each for heads / groups neighbouring heads
+    C: Float[Tensor, "batch len groups state"],  # its queries, grouped as B
+    D: Float[Tensor, "heads"] | None = None,  # its skip connection, on the diagonal of its matrix
+    *,
+    scale: float | None = None,  # the teacher's scores are scale * q.k; None: 1 / sqrt(width)
+    backend: str = "auto",  # "naive", "triton" or "auto"
+) -> Float[Tensor, "batch heads"]:  # Frobenius norms, float32 at least
+    """How far `ssd_matrix(log_a, B, C, D)` is from causal softmax attention, for each head (Bick et al. 2024, equation 3 before the mean).
+
+    The Triton path forms no matrix: its memory grows with len, not with its square. Raises ValueError when shapes do not fit, the
+    sequence is empty, a log_a is positive, or scale or backend is none; RuntimeError when backend="triton" cannot run here."""
+    inputs = {"q": (q, "batch len heads width"), "k": (k, "batch len kv_heads width"), "log_a": (log_a, "batch len heads"),
+              "B": (B, "batch len groups state"), "C": (C, "batch len groups state")}
+    sizes = check_tensors(inputs if D is None else inputs | {"D": (D, "heads")})
+    for name, axis in (("k", "kv_heads"), ("B", "groups")):
+        if sizes[axis] < 1 or sizes["heads"] % sizes[axis]:
+            raise ValueError(f"{name} has {axis} = {sizes[axis]}: it must be a divisor of heads = {sizes['heads']}")
+    if not isinstance(scale, (int, float, type(None))) or scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale!r}: it must be a finite number or None")
+    obstacle = _wrong_width(sizes["width"], sizes["state"])
+    path = choose_backend(backend, q, k, log_a, B, C, D, kernel="orientation", obstacle=obstacle)
+    with torch.autocast(q.device.type, enabled=False):
+        if path == "triton":
+            from llamba_ref.kernels.orientation import triton_distance
+
+            return triton_distance(q, k, log_a, B, C, D, sizes["width"] ** -0.5 if scale is None else float(scale))
+        wide = wide_dtype(q, k, log_a, B, C, D)
+        q, k, B, C = (z.to(wide) for z in (q.detach(), k.detach(), B, C))
+        return torch.linalg.matrix_norm(ssd_matrix(log_a, B, C, D) - attention_matrix(q, k, scale))
+
+
+def _wrong_width(width: int, state: int) -> str | None:
+    """Why the kernel cannot work with queries of this width and a state of this size, or None."""
+    wrong = [f"{name} = {size}" for name, size in (("width", width), ("state", state)) if not 16 <= size <= 128]
+    return f"kernel orientation multiplies tiles of 16 to 128 columns, but {wrong[0]}" if wrong else None
+
+# %% ../nbs/11_mohawk.ipynb #56f8d0cf
 def match_matrix(
     block: nn.Module,  # the student's block
     layer: LayerView,  # what the teacher's layer saw and did
+    backend: str = "auto",  # "naive" forms both matrices, "triton" forms none, "auto" is Triton on a GPU where it can
 ) -> Float[Tensor, ""]:
-    """Stage 1: the student's matrix for the teacher's input, against the teacher's matrix."""
-    return orientation_loss(block.mixer.matrix(block.input_layernorm(layer.input)), layer.matrix())
+    """Stage 1: the student's matrix for the teacher's input, against the teacher's matrix.
+
+    Raises ValueError when the matrices have different shapes, RuntimeError when backend="triton" cannot run here."""
+    ours, theirs, u = block.mixer, layer.block.mixer, block.input_layernorm(layer.input)
+    if choose_backend(backend, u, kernel="orientation", obstacle=_needs_matrices(ours, theirs)) == "naive":
+        return orientation_loss(ours.matrix(u), layer.matrix())
+    with torch.no_grad():
+        q, k = theirs.queries_and_keys(layer.mixer_input)
+    return matrix_distance(q, k, *ours.matrix_factors(u), backend="triton").mean()
+
+
+def _needs_matrices(ours: nn.Module, theirs: nn.Module) -> str | None:
+    """Why the matrices of these two mixers have to be formed, or None."""
+    for mixer, kind in ((ours, SSDMixer), (theirs, Attention)):
+        if getattr(type(mixer), "matrix", None) is not kind.matrix:
+            return f"kernel orientation compares an SSDMixer with Attention, but {type(mixer).__name__} has a matrix of its own"
+    if ours.n_heads != theirs.n_heads:
+        return f"kernel orientation compares head by head, but the student has {ours.n_heads} heads, the teacher {theirs.n_heads}"
+    return _wrong_width(theirs.head_dim, ours.d_state)
 
 # %% ../nbs/11_mohawk.ipynb #3aaddb60
 def alignment_loss(
