@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.common import save
+from llamba_ref.kernels.conv import conv_backward, conv_forward, conv_step
 from llamba_ref.kernels.device import GPU, GPUS, Launch, compile_for, recording
 from llamba_ref.kernels.orientation import orientation_backward, orientation_forward
 from llamba_ref.kernels.scan import scan_backward, scan_forward
@@ -66,11 +67,24 @@ def call_orientation(dtype: torch.dtype) -> None:
         orientation_backward(distance, distance, lse, *inputs, width**-0.5)
 
 
+def call_conv(dtype: torch.dtype) -> None:
+    """The convolutions of Llamba-1B and 8B on a slice of the projection; in float32 also 8 taps, the most that the kernels take."""
+    for d_inner, d_state, heads, width in ((2048, 64, 32, 4), (4096, 64, 32, 4), (4096, 64, 32, 8))[: 3 if dtype == torch.float32 else 2]:
+        channels = d_inner + 2 * heads * d_state
+        x = empty(1, 8192, d_inner + channels + heads, dtype=dtype)[..., d_inner : d_inner + channels]
+        weight, bias, window = empty(channels, 1, width, dtype=dtype), empty(channels, dtype=dtype), empty(1, channels, width, dtype=dtype)
+        for silu in (False, True) if width == 4 else (True,):
+            grad = conv_forward(x, weight, bias, window, silu)
+            conv_backward(grad, x, weight, bias, window, silu)
+        conv_step(x[:, 0], weight, bias, window, True)
+
+
 CALLS: dict[str, tuple[Callable, tuple[str, ...]]] = {  # what launches kernels -> with which types
     "scan": (call_scan, (*FLOATS, "complex64")),
     "ssd": (call_ssd, FLOATS),
     "step": (call_step, FLOATS),
     "orientation": (call_orientation, FLOATS),
+    "conv": (call_conv, FLOATS),
 }
 
 

@@ -824,7 +824,7 @@ def test_the_inverse_of_softplus():
 # The convolution and the norm
 
 
-@given(st.integers(1, 9), st.integers(0, 9), st.integers(1, 6), st.booleans())
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_convolution_is_conv1d_and_goes_on(first, second, width, bias):
     x, weight, b = torch.randn(2, first + second, 3).double(), torch.randn(3, 1, width).double(), torch.randn(3).double() if bias else None
