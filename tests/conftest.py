@@ -1,7 +1,13 @@
 """What every test runs under: no network, one thread, a fixed seed, Triton's interpreter where there is no GPU."""
 
 import importlib.util
+import json
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 # Read when these libraries are first imported, so they are set before any of them is.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,11 +34,50 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what is marked `gpu` where there is none."""
+    """Skip what is marked `gpu` where there is none; look at compiled kernels last, when the compiler has had its time."""
+    items.sort(key=of_compiler)
     if not GPU:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def of_compiler(item) -> bool:
+    return item.path.name == "test_ahead.py"
+
+
+COMPILE = "import json, bench.resources\nif __name__ == '__main__': print(json.dumps(bench.resources.compile_all(processes=1)))"
+compiler = pytest.StashKey[tuple[subprocess.Popen, Path]]()
+
+
+def pytest_collection_finish(session):
+    """If their tests are wanted, compile all kernels from scratch, beside the other tests, in a process that does not interpret."""
+    if any(of_compiler(item) for item in session.items) and not session.config.option.collectonly:
+        folder = tempfile.mkdtemp()
+        script = Path(folder, "compile_kernels.py")  # a file, because its pool starts it anew
+        script.write_text(COMPILE)
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= {"TRITON_CACHE_DIR": folder, "PYTHONPATH": str(session.config.rootpath)}
+        with open(Path(folder, "rows.json"), "w") as rows, open(Path(folder, "errors.txt"), "w") as errors:
+            process = subprocess.Popen([sys.executable, script], env=environment, stdout=rows, stderr=errors)
+        session.config.stash[compiler] = process, Path(folder)
+
+
+def pytest_sessionfinish(session):
+    """Leave nothing behind, also when the tests stopped early."""
+    if compiler in session.config.stash:
+        process, folder = session.config.stash[compiler]
+        process.terminate()
+        process.wait()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def compiled(pytestconfig):
+    """All programs of `bench.resources`, compiled."""
+    process, folder = pytestconfig.stash[compiler]
+    assert process.wait() == 0, (folder / "errors.txt").read_text()
+    return json.loads((folder / "rows.json").read_text())
 
 
 @pytest.fixture(autouse=True)
