@@ -82,7 +82,7 @@ def _mix(x, log_a, B, C, state):
     outside = rearrange(C @ entering, "b c g l (r p) -> b c g l r p", p=x.shape[-1]) * reach
     return outside + rearrange(inside, "b c g r l p -> b c g l r p"), state
 
-# %% ../nbs/05_ssd.ipynb #11947090
+# %% ../nbs/05_ssd.ipynb #e3bf198a
 CACHE = 2**17  # numbers in x that each thread of a processor works on at a time: 512 KiB in float32
 
 
@@ -94,7 +94,7 @@ def _chunked(x, log_a, B, C, state, size):
     x = rearrange(x, "b (c l) g r p -> b c g r l p", l=size)
     log_a = rearrange(log_a, "b (c l) g r -> b c g r l", l=size)
     B, C = (rearrange(z, "b (c l) g n -> b c g l n", l=size) for z in (B, C))
-    together = max(1, CACHE * torch.get_num_threads() // x[:, 0].numel()) if x.device.type == "cpu" else x.shape[1]
+    together = max(1, CACHE * torch.get_num_threads() // max(1, x[:, 0].numel())) if x.device.type == "cpu" else x.shape[1]
     state, outputs = rearrange(state, "b g r p n -> b g n (r p)"), []
     for chunks in zip(*(z.split(together, 1) for z in (x, log_a, B, C))):
         y, state = _mix(*chunks, state)
@@ -119,7 +119,7 @@ def _too_narrow(headdim: int, state: int) -> str | None:
     narrow = [f"{name} = {size}" for name, size in (("headdim", headdim), ("state", state)) if size < 16]
     return f"kernel ssd needs widths of at least 16, here {' and '.join(narrow)}" if narrow else None
 
-# %% ../nbs/05_ssd.ipynb #0d8c47b3
+# %% ../nbs/05_ssd.ipynb #2cc2cf03
 def ssd(
     x: Float[Tensor, "batch len heads headdim"],  # values
     log_a: Float[Tensor, "batch len heads"],  # log of the decays, at most 0; -inf forgets everything
@@ -157,7 +157,7 @@ def ssd(
     with torch.autocast(x.device.type, enabled=False):
         if initial_state is None:
             initial_state = x.new_zeros(batch, heads, headdim, state_size)
-        if path == "triton":
+        if path == "triton" and x.numel():  # without numbers there is nothing to launch
             from llamba_ref.kernels.ssd import ssd_op
 
             y, state = ssd_op(x, log_a.to(dtype).contiguous(), B, C, initial_state.to(dtype).contiguous())

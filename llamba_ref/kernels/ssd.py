@@ -116,7 +116,7 @@ def chunk_output_kernel(
     y = tl.dot(scores.to(TYPE), x.to(TYPE), y, input_precision=PRECISION)
     store_rows(y_ptr, heads * P, t, end, p, P, y)
 
-# %% ../../nbs/07_ssd_kernels.ipynb #408b8b3c
+# %% ../../nbs/07_ssd_kernels.ipynb #feb77301
 @triton.jit
 def chunk_gradient_kernel(
     x_ptr, B_ptr, C_ptr, log_a_ptr, states_ptr, start_ptr, dy_ptr, dstates_ptr, dB_ptr, dC_ptr, dlog_a_ptr,
@@ -134,7 +134,7 @@ def chunk_gradient_kernel(
     dB, dC = tl.zeros((Q, BN), tl.float32), tl.zeros((Q, BN), tl.float32)
     for head in range(bundle * TOGETHER, (bundle + 1) * TOGETHER):
         sums, total = sums_of_logs(log_a_ptr + row * length * heads + head, t, end, heads)
-        before = ((row * chunks + chunk - 1) * heads + head) * P * N
+        entered = ((row * chunks + chunk - 1) * heads + head) * P * N
         after, own = ((row * chunks + chunk) * heads + head) * P * N, (row * heads + head) * P * N
         products, diagonal = tl.zeros((Q, Q), tl.float32), tl.zeros((Q,), tl.float32)
         read, written = tl.zeros((Q, BN), tl.float32), tl.zeros((Q, BN), tl.float32)
@@ -142,7 +142,7 @@ def chunk_gradient_kernel(
             p = first + tl.arange(0, BP)
             x = load_rows(x_ptr + row * length * x_row + head * P, x_row, t, end, p, P)
             dy = load_rows(dy_ptr + (row * length * heads + head) * P, heads * P, t, end, p, P)
-            state = load_rows(states_ptr + before, N, p, P if chunk > 0 else 0, n, N)
+            state = load_rows(states_ptr + entered, N, p, P if chunk > 0 else 0, n, N)
             state += load_rows(start_ptr + own, N, p, P if chunk == 0 else 0, n, N)
             dstate = load_rows(dstates_ptr + after, N, p, P, n, N)
             diagonal += tl.sum(dy * x, 1)
@@ -160,7 +160,8 @@ def chunk_gradient_kernel(
         inside = tl.dot(tl.trans(products).to(TYPE), C.to(TYPE), input_precision=PRECISION)
         column_sums = tl.sum(inside * B, 1)
         dB += inside + written + diagonal[:, None] * C
-        dlog_a = tl.cumsum((row_sums - column_sums).to(tl.float64), 0, reverse=True) + (tl.cumsum(passed.to(tl.float64), 0) - passed)
+        before = tl.sum(tl.where(i[:, None] > i[None, :], passed[None, :], 0.0), 1)  # a running sum less its last term would lose small ones
+        dlog_a = tl.cumsum((row_sums - column_sums).to(tl.float64), 0, reverse=True) + before
         place = (tl.program_id(2) * tl.num_programs(0) // chunks + row) * length * heads + head
         tl.store(dlog_a_ptr + place + t.to(tl.int64) * heads, dlog_a.to(tl.float32), t < end)
     width = tl.num_programs(1) * N
