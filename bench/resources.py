@@ -20,6 +20,7 @@ from torch import Tensor
 from bench.common import save
 from llamba_ref.kernels.conv import conv_backward, conv_forward, conv_step
 from llamba_ref.kernels.device import GPU, GPUS, Launch, compile_for, recording
+from llamba_ref.kernels.gateloop import gateloop_backward, gateloop_forward
 from llamba_ref.kernels.orientation import orientation_backward, orientation_forward
 from llamba_ref.kernels.scan import scan_backward, scan_forward
 from llamba_ref.kernels.ssd import ssd_backward, ssd_forward, step_forward
@@ -79,12 +80,22 @@ def call_conv(dtype: torch.dtype) -> None:
         conv_step(x[:, 0], weight, bias, window, True)
 
 
+def call_gateloop(dtype: torch.dtype) -> None:
+    """GateLoop with a gate for each of 64 channels in 32 heads: real, then complex gates, with pairs of queries and keys twice as wide."""
+    gates, v = empty(1, 8192, 32, 64), empty(1, 8192, 32, 64, dtype=dtype)
+    for queries, key, phase in ((1, 64, None), (2, 128, gates)):
+        q, k, start = empty(1, 8192, 32, queries, key, dtype=dtype), empty(1, 8192, 32, key, dtype=dtype), empty(1, 32, key, 64)
+        y, last = gateloop_forward(q, k, v, gates, phase, start)
+        gateloop_backward(y, last, q, k, v, gates, phase, start)
+
+
 CALLS: dict[str, tuple[Callable, tuple[str, ...]]] = {  # what launches kernels -> with which types
     "scan": (call_scan, (*FLOATS, "complex64")),
     "ssd": (call_ssd, FLOATS),
     "step": (call_step, FLOATS),
     "orientation": (call_orientation, FLOATS),
     "conv": (call_conv, FLOATS),
+    "gateloop": (call_gateloop, FLOATS),
 }
 
 

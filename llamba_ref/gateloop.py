@@ -71,11 +71,11 @@ def _recurrent(q, k, v, log_a, state):
         outputs.append(einsum(q_t, state, "b h d, b h d p -> b h p"))
     return torch.stack(outputs, 1), state
 
-# %% ../nbs/02_gateloop.ipynb #dd600bc9
-def _scan(q, k, v, log_a, phase, state):
+# %% ../nbs/02_gateloop.ipynb #b2fc2060
+def _scan(q, k, v, log_a, phase, state, backend):
     """All states at once, complex gates as they are."""
     gates = [None if z is None else z.unsqueeze(-1) for z in (log_a, phase)]
-    states = linear_scan(gates[0], einsum(k, v, "b l h d, b l h p -> b l h d p"), gates[1], state)
+    states = linear_scan(gates[0], einsum(k, v, "b l h d, b l h p -> b l h d p"), gates[1], state, backend=backend)
     return einsum(q, states, "b l h d, b l h d p -> b l h p"), states[:, -1]
 
 # %% ../nbs/02_gateloop.ipynb #4fd4820e
@@ -109,8 +109,13 @@ def _check(q, k, log_a, phase, **others) -> None:
         if name in given and given[name].dtype.to_real() != q.dtype.to_real():
             raise ValueError(f"{name} is {given[name].dtype}: it must have the precision of q, {q.dtype}")
 
-# %% ../nbs/02_gateloop.ipynb #72d6584a
-GATELOOP_MODES = ("recurrent", "scan", "attention", "chunked")
+# %% ../nbs/02_gateloop.ipynb #9c68e159
+def _obstacle(q, v, mode) -> str | None:
+    """Why no Triton kernel computes this, or None."""
+    if mode in ("recurrent", "attention"):
+        return f"mode={mode!r} has no Triton kernel"
+    narrow = [f"{name} has {axis} = {z.shape[-1]}" for name, axis, z in (("q", "key", q), ("v", "value", v)) if z.shape[-1] < 16]
+    return f"{narrow[0]}: the kernel needs at least 16; mode='scan' has a kernel for any width" if narrow and mode == "chunked" else None
 
 
 def gateloop(
@@ -121,7 +126,7 @@ def gateloop(
     phase: Float[Tensor, "batch len heads key"] | None = None,  # radians that the gates turn by; a last size of 1 as for log_a
     *,
     mode: str = "scan",  # "recurrent", "scan", "attention" or "chunked": the same numbers at another cost
-    chunk_size: int = 64,  # tokens in a chunk, for mode "chunked"
+    chunk_size: int = 64,  # tokens in a chunk, for mode "chunked" without a kernel: the kernel picks its own
     initial_state: Shaped[Tensor, "batch heads key value"] | None = None,  # None is a zero state
     return_state: bool = False,  # also return the state after the last token
     backend: str = "auto",  # "naive", "triton" or "auto"
@@ -136,22 +141,27 @@ def gateloop(
         raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(map(repr, GATELOOP_MODES))}")
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size!r}: it must be an integer of at least 1")
-    choose_backend(backend, q)
+    path = choose_backend(backend, q, k, v, log_a, phase, initial_state, kernel="scan" if mode == "scan" else "gateloop", obstacle=_obstacle(q, v, mode))
 
     length, narrow, wide = q.shape[1], v.dtype, wide_dtype(v)
     with torch.autocast(q.device.type, enabled=False):
-        q, k, log_a, phase, v, state = _prepare(q, k, log_a, phase, v, initial_state)
-        if state is None:
-            state = v.new_zeros(v.shape[0], v.shape[2], q.shape[-1], v.shape[-1])
-        if mode == "scan":
-            y, state = _scan(q, k, v, log_a, phase, state)
+        if path == "triton" and mode == "chunked":
+            from llamba_ref.kernels.gateloop import triton_gateloop
+
+            y, state = triton_gateloop(q, k, v, log_a, phase, initial_state)
         else:
-            q, k, log_a, turn = _turn(q, k, log_a, phase)
-            if mode == "recurrent":
-                y, state = _recurrent(q, k, v, log_a, state)
+            q, k, log_a, phase, v, state = _prepare(q, k, log_a, phase, v, initial_state)
+            if state is None:
+                state = v.new_zeros(v.shape[0], v.shape[2], q.shape[-1], v.shape[-1])
+            if mode == "scan":
+                y, state = _scan(q, k, v, log_a, phase, state, path)
             else:
-                y, state = _chunked(q, k, v, log_a, state, size=min(chunk_size, length) if mode == "chunked" else length)
-            state = turn[:, -1].unsqueeze(-1) * state
+                q, k, log_a, turn = _turn(q, k, log_a, phase)
+                if mode == "recurrent":
+                    y, state = _recurrent(q, k, v, log_a, state)
+                else:
+                    y, state = _chunked(q, k, v, log_a, state, size=min(chunk_size, length) if mode == "chunked" else length)
+                state = turn[:, -1].unsqueeze(-1) * state
     y = y.to(wide.to_complex() if y.is_complex() else narrow)
     return (y, state) if return_state else y
 

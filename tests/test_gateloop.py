@@ -604,8 +604,8 @@ def test_options_are_named():
 
 
 def test_triton_that_cannot_run_says_so():
-    with pytest.raises(RuntimeError, match="backend='triton'"):
-        gateloop(**arguments(), backend="triton")
+    with pytest.raises(RuntimeError, match="backend='triton': mode='recurrent' has no Triton kernel; use"):
+        gateloop(**arguments(), mode="recurrent", backend="triton")
     assert torch.equal(gateloop(**arguments(), backend="naive"), gateloop(**arguments()))
 
 
