@@ -6,10 +6,9 @@ from torch import Tensor
 
 from llamba_ref.core import relative_error
 from llamba_ref.gateloop import GateLoop, gateloop
-
-pytest.importorskip("triton")
-from llamba_ref.kernels import scan  # noqa: E402
-from llamba_ref.kernels.gateloop import gateloop_op, triton_gateloop  # noqa: E402
+from llamba_ref.kernels import gateloop as kernels
+from llamba_ref.kernels import scan
+from llamba_ref.kernels.gateloop import gateloop_op, triton_gateloop
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("q", "k", "v", "log_a", "phase", "initial_state")
@@ -259,3 +258,12 @@ def test_on_a_gpu(kind, dtype, tolerance):
 def test_the_mixer_takes_the_kernels(gates):
     mixer, u = GateLoop(64, 2, 32, gates=gates).to(DEVICE), torch.randn(2, 100, 64, device=DEVICE)
     assert relative_error(mixer(u), mixer.cpu()(u.cpu()).to(DEVICE)) < 1e-5
+
+
+def test_one_real_gate_a_head_is_state_space_duality(monkeypatch):
+    """The SSD kernel computes it; with a phase or complex inputs it cannot."""
+    for kind, faster in (("real", True), ("phase", False), ("complex inputs", False)):
+        calls = []
+        monkeypatch.setattr(kernels, "ssd_op", lambda *inputs: calls.append(1) or (inputs[0], inputs[-1]))
+        gateloop(**example(20, kind, per_head=True), mode="chunked", backend="triton")
+        assert bool(calls) == faster, kind
