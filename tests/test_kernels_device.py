@@ -177,3 +177,19 @@ def test_scan_as_tree_may_be_called_again():
     before = interpreter.ScanOps.generic_scan
     scan_as_tree()
     assert interpreter.ScanOps.generic_scan is before  # tests/conftest.py has called it
+
+
+def test_operations_of_a_notebook_leave_those_of_the_package_alone():
+    """To register a name again destroys what had it: a chapter that defines the package's operations must not do that."""
+    from llamba_ref.kernels.device import as_operation
+    from llamba_ref.kernels.scan import scan_op
+
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    assert as_operation("twice_in_a_test", twice, schema="(Tensor x) -> Tensor")._qualname == "llamba_ref::twice_in_a_test"
+    twice.__module__ = "__main__"
+    noted = as_operation("scan", twice, schema="(Tensor x) -> Tensor")
+    assert noted._qualname == "notebook::scan" and torch.equal(noted(torch.ones(2)), torch.full((2,), 2.0))
+    x = torch.ones(1, 4, 2)
+    assert torch.equal(scan_op(x, torch.zeros_like(x), None, torch.zeros(1, 2)).cumsum(0)[0, :, 0].cpu(), torch.arange(1.0, 5.0))
