@@ -40,7 +40,7 @@ def combine_complex(r1, x1, y1, r2, x2, y2):
     """The same for states x + i y: the gates are real, so both parts fade alike."""
     return r1 + r2 + r1 * r2, x1 + (r2 * x1 + x2), y1 + (r2 * y1 + y2)
 
-# %% ../../nbs/04_scan_kernel.ipynb #7c2e27f2
+# %% ../../nbs/04_scan_kernel.ipynb #0b9b4052
 @triton.jit
 def turn_back(angle):
     """An angle in float64, less all whole turns, in float32: between -pi and pi it has all its digits."""
@@ -81,13 +81,13 @@ def store_tile(pointer, t, d, width, mask, x, y, COMPLEX: tl.constexpr):
     else:
         tl.store(pointer + place, x.to(pointer.dtype.element_ty), mask)
 
-# %% ../../nbs/04_scan_kernel.ipynb #b47fa5f3
+
 @triton.jit
 def last_row(x, BL: tl.constexpr, FIRST: tl.constexpr):
     """The last row of a tile as a tile of one row; or the first, which is the last that a scan from the end reaches."""
     return tl.sum(tl.where((tl.arange(0, BL) == (0 if FIRST else BL - 1))[:, None], x, 0.0), 0, keep_dims=True)
 
-
+# %% ../../nbs/04_scan_kernel.ipynb #ede41299
 @triton.jit
 def scan_kernel(
     x_ptr, log_a_ptr, phase_ptr, start_ptr, out_ptr, h_ptr, h0_ptr, log_out_ptr, phase_out_ptr,
