@@ -95,6 +95,12 @@ def test_pointer_types(dtype, name):
     assert a_launch(z=torch.empty(1, dtype=dtype)).signature()[0]["z"] == name == POINTERS[dtype]
 
 
+def test_a_one_is_a_constant():
+    """As Triton's own launcher has it: a dimension of 1 makes another program."""
+    types, values, _ = a_launch(heads=1, sharing=2).signature()
+    assert types["heads"] == "constexpr" and values[(2,)] == 1 and types["sharing"] == "i32"
+
+
 def test_zero_and_negative_numbers():
     types, _, attributes = a_launch(zero=0, less=-16, least=-(2**31) + 1, below=-(2**31)).signature()
     assert [types[name] for name in ("zero", "less", "least", "below")] == ["i32", "i32", "i32", "i64"]

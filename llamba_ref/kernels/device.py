@@ -64,7 +64,7 @@ def gpu_of(
     known = next((gpu for gpu in GPUS.values() if gpu.name in found.name), INTERPRETED)
     return known._replace(name=found.name, capability=10 * found.major + found.minor, multiprocessors=found.multi_processor_count)
 
-# %% ../../nbs/91_triton.ipynb #e5c3cbdc
+# %% ../../nbs/91_triton.ipynb #6a792d75
 class Launch(NamedTuple):
     """One call of a kernel, written down instead of made."""
 
@@ -79,7 +79,7 @@ class Launch(NamedTuple):
         """What Triton's compiler asks for: types of the arguments, values of the constants, and what is divisible by 16."""
         types, values, attributes = {}, {}, {}
         for index, (name, value) in enumerate(self.arguments.items()):
-            if name in self.constants or value is None:
+            if name in self.constants or value is None or not isinstance(value, Tensor) and value == 1:  # Triton makes a constant of a 1
                 types[name], values[(index,)] = "constexpr", value
             elif isinstance(value, Tensor):
                 types[name], attributes[(index,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
