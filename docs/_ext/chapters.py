@@ -1,0 +1,132 @@
+"""Turns the notebooks of nbs/ into pages of the site, just before Sphinx reads them.
+
+The notebooks speak nbdev's language (`#| exports`, `#| fig-cap: ...`), MyST-NB reads cell metadata. Outputs are the saved ones."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+from sphinx.errors import ExtensionError
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS, PAGES = ROOT / "nbs", ROOT / "docs" / "nbs"
+WORDS, LINES = 200, 40  # read in a minute: words of prose, lines of code
+
+DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?\s*(.*?)\s*$")
+BLOCK = re.compile(r"^:::\{(exercise|solution)\}(.*?)\n(.*?)^:::$", re.DOTALL | re.MULTILINE)
+
+
+def directives(source: str) -> tuple[dict[str, str], str]:
+    """The `#|` lines at the head of a cell, by name, and the rest of the cell."""
+    lines, found = source.splitlines(), {}
+    while lines and lines[0].startswith("#|"):
+        name, value = DIRECTIVE.match(lines.pop(0)).groups()
+        found[name] = value
+    return found, "\n".join(lines).strip("\n")
+
+
+def metadata(found: dict[str, str]) -> dict:
+    """What MyST-NB wants to know of a cell with these directives."""
+    tags = ["exported"] if "exports" in found else ["hide-input"] if "export" in found else []
+    result = {"tags": tags} if tags else {}
+    if "export" in found:
+        result["mystnb"] = {"code_prompt_show": "Imports", "code_prompt_hide": "Imports"}
+    if "fig-cap" in found:
+        result["mystnb"] = {"figure": {"caption": found["fig-cap"], "name": found["label"]}, "image": {"alt": found["fig-alt"]}}
+    return result
+
+
+def facts(name: str, minutes: int, seconds: float | None) -> str:
+    """The line under a chapter's title: where to run it, how long it takes to read and to run."""
+    colab = f"https://colab.research.google.com/github/llamba-ref/llamba_ref/blob/main/nbs/{name}.ipynb"
+    runs = [] if seconds is None else [f"runs in {seconds:.0f} s on 2 CPU cores"]
+    parts = [f"[Open in Colab]({colab})", f"{{download}}`Download notebook <../../nbs/{name}.ipynb>`", f"{minutes} min to read", *runs]
+    return "{.chapter-facts}\n" + " · ".join(parts)
+
+
+def with_facts(title_cell: str, line: str) -> str:
+    """The first cell of a chapter with the line of facts under its title."""
+    title, rest = title_cell.split("\n", 1)
+    return f"{title}\n\n{line}\n{rest}"
+
+
+def page(notebook: nbformat.NotebookNode, name: str, seconds: float | None):
+    """A notebook as MyST-NB wants it: no cells for machines only, code of solutions folded, facts under the title."""
+    words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
+    code = sum(cell.source.count("\n") + 1 for cell in notebook.cells if cell.cell_type == "code")
+    cells, solving = [], False
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            solving = ":::{solution}" in cell.source
+            cells.append(nbformat.v4.new_markdown_cell(cell.source, id=cell.id))
+            continue
+        found, body = directives(cell.source)
+        if "hide" in found or found.get("eval") == "false" or not body:
+            continue
+        about = metadata(found)
+        if solving:
+            about.setdefault("tags", []).append("hide-cell")
+            about["mystnb"] = {**about.get("mystnb", {}), "code_prompt_show": "Solution in code", "code_prompt_hide": "Solution in code"}
+        cells.append(nbformat.v4.new_code_cell(body, id=cell.id, metadata=about, outputs=cell.outputs))
+    if not cells[0].source.startswith("# "):
+        raise ExtensionError(f"nbs/{name}.ipynb has to begin with its title")
+    cells[0].source = with_facts(cells[0].source, facts(name, round(words / WORDS + code / LINES), seconds))
+    return nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
+
+
+def exercises_of(notebook: nbformat.NotebookNode, name: str) -> str:
+    """A chapter's exercises and their solutions, folded, for the index of all exercises."""
+    title = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
+    parts = [f"## {title}\n"]
+    for cell in notebook.cells:
+        for kind, argument, body in BLOCK.findall(cell.source if cell.cell_type == "markdown" else ""):
+            options = dict(re.findall(r"^:([\w-]+): *(.*)$", body, re.MULTILINE))
+            text = re.sub(r"^:[\w-]+:.*\n", "", body, flags=re.MULTILINE)
+            text = re.sub(r"(\$\$) *\(eq-[\w-]+\)", r"\1", text).strip()  # an equation has one number, in its chapter
+            text = re.sub(r"\]\((\w+\.ipynb)", r"](nbs/\1", text)
+            if kind == "exercise":
+                link = f"{{ref}}`In the chapter <{options['label']}>`"
+                parts.append(f"::::{{admonition}} {argument.strip() or 'Exercise'}\n:class: exercise-copy\n\n{text}\n\n{link}\n::::\n")
+            else:
+                parts.append(f"::::{{admonition}} Solution\n:class: dropdown\n\n{text}\n::::\n")
+    return "\n".join(parts) if len(parts) > 1 else ""
+
+
+def write(path: Path, text: str) -> None:
+    """Write a page, but leave it alone where nothing has changed: Sphinx reads again what is newer."""
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def module_page(module: str, chapter: str) -> str:
+    """The reference page of a module."""
+    return f"# {module}\n\nDerived and tested in {{doc}}`/nbs/{chapter}`.\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```\n"
+
+
+def stage(app) -> None:
+    """Write docs/nbs (chapters), docs/api (modules) and the exercises that docs/exercises.md includes."""
+    times = ROOT / "bench" / "results" / "chapters.json"
+    seconds = {one["chapter"]: one["seconds"] for one in json.loads(times.read_text())["chapters"]} if times.exists() else {}
+    exercises, written = [], set()
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        notebook, name = nbformat.read(path, 4), path.stem
+        write(PAGES / path.name, nbformat.writes(page(notebook, name, seconds.get(name))))
+        exercises.append(exercises_of(notebook, name))
+        written.add(PAGES / path.name)
+        module = next(m[1] for cell in notebook.cells if (m := re.match(r"#\| default_exp (\S+)", cell.source)))
+        api = ROOT / "docs" / "api" / f"{module}.md"
+        write(api, module_page(f"llamba_ref.{module}", name))
+        written.add(api)
+    for old in [*PAGES.glob("*.ipynb"), *(ROOT / "docs" / "api").glob("*.md")]:
+        if old not in written:
+            old.unlink()
+    write(PAGES / "_exercises.md", "\n".join(filter(None, exercises)))  # docs/exercises.md includes it
+
+
+def setup(app):
+    app.connect("builder-inited", stage, priority=1)
+    return {"parallel_read_safe": True}
