@@ -3,10 +3,16 @@
 PYTHON ?= python3
 OUT ?= runs/demo
 NB ?= *
+RECORD ?=
+PORT ?= 8000
 BENCH ?= stage1_memory
 
 VENV := .venv
 BIN := $(VENV)/bin
+COLAB := .venv-colab
+SITE := docs/_build/html
+MATHJAX := docs/_static/mathjax
+MATHJAX_VERSION := 3.2.2
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # A wheel that matches a constraint may be a CPU build; torch goes first and alone so that nothing else picks its version.
 INSTALL := $(PIP) install -c constraints.txt
@@ -16,7 +22,7 @@ TEST := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo smollm2 compare peers test test-long export notebooks lab teacher bench clean distclean
+.PHONY: help demo smollm2 compare peers test test-long export run notebooks lab docs serve test-docs screenshots teacher bench clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -36,7 +42,7 @@ export: $(VENV)/.installed-dev  ## write llamba_ref/ from the notebooks, and cle
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_export
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_clean
 
-notebooks: export  ## run every chapter in place, or one: NB=05_ssd
+run: export  ## run every chapter in place, or one: NB=05_ssd
 	@set -e; export OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH"; \
 	for chapter in nbs/$(NB).ipynb; do \
 	    echo "$$chapter"; \
@@ -44,8 +50,25 @@ notebooks: export  ## run every chapter in place, or one: NB=05_ssd
 	    nbdev_clean --fname "$$chapter"; \
 	done
 
+notebooks: $(COLAB)/.installed  ## run every chapter as on Colab, compare with what is saved; or one: NB=05_ssd
+	@OMP_NUM_THREADS=1 $(COLAB)/bin/python -m bench.chapters '$(NB)' $(RECORD)
+
 lab: $(VENV)/.installed-dev  ## open the chapters in JupyterLab
 	@PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --notebook-dir=nbs
+
+docs: $(VENV)/.installed-docs $(MATHJAX)/LICENSE  ## build the site in docs/_build/html
+	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs $(SITE)
+	@echo "the site is in $(SITE): open index.html there, or make serve"
+
+serve: docs  ## show the site on this machine, PORT=8000
+	@echo "http://localhost:$(PORT) (Ctrl+C ends it)"
+	@$(BIN)/python -m http.server --bind localhost --directory $(SITE) $(PORT)
+
+test-docs: docs $(VENV)/.installed-dev  ## read every page of the site in Chromium
+	@$(TEST) -m browser
+
+screenshots: docs  ## every page, light and dark, wide and narrow, in docs/_build/screenshots
+	@$(BIN)/python docs/screenshots.py
 
 teacher: $(VENV)/.installed-teacher  ## install a real teacher (SmolLM2-135M) and a larger text
 
@@ -62,12 +85,12 @@ bench: $(VENV)/.installed-runtime  ## run one script of bench/: BENCH=stage1_mem
 	@$(BIN)/python -m bench.$(BENCH)
 
 clean:  ## remove caches and build products; keeps .venv/ and runs/
-	@rm -rf build dist *.egg-info _proc _docs docs/_build .pytest_cache .hypothesis
-	@find . \( -name .venv -o -name .git -o -name runs \) -prune -o \
+	@rm -rf build dist *.egg-info _proc _docs docs/_build docs/nbs docs/api .pytest_cache .hypothesis
+	@find . \( -name '.venv*' -o -name .git -o -name runs \) -prune -o \
 	    \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +
 
-distclean: clean  ## clean, and remove .venv/ as well; keeps runs/
-	@rm -rf $(VENV)
+distclean: clean  ## clean, and remove the environments and MathJax as well; keeps runs/
+	@rm -rf $(VENV) $(COLAB) $(MATHJAX)
 
 # The environment. A stamp is written when a step has ended well, and is out of date when the requirements change.
 
@@ -103,3 +126,31 @@ $(VENV)/.installed-peers: $(VENV)/.installed-runtime
 	@echo "installing fla-core"
 	@$(INSTALL) -e '.[peers]'
 	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-runtime
+	@echo "installing Sphinx and the driver for the browser"
+	@$(INSTALL) -e '.[docs]'
+	@touch $@
+
+# What a reader has on Colab: the package as pip installs it, and something that runs notebooks. No nbdev, no checkout.
+$(COLAB)/.requirements: pyproject.toml constraints.txt | $(VENV)/.made
+	@echo "making $(COLAB), installing torch and what the package needs"
+	@$(PYTHON) -m venv --clear $(COLAB)
+	@$(COLAB)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt torch
+	@$(COLAB)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt nbclient ipykernel .
+	@touch $@
+
+$(COLAB)/.installed: $(COLAB)/.requirements $(shell find llamba_ref -type f -not -path '*/__pycache__/*')
+	@rm -rf build
+	@$(COLAB)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --force-reinstall .
+	@rm -rf build
+	@touch $@
+
+# The site loads nothing from the network: MathJax 3 comes from its npm package, only the part that is used.
+$(MATHJAX)/LICENSE:
+	@command -v npm >/dev/null || { echo "npm is missing: the site takes MathJax from its npm package (install Node.js)" >&2; exit 1; }
+	@echo "fetching MathJax $(MATHJAX_VERSION)"
+	@rm -rf $(MATHJAX) && mkdir -p $(MATHJAX)/output/chtml/fonts docs/_build
+	@cd docs/_build && npm pack --silent mathjax@$(MATHJAX_VERSION) >/dev/null && tar xzf mathjax-$(MATHJAX_VERSION).tgz package/es5 package/LICENSE
+	@cp docs/_build/package/es5/tex-chtml.js $(MATHJAX) && cp -R docs/_build/package/es5/output/chtml/fonts/woff-v2 $(MATHJAX)/output/chtml/fonts
+	@cp docs/_build/package/LICENSE $@ && rm -rf docs/_build/package docs/_build/mathjax-$(MATHJAX_VERSION).tgz
