@@ -11,6 +11,8 @@ from pathlib import Path
 import nbformat
 from sphinx.errors import ExtensionError
 
+from drawings import llama_to_llamba, special_cases
+
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS, PAGES = ROOT / "nbs", ROOT / "docs" / "nbs"
 WORDS, LINES = 200, 40  # read in a minute: words of prose, lines of code
@@ -108,7 +110,7 @@ def module_page(module: str, chapter: str) -> str:
 
 
 def stage(app) -> None:
-    """Write docs/nbs (chapters), docs/api (modules) and the exercises that docs/exercises.md includes."""
+    """Write docs/nbs (chapters), docs/api (modules) and what other pages include."""
     times = ROOT / "bench" / "results" / "chapters.json"
     seconds = {one["chapter"]: one["seconds"] for one in json.loads(times.read_text())["chapters"]} if times.exists() else {}
     exercises, written = [], set()
@@ -125,6 +127,8 @@ def stage(app) -> None:
         if old not in written:
             old.unlink()
     write(PAGES / "_exercises.md", "\n".join(filter(None, exercises)))  # docs/exercises.md includes it
+    write(PAGES / "_llama_to_llamba.svg", llama_to_llamba())  # docs/index.md shows it
+    write(PAGES / "_special_cases.svg", special_cases())  # docs/map.md shows it
 
 
 def setup(app):
