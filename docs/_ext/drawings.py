@@ -31,8 +31,8 @@ def drawing(width: int, height: int, title: str, parts: Iterable[str]) -> str:
     """The whole picture; `title` is what a screen reader says."""
     head = ('<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto-start-reverse">'
             '<path d="M0 0 L10 5 L0 10 z"/></marker></defs>')
-    return (f'<svg class="drawing" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title, quote=True)}">'
-            f"{head}{''.join(parts)}</svg>\n")
+    return (f'<div class="drawing" tabindex="0"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title, quote=True)}">'
+            f"{head}{''.join(parts)}</svg></div>\n")
 
 
 def special_cases() -> str:
@@ -51,7 +51,7 @@ def special_cases() -> str:
     arrows = [
         arrow(180, 106, 180, 172, "no phase"),
         arrow(180, 236, 180, 302, "the same gate in a head"),
-        arrow(180, 366, 180, 432, "no step size: x enters as it is"),
+        arrow(180, 366, 180, 432, "no step size"),
         arrow(330, 75, 388, 75),
         arrow(330, 90, 388, 190),
         arrow(540, 236, 540, 302, "no decay"),
@@ -82,13 +82,13 @@ def llama_to_llamba() -> str:
         decay = math.prod(0.25 if r == 6 else 0.88 for r in range(s + 1, t + 1))
         return 0.06 + 0.94 * decay * (0.55 + 0.45 * math.cos(1.9 * t + 0.7 * s * s))
 
-    left, right, top = 120, 600, 58
+    left, right, top = 140, 580, 48
     def column(x, name, mixer, entry, memory):
         return [text(x, 24, name, "head"), matrix(x - 80, top, 160, entry), text(x, top + 184, mixer, "name"), text(x, top + 206, memory, "small")]
 
-    between = [arrow(220, y, 495, y) + text(357, y - 9, words, "name") + text(357, y + 19, small, "small") for y, words, small in (
-        (92, "1 orientation", "the matrices agree"), (152, "2 alignment", "the layers' outputs agree"), (212, "3 distillation", "the predictions agree"))]
-    return drawing(720, 285, "A Llama with attention, whose memory grows with each token, becomes a Llamba with Mamba-2, whose memory stays the same, in three "
+    between = [arrow(240, y, 482, y) + text(360, y - 9, words, "name") + text(360, y + 19, small, "small") for y, words, small in (
+        (78, "1 orientation", "the matrices agree"), (133, "2 alignment", "the layers' outputs agree"), (188, "3 distillation", "the predictions agree"))]
+    return drawing(720, 262, "A Llama with attention, whose memory grows with each token, becomes a Llamba with Mamba-2, whose memory stays the same, in three "
                    "stages: orientation, in which the matrices agree, alignment, in which the layers' outputs agree, and distillation, in which the predictions agree.",
                    [*column(left, "Llama", "attention", attention, "its memory grows with each token"), *between,
                     *column(right, "Llamba", "Mamba-2", recurrence, "its memory stays the same")])
