@@ -97,6 +97,11 @@ def exercises_of(notebook: nbformat.NotebookNode, name: str) -> str:
     return "\n".join(parts) if len(parts) > 1 else ""
 
 
+def summary(notebook: nbformat.NotebookNode) -> str:
+    """The quoted lines under a chapter's title, which are also its module's docstring."""
+    return " ".join(line.removeprefix("> ") for line in notebook.cells[0].source.splitlines() if line.startswith("> "))
+
+
 def write(path: Path, text: str) -> None:
     """Write a page, but leave it alone where nothing has changed: Sphinx reads again what is newer."""
     if not path.exists() or path.read_text() != text:
@@ -106,14 +111,15 @@ def write(path: Path, text: str) -> None:
 
 def module_page(module: str, chapter: str) -> str:
     """The reference page of a module."""
-    return f"# {module}\n\nDerived and tested in {{doc}}`/nbs/{chapter}`.\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```\n"
+    return (f"# {module}\n\n`llamba_ref.{module}` is derived and tested in {{doc}}`/nbs/{chapter}`.\n\n"
+            f"```{{eval-rst}}\n.. automodule:: llamba_ref.{module}\n   :members:\n```\n")
 
 
 def stage(app) -> None:
     """Write docs/nbs (chapters), docs/api (modules) and what other pages include."""
     times = ROOT / "bench" / "results" / "chapters.json"
     seconds = {one["chapter"]: one["seconds"] for one in json.loads(times.read_text())["chapters"]} if times.exists() else {}
-    exercises, written = [], set()
+    exercises, modules, written = [], [], set()
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         notebook, name = nbformat.read(path, 4), path.stem
         write(PAGES / path.name, nbformat.writes(page(notebook, name, seconds.get(name))))
@@ -121,12 +127,14 @@ def stage(app) -> None:
         written.add(PAGES / path.name)
         module = next(m[1] for cell in notebook.cells if (m := re.match(r"#\| default_exp (\S+)", cell.source)))
         api = ROOT / "docs" / "api" / f"{module}.md"
-        write(api, module_page(f"llamba_ref.{module}", name))
+        write(api, module_page(module, name))
         written.add(api)
+        modules.append(f"[`{module}`](api/{module}.md)\n: {summary(notebook)}\n")
     for old in [*PAGES.glob("*.ipynb"), *(ROOT / "docs" / "api").glob("*.md")]:
         if old not in written:
             old.unlink()
     write(PAGES / "_exercises.md", "\n".join(filter(None, exercises)))  # docs/exercises.md includes it
+    write(PAGES / "_modules.md", "\n".join(modules))  # docs/api.md includes it
     write(PAGES / "_llama_to_llamba.svg", llama_to_llamba())  # docs/index.md shows it
     write(PAGES / "_special_cases.svg", special_cases())  # docs/map.md shows it
 
