@@ -1,0 +1,45 @@
+"""Pictures of every page for a person to look at: wide and narrow, light and dark, in pieces that fit a screen.
+
+    make screenshots
+    python docs/screenshots.py --out shots --only nbs/05_ssd.html map.html"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from docs.browser import NARROW, SITE, WIDE, chromium, pages, served, settle  # noqa: E402
+
+PIECE = 3000  # pixels of height
+
+
+def main(
+    out: Path = SITE.parent / "screenshots",  # where the pictures go
+    only: tuple[str, ...] = (),  # pages, as paths below the site's root; all of them when none is named
+):
+    """Write PAGE-WIDTH-MODE-PIECE.png for every page."""
+    out.mkdir(parents=True, exist_ok=True)
+    with served() as site, chromium() as browser:
+        for size in (WIDE, NARROW):
+            for mode in ("light", "dark"):
+                page = browser.new_context(viewport=dict(zip(("width", "height"), size)), color_scheme=mode).new_page()
+                for name in tqdm(only or pages(), desc=f"{size[0]} {mode}"):
+                    page.set_viewport_size({"width": size[0], "height": size[1]})
+                    page.goto(site + name)
+                    settle(page)
+                    height = page.evaluate("document.documentElement.scrollHeight")
+                    stem = name.removesuffix(".html").replace("/", "_")
+                    page.set_viewport_size({"width": size[0], "height": min(height, PIECE)})
+                    for piece in range(-(-height // PIECE)):
+                        page.evaluate(f"window.scrollTo({{top: {piece * PIECE}, behavior: 'instant'}})")
+                        page.wait_for_timeout(100)
+                        page.screenshot(path=out / f"{stem}-{size[0]}-{mode}-{piece}.png")
+    print(f"pictures in {out}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
