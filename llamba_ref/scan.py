@@ -69,7 +69,7 @@ def polar_gate(
 
 # %% ../nbs/01_scan.ipynb #5cc9a26f
 def _sequential(x, start, log_a, phase=None):
-    """Equation (1), one step after the other: x (b l ...), start (b ...), gates that broadcast to x."""
+    """The recurrence, one step after the other: x (b l ...), start (b ...), gates that broadcast to x."""
     if phase is not None:
         log_a, turn = take_out(log_a, phase)
         return turn * _sequential(turn.conj() * x, start, log_a)

@@ -45,7 +45,7 @@ def _one_step(state, x_t, whole_t, rest_t, B_t, C_t):
 
 
 def _recurrent(x, log_a, B, C, state):
-    """Equation (1), one time step after the other: x (b l g r p), log_a (b l g r), B and C (b l g n)."""
+    """The recurrence, one time step after the other: x (b l g r p), log_a (b l g r), B and C (b l g n)."""
     whole, rest = split_gate(rearrange(log_a, "b l g r -> b l g r 1 1"))
     outputs = []
     for step in zip(*(tensor.unbind(1) for tensor in (x, whole, rest, B, C))):
