@@ -58,5 +58,4 @@ def chromium() -> Iterator[Browser]:
 def settle(page: Page) -> None:
     """Wait until scripts have loaded, formulas are typeset and fonts are there."""
     page.wait_for_load_state("networkidle")
-    page.evaluate("async () => { if (window.MathJax?.startup) await MathJax.startup.promise;
-      await document.fonts.ready; }")
+    page.evaluate("async () => { await window.MathJax?.startup?.promise; await document.fonts.ready; }")
