@@ -2,7 +2,7 @@
 
 // What scrolls sideways can be reached, and scrolled, by keyboard.
 function reachScrollingBoxes() {
-  for (const box of document.querySelectorAll("main pre, main div.math, main table.table")) {
+  for (const box of document.querySelectorAll("main pre, main div.math, main table")) {
     if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }
