@@ -46,7 +46,8 @@ run: export  ## run every chapter in place, or one: NB=05_ssd
 	@set -e; export OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH"; \
 	for chapter in nbs/$(NB).ipynb; do \
 	    echo "$$chapter"; \
-	    (cd nbs && jupyter nbconvert --log-level ERROR --to notebook --execute --inplace "$${chapter#nbs/}"); \
+	    (cd nbs && jupyter nbconvert --log-level ERROR --to notebook --execute --inplace \
+	        --ExecutePreprocessor.extra_arguments=--log-level=ERROR "$${chapter#nbs/}"); \
 	    nbdev_clean --fname "$$chapter"; \
 	done
 
