@@ -217,4 +217,4 @@ def test_notebook_was_run_to_its_end(path):
     failed = ["".join(o["evalue"]) for o in outputs if o["output_type"] == "error"]
     assert not failed
     shows = any(re.search(r"\bprint\(|plt\.", "".join(cell["source"])) for cell in cells)
-    assert outputs or not shows, "the outputs are missing: make notebooks"
+    assert outputs or not shows, "the outputs are missing: make run"
