@@ -58,7 +58,7 @@ lab: $(VENV)/.installed-dev  ## open the chapters in JupyterLab
 	@PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --notebook-dir=nbs
 
 docs: $(VENV)/.installed-docs $(MATHJAX)/LICENSE  ## build the site in docs/_build/html
-	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs $(SITE)
+	@$(BIN)/python -m sphinx -W --keep-going -q --fresh-env -b html docs $(SITE)
 	@echo "the site is in $(SITE): open index.html there, or make serve"
 
 serve: docs  ## show the site on this machine, PORT=8000
