@@ -138,20 +138,20 @@ class _Scan(torch.autograd.Function):
             return torch.cat([*late, *early] if ctx.adjoint else [*early, *late], 1)
 
         gates_first, gates_later = [z[:, first] for z in gates], [z[:, later] for z in gates]
-        u_rest = _Scan.apply(not ctx.adjoint, grad[:, earlier], grad[:, last].squeeze(1), *gates_later)
-        u = in_time([u_rest], [grad[:, last]])
-        del u_rest
-        of_start = polar_gate(*gates_first, conjugate=not ctx.adjoint) * u[:, first]
-        of_first = _gate_gradient(ctx.adjoint, u[:, first], start.unsqueeze(1), *gates_first)
-        blocks = zip(*(z.split(BLOCK, 1) for z in (u[:, later], h[:, earlier], *gates_later)))
+        dx_rest = _Scan.apply(not ctx.adjoint, grad[:, earlier], grad[:, last].squeeze(1), *gates_later)
+        dx = in_time([dx_rest], [grad[:, last]])
+        del dx_rest
+        of_start = polar_gate(*gates_first, conjugate=not ctx.adjoint) * dx[:, first]
+        of_first = _gate_gradient(ctx.adjoint, dx[:, first], start.unsqueeze(1), *gates_first)
+        blocks = zip(*(z.split(BLOCK, 1) for z in (dx[:, later], h[:, earlier], *gates_later)))
         of_later = [_gate_gradient(ctx.adjoint, *block) for block in blocks]
         of_gates = [in_time([one], others) for one, others in zip(of_first, zip(*of_later))]
-        return None, u, of_start.squeeze(1), *of_gates
+        return None, dx, of_start.squeeze(1), *of_gates
 
 
-def _gate_gradient(adjoint, u, before, *gates):
+def _gate_gradient(adjoint, dx, before, *gates):
     """Gradients of log_a and, with complex gates, of phase: real and imaginary part of w."""
-    w = u * (polar_gate(*gates, conjugate=adjoint) * before).conj()
+    w = dx * (polar_gate(*gates, conjugate=adjoint) * before).conj()
     parts = (w,) if len(gates) == 1 else (w.real, -w.imag if adjoint else w.imag)
     return [part.sum_to_size(z.shape).contiguous() for part, z in zip(parts, gates)]
 

@@ -99,7 +99,7 @@ def score_kernel(
     q_ptr, k_ptr, log_a_ptr, out_ptr, length, heads, key,
     R: tl.constexpr, REPEAT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, SUB: tl.constexpr, BK: tl.constexpr,
 ):
-    """Program (row, sub-block): SUB rows of the matrix A of a chunk, for R queries at once."""
+    """Program (row, sub-block): SUB rows of the matrix T of a chunk, for R queries at once."""
     row, begin, one, lines = tl.program_id(0).to(tl.int64), tl.program_id(1) * SUB, tl.arange(0, SUB), tl.arange(0, R * SUB)
     batch, head, gates, chunk = row // heads, row % heads, key // REPEAT, begin // Q * Q
     own, stride, end = batch * length * heads + head, heads * (key // REPEAT), tl.minimum(begin + SUB, length)
@@ -136,7 +136,7 @@ def read_kernel(
     R: tl.constexpr, REPEAT: tl.constexpr, ADJOINT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
 ):
-    """Program (row, chunk, block): BP columns of y = A v + (q o gates) S of a query; ADJOINT: of dv = A^T dy + (k o gates) G."""
+    """Program (row, chunk, block): BP columns of y = T v + (q o gates) S of a query; ADJOINT: of dv = T^T dy + (k o gates) dS."""
     rows: tl.constexpr = 1 if ADJOINT else R  # this program's rows of q and of the result
     row, chunk, one = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, Q)
     line, query = row // rows, row % rows
@@ -146,14 +146,14 @@ def read_kernel(
     sums = tl.zeros((Q, BP), tl.float32)
     for r in tl.static_range(R if ADJOINT else 1):
         if ADJOINT:
-            A = load_rows(matrix_ptr + (own * R + r) * Q, token * R * Q, t < end, one, Q)
+            T = load_rows(matrix_ptr + (own * R + r) * Q, token * R * Q, t < end, one, Q)
             v = load_rows(v_ptr + (own * R + r) * value, token * R * value, t < end, p, value)
-            A = tl.trans(tl.where(one[:, None] >= one[None, :], A, 0.0))
+            T = tl.trans(tl.where(one[:, None] >= one[None, :], T, 0.0))
         else:
-            A = load_rows(matrix_ptr + (own * R + query) * Q, token * R * Q, t < end, one, Q)
+            T = load_rows(matrix_ptr + (own * R + query) * Q, token * R * Q, t < end, one, Q)
             v = load_rows(v_ptr + own * value, token * value, t < end, p, value)
-            A = tl.where(one[:, None] >= one[None, :], A, 0.0)
-        sums += tl.dot(A.to(TYPE), v.to(TYPE), input_precision=PRECISION)
+            T = tl.where(one[:, None] >= one[None, :], T, 0.0)
+        sums += tl.dot(T.to(TYPE), v.to(TYPE), input_precision=PRECISION)
     for block in range(tl.cdiv(key, BK)):
         d = block * BK + tl.arange(0, BK)
         place = d.to(tl.int64) * value + head * key * value
@@ -198,17 +198,17 @@ def _states(k, v, log_a, start, sizes, tiles):
 
 def _matrix(q, k, log_a, sizes, tiles):
     """The matrices of all chunks, row by row: (b l h r q)."""
-    A = torch.empty(*q.shape[:-1], CHUNK, dtype=q.dtype, device=q.device)
+    T = torch.empty(*q.shape[:-1], CHUNK, dtype=q.dtype, device=q.device)
     tiles = {name: tiles[name] for name in ("TYPE", "PRECISION")}
-    launch(score_kernel, (sizes["rows"], _blocks(sizes["length"], SUB)), q, k, log_a, A, sizes["length"], sizes["heads"], sizes["key"],
+    launch(score_kernel, (sizes["rows"], _blocks(sizes["length"], SUB)), q, k, log_a, T, sizes["length"], sizes["heads"], sizes["key"],
            R=sizes["R"], REPEAT=sizes["REPEAT"], Q=CHUNK, SUB=SUB, BK=SUB, num_warps=8, **tiles)
-    return A
+    return T
 
 
-def _read(A, v, q, log_a, first, states, out, sizes, tiles, adjoint):
+def _read(T, v, q, log_a, first, states, out, sizes, tiles, adjoint):
     """One launch of `read_kernel`."""
     rows = sizes["rows"] * (1 if adjoint else sizes["R"])
-    launch(read_kernel, (rows, sizes["chunks"], _blocks(sizes["value"], tiles["BP"])), A, v, q, log_a, first, states, out,
+    launch(read_kernel, (rows, sizes["chunks"], _blocks(sizes["value"], tiles["BP"])), T, v, q, log_a, first, states, out,
            *(sizes[name] for name in ("length", "heads", "key", "value", "chunks")), R=sizes["R"], REPEAT=sizes["REPEAT"], ADJOINT=adjoint, Q=CHUNK, **tiles)
 
 # %% ../../nbs/07_gateloop_kernel.ipynb #21a481e9
@@ -233,7 +233,7 @@ def matrix_gradient_kernel(
     dy_ptr, v_ptr, out_ptr, length, heads, value,
     R: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr,
 ):
-    """Program (row, chunk): the gradient of A, dA = dy v^T, for one query."""
+    """Program (row, chunk): the gradient of T, dT = dy v^T, for one query."""
     row, t, one = tl.program_id(0).to(tl.int64), tl.program_id(1) * Q + tl.arange(0, Q), tl.arange(0, Q)
     batch, head, query = row // R // heads, row // R % heads, row % R
     own, token = batch * length * heads + head, t.to(tl.int64) * heads
@@ -254,7 +254,7 @@ def partner(d):
 
 @triton.jit
 def through_states_kernel(
-    q_ptr, k_ptr, v_ptr, log_a_ptr, dy_ptr, first_ptr, states_ptr, grads_ptr, dtotal_ptr,
+    q_ptr, k_ptr, v_ptr, log_a_ptr, dy_ptr, first_ptr, states_ptr, dstates_ptr, dtotal_ptr,
     dq_ptr, dk_ptr, dlog_a_ptr, dphase_ptr, length, heads, key, value, chunks,
     R: tl.constexpr, REPEAT: tl.constexpr, TURN: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
@@ -274,12 +274,12 @@ def through_states_kernel(
         dy = load_rows(dy_ptr + own * R * value, query * value, asked, p, value)
         v = load_rows(v_ptr + own * value, token * value, t < end, p, value)
         S = load_state(first_ptr, states_ptr, batch, chunk, chunks, place, d < key, p, value, size)
-        G = load_rows(grads_ptr + (batch * chunks + chunk) * size, place, d < key, p, value)
+        dS = load_rows(dstates_ptr + (batch * chunks + chunk) * size, place, d < key, p, value)
         dq += tl.dot(dy.to(TYPE), tl.trans(S).to(TYPE), input_precision=PRECISION)
-        dk += tl.dot(v.to(TYPE), tl.trans(G).to(TYPE), input_precision=PRECISION)
+        dk += tl.dot(v.to(TYPE), tl.trans(dS).to(TYPE), input_precision=PRECISION)
         if TURN:
             S = load_state(first_ptr, states_ptr, batch, chunk, chunks, other_place, d < key, p, value, size)
-            dtotal -= sign * tl.sum(G * S, 1)
+            dtotal -= sign * tl.sum(dS * S, 1)
     a = gates_until(log_a_ptr + own * gates, t, begin, end, heads * gates, d // REPEAT, gates)
     dq = tl.reshape(dq, (R, Q, BK)) * a[None, :, :]
     dk *= gates_after(log_a_ptr + own * gates, t, end, heads * gates, d // REPEAT, gates)
@@ -304,7 +304,7 @@ def through_states_kernel(
 # %% ../../nbs/07_gateloop_kernel.ipynb #f633e3d7
 @triton.jit
 def inside_kernel(
-    q_ptr, k_ptr, log_a_ptr, dA_ptr, dq_states_ptr, dk_states_ptr, dlog_a_ptr, dphase_ptr, dq_ptr, dk_ptr, length, heads, key,
+    q_ptr, k_ptr, log_a_ptr, dT_ptr, dq_states_ptr, dk_states_ptr, dlog_a_ptr, dphase_ptr, dq_ptr, dk_ptr, length, heads, key,
     R: tl.constexpr, REPEAT: tl.constexpr, TURN: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, SUB: tl.constexpr, BK: tl.constexpr,
 ):
@@ -313,7 +313,7 @@ def inside_kernel(
     d, u, lines, all_lines = tl.program_id(2) * BK + tl.arange(0, BK), start + tl.arange(0, Q), tl.arange(0, R * SUB), tl.arange(0, R * Q)
     batch, head, gates, last = row // heads, row % heads, key // REPEAT, tl.minimum(start + Q, length)
     own, stride, gate = batch * length * heads + head, heads * (key // REPEAT), d // REPEAT
-    log_a_ptr, q_ptr, k_ptr, dA_ptr = log_a_ptr + own * gates, q_ptr + own * R * key, k_ptr + own * key, dA_ptr + own * R * Q
+    log_a_ptr, q_ptr, k_ptr, dT_ptr = log_a_ptr + own * gates, q_ptr + own * R * key, k_ptr + own * key, dT_ptr + own * R * Q
     all_queries = (start + all_lines % Q).to(tl.int64) * heads * R + all_lines // Q
     other, sign = partner(d)
     carry, carry_turned = tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
@@ -324,22 +324,22 @@ def inside_kernel(
         query, token = (begin + lines % SUB).to(tl.int64) * heads * R + lines // SUB, t.to(tl.int64) * heads
         asked = begin + lines % SUB < end
         keys = load_rows(k_ptr, u.to(tl.int64) * heads * key, u < begin, d, key) * gates_after(log_a_ptr, u, begin, stride, gate, gates)
-        dA = load_rows(dA_ptr, query * Q, asked, tl.arange(0, Q), begin - start)
-        dq = tl.reshape(tl.dot(dA.to(TYPE), keys.to(TYPE), input_precision=PRECISION), (R, SUB, BK))
+        dT = load_rows(dT_ptr, query * Q, asked, tl.arange(0, Q), begin - start)
+        dq = tl.reshape(tl.dot(dT.to(TYPE), keys.to(TYPE), input_precision=PRECISION), (R, SUB, BK))
         dq *= gates_until(log_a_ptr, t, begin, end, stride, gate, gates)[None, :, :]
         later = start + all_lines % Q
         queries = tl.reshape(load_rows(q_ptr, all_queries * key, (later >= end) & (later < last), d, key), (R, Q, BK))
         queries = tl.reshape(queries * gates_until(log_a_ptr, u, end, last, stride, gate, gates)[None, :, :], (R * Q, BK))
-        dA = load_rows(dA_ptr, all_queries * Q, (later >= end) & (later < last), begin - start + one, Q)
-        dk = tl.dot(tl.trans(dA).to(TYPE), queries.to(TYPE), input_precision=PRECISION)
+        dT = load_rows(dT_ptr, all_queries * Q, (later >= end) & (later < last), begin - start + one, Q)
+        dk = tl.dot(tl.trans(dT).to(TYPE), queries.to(TYPE), input_precision=PRECISION)
         dk *= gates_after(log_a_ptr, t, end, stride, gate, gates)
         q = tl.reshape(load_rows(q_ptr, query * key, asked, d, key), (R, SUB, BK))
         k = load_rows(k_ptr, token * key, t < end, d, key)
         past = (one[:, None] > one[None, :])[:, :, None]  # without the diagonal
         weight = tl.where(past, gates_between(log_a_ptr, begin, end, stride, gate, gates, SUB), 0.0)
-        dA = tl.reshape(load_rows(dA_ptr, query * Q, asked, begin - start + one, Q), (R, SUB, SUB))
-        dq += tl.sum(dA[:, :, :, None] * (weight * k[None, :, :])[None, :, :, :], 2)
-        dk += tl.sum(tl.sum(dA[:, :, :, None] * q[:, :, None, :], 0) * weight, 0)
+        dT = tl.reshape(load_rows(dT_ptr, query * Q, asked, begin - start + one, Q), (R, SUB, SUB))
+        dq += tl.sum(dT[:, :, :, None] * (weight * k[None, :, :])[None, :, :, :], 2)
+        dk += tl.sum(tl.sum(dT[:, :, :, None] * q[:, :, None, :], 0) * weight, 0)
         terms = tl.sum(q * dq, 0) - k * dk
         dlog_a = load_rows(dlog_a_ptr + own * key, token * key, t < end, d, key)
         store_rows(dlog_a_ptr + own * key, token * key, t < end, d, key, dlog_a + tl.cumsum(terms, 0, reverse=True) + carry[None, :])
@@ -350,7 +350,7 @@ def inside_kernel(
             dphase = load_rows(dphase_ptr + own * key, token * key, t < end, d, key)
             store_rows(dphase_ptr + own * key, token * key, t < end, d, key, dphase + tl.cumsum(terms, 0, reverse=True) + carry_turned[None, :])
             carry_turned += tl.sum(terms, 0)
-        entry = tl.load(dA_ptr + query * Q + begin - start + lines % SUB, asked, other=0.0)
+        entry = tl.load(dT_ptr + query * Q + begin - start + lines % SUB, asked, other=0.0)
         entry = tl.reshape(entry, (R, SUB))[:, :, None]
         dq = tl.reshape(dq + entry * k[None, :, :], (R * SUB, BK)) + load_rows(dq_states_ptr + own * R * key, query * key, asked, d, key)
         dk += tl.sum(entry * q, 0) + load_rows(dk_states_ptr + own * key, token * key, t < end, d, key)
@@ -383,16 +383,16 @@ def gateloop_backward(
     dv = torch.empty_like(v)
     _read(_matrix(q, k, log_a, sizes, tiles), dy, k, log_a, None, dstates, dv, sizes, tiles, adjoint=True)
 
-    dA = torch.empty(*q.shape[:-1], CHUNK, dtype=torch.float32, device=q.device)
+    dT = torch.empty(*q.shape[:-1], CHUNK, dtype=torch.float32, device=q.device)
     of_products = {name: tiles[name] for name in ("TYPE", "PRECISION")}
-    launch(matrix_gradient_kernel, (sizes["rows"] * sizes["R"], sizes["chunks"]), dy, v, dA, sizes["length"], sizes["heads"], sizes["value"],
+    launch(matrix_gradient_kernel, (sizes["rows"] * sizes["R"], sizes["chunks"]), dy, v, dT, sizes["length"], sizes["heads"], sizes["value"],
            R=sizes["R"], Q=CHUNK, BP=tiles["BP"], num_warps=tiles["num_warps"], **of_products)
     dq, dk, dlog_a = (torch.empty(z.shape, dtype=torch.float32, device=q.device) for z in (q, k, k))
     dphase = None if phase is None else torch.empty_like(dlog_a)
     launch(through_states_kernel, (sizes["rows"], sizes["chunks"], blocks), q, k, v, log_a, dy, start, states, dstates, dtotals, dq, dk, dlog_a, dphase, *shape,
            TURN=phase is not None, **constants, **tiles)
     out = torch.empty_like(q), torch.empty_like(k)
-    launch(inside_kernel, (sizes["rows"], sizes["chunks"], _blocks(sizes["key"], SUB)), q, k, log_a, dA, dq, dk, dlog_a, dphase, *out, *shape[:3],
+    launch(inside_kernel, (sizes["rows"], sizes["chunks"], _blocks(sizes["key"], SUB)), q, k, log_a, dT, dq, dk, dlog_a, dphase, *out, *shape[:3],
            TURN=phase is not None, SUB=SUB, BK=SUB, num_warps=8, **constants, **of_products)
     dlog_a, dphase = (dlog_a.new_empty(0) if z is None else z.unflatten(-1, (log_a.shape[-1], -1)).sum(-1) for z in (dlog_a, dphase))
     return *out, dv, dlog_a, dphase, dstart
