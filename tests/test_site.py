@@ -255,6 +255,13 @@ def test_light_and_dark(page, site):
     assert page.evaluate(ground) == dark
 
 
+def test_the_index_has_every_exercise_and_its_solution(page, site):
+    cells = [cell for chapter in CHAPTERS for cell in json.loads((ROOT / "nbs" / f"{chapter}.ipynb").read_text())["cells"]]
+    prose = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    page.goto(site + "exercises.html")
+    assert page.locator(".exercise-copy").count() == prose.count(":::{exercise}") == page.locator(".admonition.dropdown").count() > 50
+
+
 def test_solutions_are_folded_and_open(page, site):
     page.goto(site + "exercises.html")
     settle(page)
