@@ -1,9 +1,9 @@
 // What the theme and docutils leave out for people who do not use a mouse or do not see the page.
 
-// What scrolls sideways can be reached, and scrolled, by keyboard.
-function reachScrollingBoxes() {
-  for (const box of document.querySelectorAll("main pre, main div.math, main table")) {
-    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+// Formulas that scroll sideways can be reached, and scrolled, by keyboard. The theme sees to code and tables.
+function reachScrollingFormulas() {
+  for (const box of document.querySelectorAll("main div.math > mjx-container, main span.math")) {
+    if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }
 }
@@ -12,12 +12,14 @@ document.addEventListener("DOMContentLoaded", () => {
   for (const summary of document.querySelectorAll(".bd-sidebar-primary summary")) {
     summary.setAttribute("aria-label", `Pages below ${summary.closest("li").querySelector("a").textContent.trim()}`);
   }
+  // What is folded is called by its title, "Imports", not "Toggle hidden content".
+  document.querySelectorAll("details.hide > summary").forEach((summary) => summary.removeAttribute("aria-label"));
   // docutils calls it a list, but its entries are no list items.
   document.querySelectorAll(".citation-list").forEach((list) => list.removeAttribute("role"));
 });
 
 window.addEventListener("load", () => {
-  reachScrollingBoxes();
-  window.MathJax?.startup?.promise.then(reachScrollingBoxes);
+  reachScrollingFormulas();
+  window.MathJax?.startup?.promise.then(reachScrollingFormulas);
 });
-window.addEventListener("resize", reachScrollingBoxes);
+window.addEventListener("resize", reachScrollingFormulas);
