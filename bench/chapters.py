@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import re
 import sys
 import tempfile
@@ -114,7 +115,7 @@ def main(
     if bad:
         sys.exit(f"{len(bad)} of {len(paths)} chapters are wrong: {', '.join(bad)}")
     if record:
-        save("chapters", "make notebooks RECORD=--record", chapters=times)
+        save("chapters", "make notebooks RECORD=--record", cores=os.cpu_count(), chapters=times)
 
 
 if __name__ == "__main__":

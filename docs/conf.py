@@ -60,6 +60,7 @@ html_css_files = ["site.css"]
 html_js_files = ["site.js"]
 html_favicon = "_static/favicon.svg"
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system
+html_domain_indices = False  # api.md lists the modules, and nobody looks for a theorem by its label
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {

@@ -25,7 +25,7 @@ RAW_TEX = r"""() => {
   const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walk.nextNode()) {
     const node = walk.currentNode;
-    if (node.parentElement.closest("code, pre, script, style, noscript, mjx-container, textarea")) continue;
+    if (node.parentElement.closest("code, pre, dt.sig, script, style, noscript, mjx-container, textarea")) continue;
     if (/\\[a-zA-Z()\[\]]|\$[^$]+\$|\$\$/.test(node.data)) found.push(node.data.trim().slice(0, 80));
   }
   return found;

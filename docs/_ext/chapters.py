@@ -41,11 +41,16 @@ def metadata(found: dict[str, str]) -> dict:
     return result
 
 
-def facts(name: str, minutes: int, seconds: float | None) -> str:
+def run_times() -> dict[str, str]:
+    """How long each chapter ran, in words, as last measured by `make notebooks RECORD=--record`."""
+    record = json.loads((ROOT / "bench" / "results" / "chapters.json").read_text())
+    return {one["chapter"]: f"runs in {one['seconds']:.0f} s on {record['cores']} CPU cores" for one in record["chapters"]}
+
+
+def facts(name: str, minutes: int, run_time: str) -> str:
     """The line under a chapter's title: where to run it, how long it takes to read and to run."""
     colab = f"https://colab.research.google.com/github/llamba-ref/llamba_ref/blob/main/nbs/{name}.ipynb"
-    runs = [] if seconds is None else [f"runs in {seconds:.0f} s on 2 CPU cores"]
-    parts = [f"[Open in Colab]({colab})", f"{{download}}`Download notebook <../../nbs/{name}.ipynb>`", f"{minutes} min to read", *runs]
+    parts = [f"[Open in Colab]({colab})", f"{{download}}`Download notebook <../../nbs/{name}.ipynb>`", f"{minutes} min to read", run_time]
     return "{.chapter-facts}\n" + " · ".join(parts)
 
 
@@ -55,7 +60,7 @@ def with_facts(title_cell: str, line: str) -> str:
     return f"{title}\n\n{line}\n{rest}"
 
 
-def page(notebook: nbformat.NotebookNode, name: str, seconds: float | None):
+def page(notebook: nbformat.NotebookNode, name: str, run_time: str):
     """A notebook as MyST-NB wants it: no cells for machines only, code of solutions folded, facts under the title."""
     words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
     code = sum(cell.source.count("\n") + 1 for cell in notebook.cells if cell.cell_type == "code")
@@ -75,7 +80,7 @@ def page(notebook: nbformat.NotebookNode, name: str, seconds: float | None):
         cells.append(nbformat.v4.new_code_cell(body, id=cell.id, metadata=about, outputs=cell.outputs))
     if not cells[0].source.startswith("# "):
         raise ExtensionError(f"nbs/{name}.ipynb has to begin with its title")
-    cells[0].source = with_facts(cells[0].source, facts(name, round(words / WORDS + code / LINES), seconds))
+    cells[0].source = with_facts(cells[0].source, facts(name, round(words / WORDS + code / LINES), run_time))
     return nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
 
 
@@ -117,12 +122,12 @@ def module_page(module: str, chapter: str) -> str:
 
 def stage(app) -> None:
     """Write docs/nbs (chapters), docs/api (modules) and what other pages include."""
-    times = ROOT / "bench" / "results" / "chapters.json"
-    seconds = {one["chapter"]: one["seconds"] for one in json.loads(times.read_text())["chapters"]} if times.exists() else {}
-    exercises, modules, written = [], [], set()
+    times, exercises, modules, written = run_times(), [], [], set()
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         notebook, name = nbformat.read(path, 4), path.stem
-        write(PAGES / path.name, nbformat.writes(page(notebook, name, seconds.get(name))))
+        if name not in times:
+            raise ExtensionError(f"nbs/{name}.ipynb was never timed: make notebooks RECORD=--record")
+        write(PAGES / path.name, nbformat.writes(page(notebook, name, times[name])))
         exercises.append(exercises_of(notebook, name))
         written.add(PAGES / path.name)
         module = next(m[1] for cell in notebook.cells if (m := re.match(r"#\| default_exp (\S+)", cell.source)))
