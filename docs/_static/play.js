@@ -1,204 +1,426 @@
-// The gates of docs/play.md: sums that can be checked first, then drawings. No library, nothing from the network.
+// The sums and the pictures of docs/play.md. Plain JavaScript: no library, no build step, nothing from the network.
 
-const llambaPlay = {
-  // T[t][s] = a_{s+1} ... a_t for s <= t, as [real, imaginary]: each row is the one above it, times the gate of its token.
-  decayMatrix(magnitudes, phases) {
+// The sums, by themselves so that they can be checked. A complex number is [real, imaginary], and tokens count from 0.
+window.llambaPlay = (() => {
+  const add = ([a, b], [c, d]) => [a + c, b + d];
+  const multiply = ([a, b], [c, d]) => [a * c - b * d, a * d + b * c];
+  const divide = (x, [c, d]) => multiply(x, [c / (c * c + d * d), -d / (c * c + d * d)]);
+  const size = ([a, b]) => Math.hypot(a, b);
+
+  // a = |a| e^(i phase)
+  const gate = (magnitude, phase) => [magnitude * Math.cos(phase), magnitude * Math.sin(phase)];
+
+  // T[t][s] = a_{s+1} ... a_t for s <= t. Each row is the one above it, times the gate of its token.
+  function decayMatrix(gates) {
     const rows = [];
-    magnitudes.forEach((magnitude, t) => {
-      const [re, im] = [magnitude * Math.cos(phases[t]), magnitude * Math.sin(phases[t])];
-      const above = t ? rows[t - 1] : [];
-      rows.push([...above.map(([x, y]) => [re * x - im * y, re * y + im * x]), [1, 0]]);
-    });
+    gates.forEach((a, t) => rows.push([...(t ? rows[t - 1] : []).map((entry) => multiply(a, entry)), [1, 0]]));
     return rows;
-  },
+  }
 
-  // h_t = a h_{t-1} + x_t from h = 0, as [real, imaginary].
-  statePath(magnitude, phase, inputs) {
-    const [re, im] = [magnitude * Math.cos(phase), magnitude * Math.sin(phase)];
-    let [x, y] = [0, 0];
-    return inputs.map((input) => ([x, y] = [re * x - im * y + input, re * y + im * x]));
-  },
+  // Mode 1, recurrent: h_t = a_t h_{t-1} + x_t from h = 0, token by token. These are the states on their path.
+  function statePath(gates, inputs) {
+    let h = [0, 0];
+    return gates.map((a, t) => (h = add(multiply(a, h), inputs[t])));
+  }
 
-  // Tokens until half is left: ln 2 / -ln |a|.
-  halfLife: (magnitude) => (magnitude === 1 ? Infinity : magnitude === 0 ? 0 : Math.log(2) / -Math.log(magnitude)),
+  // Mode 2, scan: each round combines every step (a, x) with the one `far` before it, and then reaches twice as far.
+  function scan(gates, inputs) {
+    let steps = gates.map((a, t) => [a, inputs[t]]);
+    for (let far = 1; far < steps.length; far *= 2) {
+      const before = steps;
+      steps = before.map(([a, x], t) => {
+        if (t < far) return [a, x];
+        const [earlier, y] = before[t - far];
+        return [multiply(a, earlier), add(multiply(a, y), x)];
+      });
+    }
+    return steps.map(([, x]) => x);
+  }
 
-  // Tokens for a full turn.
-  period: (phase) => (phase === 0 ? Infinity : (2 * Math.PI) / Math.abs(phase)),
+  // Mode 3, attention: the decay matrix times the inputs.
+  const attention = (gates, inputs) =>
+    decayMatrix(gates).map((row) => row.reduce((sum, entry, s) => add(sum, multiply(entry, inputs[s])), [0, 0]));
 
-  // For each token, how many tokens before it still have a weight of at least `least`.
-  horizons: (matrix, least) => matrix.map((row, t) => row.filter(([x, y], s) => s < t && Math.hypot(x, y) >= least).length),
-};
+  // The same with p_t / p_s for the matrix, p_t = a_1 ... a_t: right on paper, 0 / 0 once a gate was 0.
+  function division(gates, inputs) {
+    let [p, sum] = [[1, 0], [0, 0]];
+    return gates.map((a, t) => {
+      p = multiply(p, a);
+      return multiply(p, (sum = add(sum, divide(inputs[t], p))));
+    });
+  }
 
+  // The largest distance of two sequences, NaN if one of them has an entry that is no number.
+  const difference = (one, other) => Math.max(...one.map(([a, b], t) => size([a - other[t][0], b - other[t][1]])));
+
+  // Tokens until half is left, |a|^n = 1/2, and the magnitude that has this half-life.
+  const halfLife = (magnitude) => Math.LN2 / Math.abs(Math.log(magnitude));
+  const magnitudeOf = (tokens) => 2 ** (-1 / tokens);
+
+  // Tokens for a full turn, and the sum of all weights, 1 + |a| + |a|^2 + ...
+  const period = (phase) => (2 * Math.PI) / Math.abs(phase);
+  const memory = (magnitude) => 1 / (1 - magnitude);
+
+  // For each token, how many tokens back a weight is still at least `least`.
+  const horizons = (matrix, least) => matrix.map((row, t) => t - row.findIndex((entry) => size(entry) >= least));
+
+  return {
+    add, multiply, divide, size, gate, decayMatrix, statePath, scan, attention, division, difference,
+    halfLife, magnitudeOf, period, memory, horizons,
+  };
+})();
+
+// The page. What is chosen lives in its sliders and buttons, and every change draws the pictures anew.
 (() => {
+  const sums = window.llambaPlay;
+  const TOKENS = 32;
   const LEAST = 0.05; // below this weight a token counts as forgotten
+  const LEFT = 36; // room for the axis of a picture
+  const range = Array.from({ length: TOKENS }, (_, t) => t);
+
   const element = (id) => document.getElementById(id);
-  const number = (x, digits = 3) => (Number.isFinite(x) ? Number(x.toPrecision(digits)).toString() : "∞");
+  const value = (id) => element(id).valueAsNumber;
+  function number(x, digits = 3) {
+    if (!Number.isFinite(x)) return Number.isNaN(x) ? "NaN" : "∞";
+    return Number(x.toPrecision(digits)).toString().replace("-", "−");
+  }
+  function complex(z) {
+    const [x, y] = z.map((part) => Number(part.toFixed(9))); // no dust of rounding
+    return Number.isNaN(x) || y === 0 ? number(x) : `${number(x)} ${y < 0 ? "−" : "+"} ${number(Math.abs(y))}i`;
+  }
+  const count = (n, what) => `${number(n)} ${what}${number(n) === "1" ? "" : "s"}`;
+  const listed = (numbers) => numbers.join(", ").replace(/, (\d+)$/, " and $1");
+  const last = (list) => list[list.length - 1];
+
+  // Places of a slider: 0 is the gate 0, then come half-lives of 0.1 to 1000 tokens in equal factors, and 200 is the gate 1.
+  const LONG = 200;
+  const toMagnitude = (place) => (place === 0 ? 0 : place === LONG ? 1 : sums.magnitudeOf(10 ** ((4 * (place - 1)) / (LONG - 2) - 1)));
+  const toPlace = (magnitude) => Math.max(0, Math.min(LONG, Math.round(1 + ((LONG - 2) * (Math.log10(sums.halfLife(magnitude)) + 1)) / 4)));
+  const degrees = (phase) => Math.round((phase * 180) / Math.PI);
+
+  function showMagnitude(id) {
+    const magnitude = toMagnitude(value(id));
+    const words = `${number(magnitude, 4)}, half-life ${count(sums.halfLife(magnitude), "token")}`;
+    element(`${id}-value`).textContent = words;
+    element(id).setAttribute("aria-valuetext", words.replace("∞", "infinitely many"));
+    return magnitude;
+  }
+
+  // Say in words what has changed, once the slider rests: a screen reader reads out what is put here.
+  const waiting = {};
+  function say(id, words) {
+    const put = () => element(id).textContent !== words && (element(id).textContent = words);
+    if (!(id in waiting)) put(); // as the page loads
+    clearTimeout(waiting[id]);
+    waiting[id] = setTimeout(put, 250);
+  }
+
+  // Drawing
 
   function draw(parent, tag, attributes, words) {
     const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+    for (const [name, text] of Object.entries(attributes)) node.setAttribute(name, text);
     if (words !== undefined) node.textContent = words;
     return parent.appendChild(node);
   }
 
-  // A picture is drawn anew at each change; `description` is what a screen reader says of it.
-  function clear(id, description) {
-    const svg = element(id);
-    svg.replaceChildren();
-    svg.setAttribute("aria-label", description);
-    return svg;
+  const widthOf = (id) => Math.floor(element(id).getBoundingClientRect().width) || 320;
+
+  // The emptied group that a picture is drawn into, in units of CSS pixels. `words` are what a screen reader says of it.
+  function picture(id, height, words) {
+    const svg = element(id), group = svg.firstElementChild;
+    group.replaceChildren();
+    svg.setAttribute("viewBox", `0 0 ${widthOf(id)} ${height}`);
+    svg.setAttribute("height", height);
+    svg.setAttribute("aria-label", words);
+    return group;
   }
 
-  // Blue for weights above zero, orange for those below, the paler the smaller.
-  function drawMatrix(svg, matrix, part, { x = 26, y = 8, size = 246, row = -1 } = {}) {
-    const side = size / matrix.length;
-    matrix.forEach((entries, t) =>
-      entries.forEach((entry, s) => {
-        const weight = part(entry);
-        draw(svg, "rect", {
-          x: x + s * side, y: y + t * side, width: side - 0.6, height: side - 0.6,
-          class: weight < 0 ? "minus" : "plus", "fill-opacity": Math.min(1, Math.abs(weight)).toFixed(3),
-        });
-      }));
-    draw(svg, "path", { d: `M${x} ${y} V${y + size} H${x + size}`, class: "axis" });
-    if (row >= 0) draw(svg, "rect", { x, y: y + row * side - 0.5, width: (row + 1) * side, height: side, class: "chosen" });
-    draw(svg, "text", { x: x + size / 2, y: y + size + 18, "text-anchor": "middle" }, "written at s");
-    draw(svg, "text", { transform: `translate(${x - 9} ${y + size / 2}) rotate(-90)`, "text-anchor": "middle" }, "read at t");
+  function tick(group, x, y, words, anchor = "middle") {
+    draw(group, "text", { x, y, "text-anchor": anchor, class: "tick" }, words);
   }
 
-  // One gate, the same at every token.
+  const ticked = [0, 7, 15, 23, 31]; // tokens 1, 8, 16, 24, 32
 
-  const LENGTH = 24;
-  const PRESETS = { attention: [1, 0], rope: [1, 0.5], retnet: [0.9, 0.5], real: [0.9, 0], forget: [0, 0] };
-  const toMagnitude = (place) => 1 - (1 - place / 1000) ** 3; // fine steps near 1
-  const toPlace = (magnitude) => Math.round(1000 * (1 - Math.cbrt(1 - magnitude)));
-
-  function drawPath(path, phase) {
-    const most = Math.max(1, ...path.map(([x, y]) => Math.hypot(x, y)));
-    const svg = clear("gate-path", `The state in the complex plane after each of ${path.length} tokens, from ${number(Math.hypot(...path[0]))} ` +
-      `to ${number(Math.hypot(...path.at(-1)))} in magnitude${phase ? ", turning" : ", on the real axis"}.`);
-    const place = ([x, y]) => [150 + (120 * x) / most, 132 - (120 * y) / most];
-    draw(svg, "path", { d: "M22 132 H278 M150 6 V258", class: "axis" });
-    draw(svg, "circle", { cx: 150, cy: 132, r: 120 / most, class: "unit" });
-    draw(svg, "polyline", { points: path.map((h) => place(h).map((z) => z.toFixed(1)).join()).join(" "), class: "path" });
-    path.forEach((h, t) => {
-      const [cx, cy] = place(h);
-      draw(svg, "circle", { cx, cy, r: t === path.length - 1 ? 5 : 3, class: t === path.length - 1 ? "last" : "state" });
-    });
-    draw(svg, "text", { x: 278, y: 126, "text-anchor": "end" }, "real");
-    draw(svg, "text", { x: 156, y: 15 }, "imaginary");
-    draw(svg, "text", { x: 22, y: 275 }, `dashed: magnitude 1; large dot: token ${path.length}`);
-  }
-
-  function showGate() {
-    const magnitude = toMagnitude(element("gate-magnitude").valueAsNumber);
-    const phase = (element("gate-phase").valueAsNumber * Math.PI) / 180;
-    const again = element("gate-constant").checked;
-    const part = element("gate-absolute").checked ? ([x, y]) => Math.hypot(x, y) : ([x]) => x;
-    const matrix = llambaPlay.decayMatrix(Array(LENGTH).fill(magnitude), Array(LENGTH).fill(phase));
-    const path = llambaPlay.statePath(magnitude, phase, Array.from({ length: LENGTH }, (_, t) => (again || t === 0 ? 1 : 0)));
-    const [half, turn] = [llambaPlay.halfLife(magnitude), llambaPlay.period(phase)];
-
-    element("gate-magnitude").setAttribute("aria-valuetext", number(magnitude, 4));
-    element("gate-magnitude-value").textContent = number(magnitude, 4);
-    element("gate-phase-value").textContent = `${number(phase, 3)} rad`;
-    drawMatrix(clear("gate-matrix", `Decay matrix of ${LENGTH} tokens. ${turn < Infinity ? `Its sign changes with a period of ${number(turn)} tokens. ` : ""}` +
-      `Weights fall by half in ${number(half)} tokens.`), matrix, part);
-    drawPath(path, phase);
-    element("gate-status").textContent = (magnitude === 1 ? "Nothing is forgotten. " : magnitude === 0 ? "Everything is forgotten at once. " :
-      `Half is left after ${number(half)} tokens. `) + (turn === Infinity ? "No turn." : `A full turn takes ${number(turn)} tokens.`);
-  }
-
-  // A gate for each token, one of them a reset.
-
-  const TOKENS = 32;
-  const strip = { x: 20, width: 560 / TOKENS };
-
-  function drawTokens(row, reset, query) {
-    const svg = element("reset-tokens");
-    svg.querySelectorAll(".drawn").forEach((node) => node.remove());
-    row.forEach(([x], s) => {
-      const height = 60 * Math.abs(x);
-      draw(svg, "rect", { x: strip.x + s * strip.width + 1, y: 90 - height, width: strip.width - 2, height, class: "drawn plus" });
-    });
-    draw(svg, "path", { d: `M${strip.x} 90.5 H${strip.x + TOKENS * strip.width}`, class: "drawn axis" });
-    for (const t of [1, 8, 16, 24, 32]) draw(svg, "text", { x: strip.x + (t - 0.5) * strip.width, y: 106, "text-anchor": "middle", class: "drawn" }, t);
-    draw(svg, "text", { x: strip.x + (query - 0.5) * strip.width, y: 22, "text-anchor": "middle", class: "drawn" }, "reads");
-    const handle = element("reset-handle");
-    handle.setAttribute("transform", `translate(${strip.x + (reset - 0.5) * strip.width} 0)`);
-    handle.setAttribute("aria-valuenow", reset);
-    handle.setAttribute("aria-valuetext", `token ${reset}`);
-  }
-
-  function drawHorizons(gated, fixed, query) {
-    const svg = clear("reset-horizon", `Memory horizon of each token. With the reset: ${gated.join(", ")}. With fixed gates: ${fixed.join(", ")}.`);
-    const place = (tokens, t) => `${30 + (t + 0.5) * (246 / TOKENS)},${(254 - (tokens * 246) / TOKENS).toFixed(1)}`;
-    draw(svg, "path", { d: "M30 8 V254 H276", class: "axis" });
-    draw(svg, "polyline", { points: fixed.map(place).join(" "), class: "fixed" });
-    draw(svg, "polyline", { points: gated.map(place).join(" "), class: "path" });
-    const [cx, cy] = place(gated[query - 1], query - 1).split(",");
-    draw(svg, "circle", { cx, cy, r: 5, class: "last" });
-    for (const tokens of [0, 16, 32]) draw(svg, "text", { x: 25, y: 258 - (tokens * 246) / TOKENS, "text-anchor": "end" }, tokens);
-    draw(svg, "text", { x: 153, y: 272, "text-anchor": "middle" }, "token t");
-    draw(svg, "text", { x: 38, y: 20 }, "tokens it remembers");
-  }
-
-  function showReset() {
-    const magnitude = toMagnitude(element("reset-magnitude").valueAsNumber);
-    const [reset, query] = [element("reset-place").valueAsNumber, element("reset-query").valueAsNumber];
-    const still = Array(TOKENS).fill(0);
-    const gates = Array.from({ length: TOKENS }, (_, t) => (t === reset - 1 ? 0 : magnitude));
-    const matrix = llambaPlay.decayMatrix(gates, still);
-    const fixed = llambaPlay.horizons(llambaPlay.decayMatrix(Array(TOKENS).fill(magnitude), still), LEAST);
-    const gated = llambaPlay.horizons(matrix, LEAST);
-
-    element("reset-magnitude").setAttribute("aria-valuetext", number(magnitude, 4));
-    element("reset-magnitude-value").textContent = number(magnitude, 4);
-    element("reset-place-value").textContent = reset;
-    element("reset-query-value").textContent = query;
-    drawTokens(matrix[query - 1], reset, query);
-    drawMatrix(clear("reset-matrix", `Decay matrix of ${TOKENS} tokens: two triangles. No token from ${reset} on sees one before it.`), matrix, ([x]) => x, { row: query - 1 });
-    drawHorizons(gated, fixed, query);
-    element("reset-status").textContent = `Token ${query} remembers ${gated[query - 1]} of the ${query - 1} tokens before it. ` +
-      (gated[query - 1] < fixed[query - 1] ? `Without the reset at token ${reset} it would be ${fixed[query - 1]}.` : `The reset at token ${reset} makes no difference to it.`);
-  }
-
-  function moveReset(place) {
-    element("reset-place").value = Math.min(TOKENS, Math.max(1, place));
-    showReset();
-  }
-
-  function letDrag() {
-    const [svg, handle] = [element("reset-tokens"), element("reset-handle")];
-    const tokenAt = (event) => {
-      const box = svg.getBoundingClientRect();
-      return Math.floor((((event.clientX - box.left) / box.width) * 600 - strip.x) / strip.width) + 1;
-    };
-    svg.addEventListener("pointerdown", (event) => {
-      svg.setPointerCapture(event.pointerId);
-      moveReset(tokenAt(event));
-      handle.focus();
-      event.preventDefault();
-    });
-    svg.addEventListener("pointermove", (event) => svg.hasPointerCapture(event.pointerId) && moveReset(tokenAt(event)));
-    const steps = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -8, PageUp: 8, Home: -TOKENS, End: TOKENS };
-    handle.addEventListener("keydown", (event) => {
-      if (!(event.key in steps)) return;
-      moveReset(element("reset-place").valueAsNumber + steps[event.key]);
-      event.preventDefault();
-    });
-  }
-
-  document.addEventListener("DOMContentLoaded", () => {
-    document.querySelectorAll(".play input").forEach((input) => input.addEventListener("input", input.closest("#gate") ? showGate : showReset));
-    document.querySelectorAll("#gate button").forEach((button) => button.addEventListener("click", () => {
-      const [magnitude, phase] = PRESETS[button.dataset.preset];
-      element("gate-magnitude").value = toPlace(magnitude);
-      element("gate-phase").value = Math.round((phase * 180) / Math.PI);
-      showGate();
+  // Row t is what token t holds of token s, column s. Blue above zero, orange below, the paler the closer to zero.
+  function drawMatrix(id, matrix, part, words) {
+    const cell = Math.floor((widthOf(id) - LEFT - 4) / TOKENS), side = cell * TOKENS, top = 4;
+    const group = picture(id, side + top + 38, words);
+    const x = (s) => LEFT + s * cell, y = (t) => top + t * cell;
+    draw(group, "path", { d: `M${LEFT} ${top}${range.map((t) => `H${x(t + 1)} V${y(t + 1)}`).join("")} H${LEFT} Z`, class: "past" });
+    matrix.forEach((row, t) => row.forEach((entry, s) => {
+      const weight = part(entry), opacity = Math.min(1, Math.abs(weight));
+      if (opacity < 0.004) return; // not to be seen
+      const sign = weight < 0 ? "minus" : "plus";
+      draw(group, "rect", { x: x(s), y: y(t), width: cell - 1, height: cell - 1, class: sign, "fill-opacity": opacity.toFixed(3) });
     }));
-    letDrag();
-    showGate();
-    showReset();
-  });
+    draw(group, "path", { d: `M${LEFT - 1.5} ${top} V${top + side + 0.5} H${LEFT + side}`, class: "axis" });
+    for (const t of ticked) {
+      tick(group, x(t + 0.5), top + side + 15, t + 1);
+      tick(group, LEFT - 6, y(t + 0.5) + 4, t + 1, "end");
+    }
+    draw(group, "text", { x: LEFT + side / 2, y: top + side + 32, "text-anchor": "middle" }, "written at s");
+    draw(group, "text", { transform: `translate(11 ${top + side / 2}) rotate(-90)`, "text-anchor": "middle" }, "read at t");
+    return { group, x, y };
+  }
+
+  // The largest of 1, 2, 5, 10, ... that is not above `most`.
+  function roundNumber(most) {
+    const ten = 10 ** Math.floor(Math.log10(most));
+    return ten * [5, 2, 1].find((digit) => digit * ten <= most * 1.0001);
+  }
+
+  // One gate, the same at every token
+
+  // Where h = a h + 1.
+  const restOf = ([x, y]) => sums.divide([1, 0], [1 - x, -y]);
+
+  // Where a number lies in the picture of the path: `radius` pixels are `most`.
+  function plane(most) {
+    const middle = widthOf("gate-path") / 2, radius = middle - 36;
+    return { middle, radius, place: ([x, y]) => [middle + (radius * x) / most, middle - (radius * y) / most] };
+  }
+
+  // Axes, and the circle of magnitude 1.
+  function drawPlane(group, most) {
+    const { middle, radius } = plane(most), step = roundNumber(most), far = (radius * step) / most;
+    draw(group, "path", { d: `M8 ${middle} H${2 * middle - 8} M${middle} 8 V${2 * middle - 8}`, class: "axis" });
+    draw(group, "circle", { cx: middle, cy: middle, r: radius / most, class: "unit" });
+    for (const sign of [1, -1]) {
+      draw(group, "path", { d: `M${middle + sign * far} ${middle - 4} v8 M${middle - 4} ${middle - sign * far} h8`, class: "axis" });
+      tick(group, middle + sign * (far + 3), middle + 17, number(sign * step));
+      tick(group, middle + 8, middle - sign * far + (sign > 0 ? -4 : 14), `${step === 1 ? (sign > 0 ? "" : "−") : number(sign * step)}i`, "start");
+    }
+    draw(group, "text", { x: 2 * middle - 2, y: middle - 7, "text-anchor": "end" }, "real");
+    draw(group, "text", { x: middle - 8, y: 18, "text-anchor": "end" }, "imaginary");
+  }
+
+  function drawPath(path, a, again, words) {
+    const most = Math.max(1, ...path.map(sums.size)), { middle, radius, place } = plane(most);
+    const group = picture("gate-path", 2 * middle, words);
+    drawPlane(group, most);
+    draw(group, "polyline", { points: path.map((h) => place(h).map((z) => z.toFixed(1)).join()).join(" "), class: "path" });
+    path.forEach((h, t) => {
+      const [cx, cy] = place(h), end = t === path.length - 1;
+      draw(group, "circle", { cx, cy, r: end ? 6 : 3.5, class: end ? "end" : "state" });
+    });
+    const rest = restOf(a), [x, y] = place(rest);
+    if (again && sums.size(a) < 1 && sums.size(rest) <= 1.1 * most) {
+      draw(group, "path", { d: `M${x - 7} ${y - 7} l14 14 m0 -14 l-14 14`, class: "cross" });
+    }
+
+    const [cx, cy] = place(a);
+    for (const ring of element("gate-path").querySelectorAll(".ring, .grip")) {
+      ring.setAttribute("visibility", again ? "hidden" : "visible");
+      ring.setAttribute("cx", cx);
+      ring.setAttribute("cy", cy);
+    }
+  }
+
+  // What the gate does, for a state that is left alone.
+  function behaviour(magnitude, phase) {
+    const half = count(sums.halfLife(magnitude), "token"), turn = count(sums.period(phase), "token");
+    if (magnitude === 0) return "Everything is forgotten at once: a state holds its own token only.";
+    const fades = magnitude === 1 ? "Nothing fades" : `Half is left after ${half}`;
+    return phase === 0 ? `${fades}, and nothing turns.` : `${fades}, and a full turn takes ${turn}.`;
+  }
+
+  // Where it goes when every token writes 1.
+  function destination(a, magnitude, phase) {
+    if (magnitude < 1) return `Fed with 1 at every token, it comes to rest at ${complex(restOf(a))}.`;
+    return `Fed with 1 at every token, it ${phase === 0 ? "grows without end" : "goes round a circle and never rests"}.`;
+  }
+
+  function readGate() {
+    const magnitude = showMagnitude("gate-magnitude"), turned = value("gate-phase"), phase = (turned * Math.PI) / 180;
+    const again = element("gate-constant").checked;
+    return { magnitude, phase, turned, again, a: sums.gate(magnitude, phase), inputs: range.map((t) => [again || t === 0 ? 1 : 0, 0]) };
+  }
+
+  function showGate({ magnitude, phase, turned, again, a, inputs }) {
+    const matrix = sums.decayMatrix(range.map(() => a)), path = sums.statePath(range.map(() => a), inputs);
+    const absolute = element("gate-absolute").checked;
+    element("gate-phase-value").textContent = `${number(phase, 3)} rad, ${number(turned)}°`;
+    element("gate-phase").setAttribute("aria-valuetext", `${number(phase, 3)} radians, ${number(turned)} degrees`);
+    element("gate-half-life").textContent = number(sums.halfLife(magnitude));
+    element("gate-period").textContent = number(sums.period(phase));
+    element("gate-memory").textContent = number(sums.memory(magnitude));
+
+    const does = behaviour(magnitude, phase), goes = again ? destination(a, magnitude, phase) : "";
+    drawMatrix("gate-matrix", matrix, absolute ? sums.size : ([x]) => x,
+      `Decay matrix of ${TOKENS} tokens, the ${absolute ? "magnitude" : "real part"} of a to the power t minus s. ${does}`);
+    drawPath(path, a, again, `The state in the complex plane after each of ${TOKENS} tokens, ` +
+      `from ${complex(path[0])} to ${complex(last(path))}. ${does} ${goes}`.trim());
+    element("gate-note-impulse").hidden = again;
+    element("gate-note-constant").hidden = !again;
+    say("gate-status", `${does} ${goes}`.trim());
+    for (const button of document.querySelectorAll("[data-magnitude]")) {
+      const same = toPlace(Number(button.dataset.magnitude)) === value("gate-magnitude") && Number(button.dataset.degrees) === turned;
+      button.setAttribute("aria-pressed", same);
+    }
+  }
+
+  function setGate(magnitude, turned) {
+    element("gate-magnitude").value = toPlace(magnitude);
+    element("gate-phase").value = turned;
+    show();
+  }
+
+  // With a mouse or a finger the gate can be taken by its ring. The sliders do the same by keyboard.
+  function letGateBeDragged() {
+    const svg = element("gate-path"), grip = svg.querySelector(".grip");
+    grip.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false }); // the page stays where it is
+    grip.addEventListener("pointerdown", (event) => {
+      svg.setPointerCapture(event.pointerId);
+      event.preventDefault();
+    });
+    svg.addEventListener("pointermove", (event) => {
+      if (!svg.hasPointerCapture(event.pointerId)) return;
+      const box = svg.getBoundingClientRect(), { middle, radius } = plane(1);
+      const [x, y] = [(event.clientX - box.left - middle) / radius, (middle - event.clientY + box.top) / radius];
+      setGate(Math.min(1, Math.hypot(x, y)), degrees(Math.atan2(y, x)));
+    });
+  }
+
+  // A gate for each token, and resets among them
+
+  const resets = [...document.querySelectorAll("#resets .reset")];
+  const placed = () => resets.filter((input) => !input.hidden).map((input) => input.valueAsNumber).sort((a, b) => a - b);
+
+  function readResets() {
+    const magnitude = showMagnitude("listening"), places = placed(), query = value("query");
+    const gates = range.map((t) => [places.includes(t + 1) ? 0 : magnitude, 0]);
+    return { places, query, gates, fixed: Array(TOKENS).fill([showMagnitude("fixed"), 0]) };
+  }
+
+  // Three strips on one axis of tokens: the gates, what the reading token sees, and how far back each token sees.
+  const STRIPS = {
+    gates: { top: 22, height: 36, most: 1, title: () => "gate of each token" },
+    weights: { top: 86, height: 64, most: 1, title: (query) => `what token ${query} still holds of each token` },
+    horizons: { top: 178, height: 110, most: TOKENS, title: () => "memory horizon: how many tokens back" },
+  };
+  const BOTTOM = STRIPS.horizons.top + STRIPS.horizons.height;
+
+  function drawBars(group, { top, height, most }, values, x) {
+    values.forEach((one, t) => {
+      const high = (height * one) / most;
+      draw(group, "rect", { x: x(t) + 1, y: top + height - high, width: x(1) - x(0) - 2, height: high, class: "plus" });
+    });
+  }
+
+  function drawStairs(group, { top, height, most }, values, x, name) {
+    const steps = values.map((one, t) => `V${top + height - (height * one) / most} H${x(t + 1)}`);
+    draw(group, "path", { d: `M${x(0)} ${top + height} ${steps.join(" ")}`, class: name });
+  }
+
+  function drawStrips({ gates, matrix, fixedMatrix, horizons, fixedHorizons, query, places }, words) {
+    const cell = (widthOf("strips") - LEFT - 10) / TOKENS, x = (t) => LEFT + t * cell;
+    const group = picture("strips", BOTTOM + 18, words), row = query - 1;
+    for (const [name, length] of [["--left", LEFT], ["--cell", cell]]) element("strips").parentElement.style.setProperty(name, `${length}px`);
+    drawBars(group, STRIPS.gates, gates.map(sums.size), x);
+    drawBars(group, STRIPS.weights, matrix[row].map(sums.size), x);
+    for (const place of places) draw(group, "path", { d: `M${x(place - 0.5)} 0 V${BOTTOM}`, class: "cut" });
+    draw(group, "path", { d: `M${x(row + 0.5)} ${STRIPS.weights.top} V${BOTTOM + 18}`, class: "reader" });
+    drawStairs(group, STRIPS.weights, fixedMatrix[row].map(sums.size), x, "fixed");
+    drawStairs(group, STRIPS.horizons, fixedHorizons, x, "fixed");
+    drawStairs(group, STRIPS.horizons, horizons, x, "path");
+    for (const { top, height, most, title } of Object.values(STRIPS)) {
+      draw(group, "path", { d: `M${LEFT - 0.5} ${top} v${height + 0.5} H${x(TOKENS)}`, class: "axis" });
+      tick(group, LEFT, top - 7, title(query), "start");
+      tick(group, LEFT - 6, top + 9, most, "end");
+      tick(group, LEFT - 6, top + height + 4, 0, "end");
+    }
+    for (const t of ticked) tick(group, x(t + 0.5), BOTTOM + 14, t + 1);
+  }
+
+  function showResets({ places, query, gates, fixed }) {
+    const matrix = sums.decayMatrix(gates), fixedMatrix = sums.decayMatrix(fixed);
+    const horizons = sums.horizons(matrix, LEAST), fixedHorizons = sums.horizons(fixedMatrix, LEAST);
+    const same = range.filter((t) => horizons[t] === fixedHorizons[t]).length;
+    const [back, fixedBack] = [horizons[query - 1], fixedHorizons[query - 1]];
+    const where = places.length ? `Reset${places.length === 1 ? " at token" : "s at tokens"} ${listed(places)}` : "No reset";
+    const first = query - back, sees = back === 0 ? "sees no token before it" : `sees ${count(back, "token")} back, to token ${first}`;
+    const words = `${where}. Token ${query} ${sees}${places.includes(first) ? ", a reset" : ""}. The fixed gate sees ${fixedBack}.`;
+
+    element("query-value").textContent = query;
+    resets.forEach((input) => input.setAttribute("aria-valuetext", `token ${input.value}`));
+    element("query").setAttribute("aria-valuetext", `token ${query}`);
+    element("reset-horizon").textContent = back;
+    element("fixed-horizon").textContent = fixedBack;
+    element("same-horizon").textContent = same;
+    element("add-reset").setAttribute("aria-disabled", places.length === resets.length);
+    element("remove-reset").setAttribute("aria-disabled", places.length === 0);
+
+    drawStrips({ gates, matrix, fixedMatrix, horizons, fixedHorizons, query, places },
+      `${words} Memory horizon of each token, in tokens: ${horizons.join(", ")}. With the fixed gate: ${fixedHorizons.join(", ")}.`);
+    const blocks = new Set([1, ...places]).size;
+    const { group, x, y } = drawMatrix("reset-matrix", matrix, sums.size,
+      `Decay matrix of ${TOKENS} tokens. ${where}: ${blocks === 1 ? "one triangle" : `${blocks} triangles, and no weight between them`}.`);
+    const border = (reach) => `M${x(0)} ${y(0)}` + reach.map((n, t) => `H${x(t - n)} V${y(t + 1)}`).join(" ");
+    draw(group, "path", { d: border(fixedHorizons), class: "fixed" });
+    draw(group, "rect", { x: x(0) - 1, y: y(query - 1) - 1, width: x(query) - x(0) + 1, height: y(1) - y(0) + 1, class: "reader" });
+    say("reset-status", words);
+  }
+
+  // A new reset goes into the middle of the longest stretch that has none.
+  function addReset() {
+    const free = resets.find((input) => input.hidden), ends = [1, ...placed(), TOKENS + 1];
+    if (!free) return;
+    const lengths = ends.slice(1).map((end, i) => end - ends[i]), widest = lengths.indexOf(Math.max(...lengths));
+    free.value = Math.round((ends[widest] + ends[widest + 1]) / 2);
+    free.hidden = false;
+    show();
+  }
+
+  function removeReset() {
+    const used = resets.filter((input) => !input.hidden);
+    if (used.length) last(used).hidden = true;
+    show();
+  }
+
+  // The same states in four ways
+
+  const INPUTS = range.map((t) => [Math.sin(1 + 3 * t * t), 0]); // any numbers would do
+
+  function showModes(one, several) {
+    const chosen = element("modes-gate").checked, gates = chosen ? Array(TOKENS).fill(one.a) : several.gates;
+    const { statePath, scan, attention, division, difference } = sums, truth = statePath(gates, INPUTS);
+    for (const [name, mode] of Object.entries({ recurrent: statePath, scan, attention, division })) {
+      const found = mode(gates, INPUTS);
+      element(`${name}-state`).textContent = complex(found[several.query - 1]);
+      element(`${name}-difference`).textContent = number(difference(found, truth), 2);
+    }
+    element("modes-query").textContent = several.query;
+    const failed = element("division-difference").textContent === "NaN";
+    element("division-state").parentElement.classList.toggle("failed", failed);
+    say("modes-status", `${chosen ? "With the gate of the first picture" : "With the gates of the second picture"} ` +
+      (failed ? "three ways agree. The fourth has divided 0 by 0." : "all four ways agree."));
+  }
+
+  // All together
+
+  function show() {
+    const [one, several] = [readGate(), readResets()];
+    showGate(one);
+    showResets(several);
+    showModes(one, several);
+  }
+
+  function startOver(section) {
+    for (const input of section.querySelectorAll("input")) [input.value, input.checked] = [input.defaultValue, input.defaultChecked];
+    for (const input of section.querySelectorAll(".reset")) input.hidden = input.dataset.start === "away";
+    show();
+  }
+
+  document.querySelectorAll(".play input").forEach((input) => input.addEventListener("input", show));
+  document.querySelectorAll("[data-magnitude]").forEach((button) =>
+    button.addEventListener("click", () => setGate(Number(button.dataset.magnitude), Number(button.dataset.degrees))));
+  document.querySelectorAll(".start-over").forEach((button) => button.addEventListener("click", () => startOver(button.closest(".play"))));
+  element("add-reset").addEventListener("click", addReset);
+  element("remove-reset").addEventListener("click", removeReset);
+  letGateBeDragged();
+
+  // Pictures are drawn for the width that they have: draw again when it changes, which it does once at the start.
+  let width = 0;
+  new ResizeObserver(([{ contentRect }]) => contentRect.width !== width && ((width = contentRect.width), show())).observe(element("gate"));
 })();
