@@ -32,17 +32,16 @@ exclude_patterns = ["_build", "_static", "nbs/_*"]
 nb_execution_mode = "off"  # the notebooks come with their outputs
 nb_merge_streams = True
 nb_ipywidgets_js = {}  # else every page asks a CDN for widgets that no chapter has
-nb_number_source_lines = False
 myst_enable_extensions = ["amsmath", "attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 myst_dmath_double_inline = True
 
 mathjax_path = "mathjax/tex-chtml.js"  # fetched by `make docs`
-mathjax3_config = {"options": {"enableMenu": False}, "chtml": {"displayAlign": "center"}}
+mathjax3_config = {"options": {"enableMenu": False}}
 numfig = True
 math_numfig = True
 math_eqref_format = "({number})"
-numfig_format = {"figure": "Figure %s", "table": "Table %s"}
+numfig_format = {"figure": "Figure %s"}
 
 bibtex_bibfiles = ["refs.bib"]
 bibtex_reference_style = "author_year"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -14,7 +15,7 @@ from sphinx.errors import ExtensionError
 from drawings import llama_to_llamba, special_cases
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOKS, PAGES = ROOT / "nbs", ROOT / "docs" / "nbs"
+NOTEBOOKS, PAGES, REFERENCE = ROOT / "nbs", ROOT / "docs" / "nbs", ROOT / "docs" / "api"
 WORDS, LINES = 200, 40  # read in a minute: words of prose, lines of code
 
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?\s*(.*?)\s*$")
@@ -60,7 +61,7 @@ def with_facts(title_cell: str, line: str) -> str:
     return f"{title}\n\n{line}\n{rest}"
 
 
-def page(notebook: nbformat.NotebookNode, name: str, run_time: str):
+def page(notebook: nbformat.NotebookNode, name: str, run_time: str) -> nbformat.NotebookNode:
     """A notebook as MyST-NB wants it: no cells for machines only, code of solutions folded, facts under the title."""
     words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
     code = sum(cell.source.count("\n") + 1 for cell in notebook.cells if cell.cell_type == "code")
@@ -84,7 +85,7 @@ def page(notebook: nbformat.NotebookNode, name: str, run_time: str):
     return nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
 
 
-def exercises_of(notebook: nbformat.NotebookNode, name: str) -> str:
+def exercises_of(notebook: nbformat.NotebookNode) -> str:
     """A chapter's exercises and their solutions, folded, for the index of all exercises."""
     title = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
     parts = [f"## {title}\n"]
@@ -107,13 +108,6 @@ def summary(notebook: nbformat.NotebookNode) -> str:
     return " ".join(line.removeprefix("> ") for line in notebook.cells[0].source.splitlines() if line.startswith("> "))
 
 
-def write(path: Path, text: str) -> None:
-    """Write a page, but leave it alone where nothing has changed: Sphinx reads again what is newer."""
-    if not path.exists() or path.read_text() != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-
 def module_page(module: str, chapter: str) -> str:
     """The reference page of a module."""
     return (f"# {module}\n\n`llamba_ref.{module}` is derived and tested in {{doc}}`/nbs/{chapter}`.\n\n"
@@ -121,27 +115,24 @@ def module_page(module: str, chapter: str) -> str:
 
 
 def stage(app) -> None:
-    """Write docs/nbs (chapters), docs/api (modules) and what other pages include."""
-    times, exercises, modules, written = run_times(), [], [], set()
-    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        notebook, name = nbformat.read(path, 4), path.stem
+    """Write docs/nbs (chapters) and docs/api (modules) anew, and what other pages include. The contents of index.md give the order."""
+    for folder in (PAGES, REFERENCE):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    times, exercises, modules = run_times(), [], []
+    for name in re.findall(r"^nbs/(\w+)$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE):
         if name not in times:
             raise ExtensionError(f"nbs/{name}.ipynb was never timed: make notebooks RECORD=--record")
-        write(PAGES / path.name, nbformat.writes(page(notebook, name, times[name])))
-        exercises.append(exercises_of(notebook, name))
-        written.add(PAGES / path.name)
+        notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
+        nbformat.write(page(notebook, name, times[name]), PAGES / f"{name}.ipynb")
+        exercises.append(exercises_of(notebook))
         module = next(m[1] for cell in notebook.cells if (m := re.match(r"#\| default_exp (\S+)", cell.source)))
-        api = ROOT / "docs" / "api" / f"{module}.md"
-        write(api, module_page(module, name))
-        written.add(api)
+        (REFERENCE / f"{module}.md").write_text(module_page(module, name))
         modules.append(f"[`{module}`](api/{module}.md)\n: {summary(notebook)}\n")
-    for old in [*PAGES.glob("*.ipynb"), *(ROOT / "docs" / "api").glob("*.md")]:
-        if old not in written:
-            old.unlink()
-    write(PAGES / "_exercises.md", "\n".join(filter(None, exercises)))  # docs/exercises.md includes it
-    write(PAGES / "_modules.md", "\n".join(modules))  # docs/api.md includes it
-    write(PAGES / "_llama_to_llamba.svg", llama_to_llamba())  # docs/index.md shows it
-    write(PAGES / "_special_cases.svg", special_cases())  # docs/map.md shows it
+    (PAGES / "_exercises.md").write_text("\n".join(filter(None, exercises)))  # docs/exercises.md includes it
+    (PAGES / "_modules.md").write_text("\n".join(modules))  # docs/api.md includes it
+    (PAGES / "_llama_to_llamba.svg").write_text(llama_to_llamba())  # docs/index.md shows it
+    (PAGES / "_special_cases.svg").write_text(special_cases())  # docs/map.md shows it
 
 
 def setup(app):

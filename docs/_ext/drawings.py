@@ -20,11 +20,10 @@ def box(x: float, y: float, width: float, height: float, lines: Iterable[str], k
     return f'<g class="box {kind}"><rect x="{x - width / 2:g}" y="{y - height / 2:g}" width="{width:g}" height="{height:g}" rx="8"/>{words}</g>'
 
 
-def arrow(x1: float, y1: float, x2: float, y2: float, *lines: str, side: float = 8, anchor: str = "start") -> str:
-    """An arrow with words beside its middle."""
-    middle, height = (x1 + x2) / 2 + side, (y1 + y2) / 2 + 5 - 8 * (len(lines) - 1)
-    words = "".join(text(middle, height + 17 * i, line, "small", anchor) for i, line in enumerate(lines))
-    return f'<path class="arrow" d="M{x1:g} {y1:g} L{x2:g} {y2:g}" marker-end="url(#head)"/>{words}'
+def arrow(x1: float, y1: float, x2: float, y2: float, words: str = "") -> str:
+    """An arrow with words on the right of its middle."""
+    line = f'<path class="arrow" d="M{x1:g} {y1:g} L{x2:g} {y2:g}" marker-end="url(#head)"/>'
+    return line + (text((x1 + x2) / 2 + 8, (y1 + y2) / 2 + 5, words, "small", "start") if words else "")
 
 
 def drawing(width: int, height: int, title: str, parts: Iterable[str]) -> str:
