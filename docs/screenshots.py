@@ -22,6 +22,8 @@ def main(
     only: tuple[str, ...] = (),  # pages, as paths below the site's root; all of them when none is named
 ):
     """Write PAGE-WIDTH-MODE-PIECE.png for every page."""
+    if unknown := set(only) - set(pages()):
+        sys.exit(f"the site has no page {', '.join(sorted(unknown))}; make docs builds it")
     out.mkdir(parents=True, exist_ok=True)
     with served() as site, chromium() as browser:
         for size in (WIDE, NARROW):
