@@ -37,7 +37,10 @@ myst_heading_anchors = 3
 myst_dmath_double_inline = True
 
 mathjax_path = "mathjax/tex-chtml.js"  # fetched by `make docs`
-mathjax3_config = {"options": {"enableMenu": False}}
+mathjax3_config = {
+    "options": {"enableMenu": False},
+    "tex": {"macros": {"top": r"\mathsf{T}"}},  # the bar of MathJax's own is so thin that it is lost on many screens
+}
 numfig = True
 math_numfig = True
 math_eqref_format = "({number})"
