@@ -139,7 +139,8 @@ def visited(browser, site):
         seen.barriers = barriers(page, "light")
         page.emulate_media(color_scheme="dark")
         page.set_viewport_size(dict(zip(("width", "height"), NARROW)))
-        page.wait_for_timeout(400)  # colours fade, and scripts look for boxes that scroll
+        page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")  # scripts look for boxes that scroll
+        page.wait_for_timeout(400)  # colours fade
         seen.barriers += barriers(page, "dark and narrow", runOnly=["color-contrast", "scrollable-region-focusable"])
         seen.narrow_width, seen.sticking_out = page.evaluate("document.documentElement.scrollWidth"), page.evaluate(STICKING_OUT)
         context.close()

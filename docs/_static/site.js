@@ -3,7 +3,7 @@
 // Formulas that scroll sideways can be reached, and scrolled, by keyboard. The theme sees to code and tables.
 function reachScrollingFormulas() {
   for (const box of document.querySelectorAll("main div.math > mjx-container, main span.math")) {
-    if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
+    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }
 }
