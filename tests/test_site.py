@@ -275,8 +275,11 @@ def test_search_finds_a_word(page, site):
     page.keyboard.type("semiseparable")
     page.keyboard.press("Enter")
     page.wait_for_url("**/search.html?*")
-    page.wait_for_selector("#search-results li")
-    assert "State space duality by hand" in page.locator("#search-results").inner_text()
+    page.wait_for_selector("#search-results li p.context")
+    page.wait_for_load_state("networkidle")  # each result shows a piece of its page, which is fetched
+    found = page.locator("#search-results")
+    assert "State space duality by hand" in found.inner_text() and found.locator('a[href^="nbs/05_ssd.html"]').count()
+    assert found.locator("li p.context").count() == found.locator("li").count() and not page.evaluate(RAW_TEX)
 
 
 def test_light_and_dark(page, site):

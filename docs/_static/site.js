@@ -18,6 +18,20 @@ document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll(".citation-list").forEach((list) => list.removeAttribute("role"));
 });
 
+// Search shows pieces of pages in which formulas are still TeX: letters and digits stay, anything with commands becomes "…".
+document.addEventListener("DOMContentLoaded", () => {
+  if (typeof Search === "undefined") return;
+  const textOf = Search.htmlToText;
+  Search.htmlToText = (html, anchor) => {
+    const page = new DOMParser().parseFromString(html, "text/html");
+    for (const formula of page.querySelectorAll(".math")) {
+      const tex = formula.textContent.replace(/\\[()]/g, "");
+      formula.textContent = /[\\{}]/.test(tex) ? "…" : tex;
+    }
+    return textOf(page.documentElement.outerHTML, anchor);
+  };
+});
+
 window.addEventListener("load", () => {
   reachScrollingFormulas();
   window.MathJax?.startup?.promise.then(reachScrollingFormulas);
