@@ -14,7 +14,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from docs.browser import NARROW, SITE, WIDE, chromium, pages, served, settle  # noqa: E402
 
-PIECE = 3000  # pixels of height
+PIECE, HEADER = 3000, 64  # pixels of height; the header stays on top and covers the first of each piece
 
 
 def main(
@@ -36,8 +36,8 @@ def main(
                     height = page.evaluate("document.documentElement.scrollHeight")
                     stem = name.removesuffix(".html").replace("/", "_")
                     page.set_viewport_size({"width": size[0], "height": min(height, PIECE)})
-                    for piece in range(-(-height // PIECE)):
-                        page.evaluate(f"window.scrollTo({{top: {piece * PIECE}, behavior: 'instant'}})")
+                    for piece, top in enumerate(range(0, height - HEADER, PIECE - HEADER)):
+                        page.evaluate(f"window.scrollTo({{top: {top}, behavior: 'instant'}})")
                         page.wait_for_timeout(100)
                         page.screenshot(path=out / f"{stem}-{size[0]}-{mode}-{piece}.png")
     print(f"pictures in {out}")
