@@ -3,7 +3,8 @@
 // Formulas that scroll sideways can be reached, and scrolled, by keyboard. The theme sees to code and tables.
 function reachScrollingFormulas() {
   for (const box of document.querySelectorAll("main div.math > mjx-container, main span.math")) {
-    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+    const overhang = box.matches("span") ? 1 : 0; // of a slanted letter; in a line of text only wider ones scroll
+    if (box.scrollWidth > box.clientWidth + overhang) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }
 }
