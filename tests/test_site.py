@@ -5,7 +5,9 @@ from __future__ import annotations
 import filecmp
 import functools
 import json
+import queue
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -18,6 +20,7 @@ pytest.importorskip("playwright", reason="make test-docs installs what the brows
 
 from docs.browser import NARROW, SITE, WIDE, chromium, pages, served, settle  # noqa: E402
 
+READERS = 2  # browsers that look at pages side by side
 CHAPTERS = sorted(path.stem for path in (ROOT / "nbs").glob("*.ipynb"))
 
 # Text that a reader sees and that is still TeX: in no code, no script and no typeset formula.
@@ -121,32 +124,51 @@ def page(empty_page, site):
     assert not (seen.console or seen.failed or seen.outside)
 
 
+def visit(browser, site: str, name: str) -> Visit:
+    """Load a page and look at everything."""
+    context, seen = browser.new_context(viewport=dict(zip(("width", "height"), WIDE)), color_scheme="light"), Visit()
+    page = context.new_page()
+    listen(page, seen, site)
+    page.goto(site + name)
+    settle(page)
+    seen.raw_tex, seen.untypeset = page.evaluate(RAW_TEX), page.evaluate(UNTYPESET)
+    seen.addresses, seen.without_alt = page.evaluate(ADDRESSES), page.evaluate(WITHOUT_ALT)
+    seen.chapter = page.evaluate(CHAPTER)
+    page.evaluate(LESS_CODE)
+    seen.barriers = barriers(page, "light")
+    page.emulate_media(color_scheme="dark")
+    page.set_viewport_size(dict(zip(("width", "height"), NARROW)))
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")  # scripts look for boxes that scroll
+    page.wait_for_timeout(400)  # colours fade
+    seen.barriers += barriers(page, "dark and narrow", runOnly=["color-contrast", "scrollable-region-focusable"])
+    seen.narrow_width, seen.sticking_out = page.evaluate("document.documentElement.scrollWidth"), page.evaluate(STICKING_OUT)
+    context.close()
+    return seen
+
+
 @pytest.fixture(scope="module")
-def visited(browser, site):
-    """Load a page, look at everything, and remember what was seen."""
+def visited(request, browser, site):
+    """What was seen on a page. Readers, each a thread with a browser, look at what the chosen tests ask for, ahead of them."""
+    wanted = {item.callspec.params["name"] for item in request.session.items if "visited" in item.fixturenames}
+    seen, waiting = {name: Future() for name in sorted(wanted)}, queue.SimpleQueue()
+    for name in [*seen, *[None] * READERS]:  # None ends a reader
+        waiting.put(name)
 
-    @functools.cache
-    def visit(name: str) -> Visit:
-        context, seen = browser.new_context(viewport=dict(zip(("width", "height"), WIDE)), color_scheme="light"), Visit()
-        page = context.new_page()
-        listen(page, seen, site)
-        page.goto(site + name)
-        settle(page)
-        seen.raw_tex, seen.untypeset = page.evaluate(RAW_TEX), page.evaluate(UNTYPESET)
-        seen.addresses, seen.without_alt = page.evaluate(ADDRESSES), page.evaluate(WITHOUT_ALT)
-        seen.chapter = page.evaluate(CHAPTER)
-        page.evaluate(LESS_CODE)
-        seen.barriers = barriers(page, "light")
-        page.emulate_media(color_scheme="dark")
-        page.set_viewport_size(dict(zip(("width", "height"), NARROW)))
-        page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")  # scripts look for boxes that scroll
-        page.wait_for_timeout(400)  # colours fade
-        seen.barriers += barriers(page, "dark and narrow", runOnly=["color-contrast", "scrollable-region-focusable"])
-        seen.narrow_width, seen.sticking_out = page.evaluate("document.documentElement.scrollWidth"), page.evaluate(STICKING_OUT)
-        context.close()
-        return seen
+    def read():
+        with chromium() as own:
+            for name in iter(waiting.get, None):
+                if seen[name].set_running_or_notify_cancel():
+                    try:
+                        seen[name].set_result(visit(own, site, name))
+                    except Exception as error:
+                        seen[name].set_exception(error)  # for the tests of this page
 
-    return visit
+    with ThreadPoolExecutor(READERS) as readers:
+        for _ in range(READERS):
+            readers.submit(read)
+        yield lambda name: seen[name].result(timeout=600)
+        for future in seen.values():
+            future.cancel()  # the tests may have ended early
 
 
 @functools.cache
@@ -246,25 +268,29 @@ def test_files_name_nothing_outside():
     assert not [f"{path.relative_to(SITE)}: {found[0]}" for path in files for found in outside.finditer(path.read_text())]
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_chapter_has_its_facts(chapter, visited, site):
+every_chapter = pytest.mark.parametrize("name", [f"nbs/{chapter}.html" for chapter in CHAPTERS])
+
+
+@every_chapter
+def test_chapter_has_its_facts(name, visited, site):
     """Colab, the notebook as it is, the times to read and to run, and figures with captions."""
-    about = visited(f"nbs/{chapter}.html").chapter
+    about, notebook = visited(name).chapter, Path(name).with_suffix(".ipynb")
     assert re.search(r"\d+ min to read · runs in \d+ s", about["facts"])
-    colab = "https://colab.research.google.com/github/llamba-ref/llamba_ref/blob/main/nbs/"
-    assert about["links"]["Open in Colab"] == f"{colab}{chapter}.ipynb"
+    assert about["links"]["Open in Colab"] == f"https://colab.research.google.com/github/llamba-ref/llamba_ref/blob/main/{notebook}"
     download = about["links"]["Download notebook"].removeprefix(site)
-    assert filecmp.cmp(SITE / download, ROOT / "nbs" / f"{chapter}.ipynb", shallow=False)
-    cells = json.loads((ROOT / "nbs" / f"{chapter}.ipynb").read_text())["cells"]
+    assert filecmp.cmp(SITE / download, ROOT / notebook, shallow=False)
+    cells = json.loads((ROOT / notebook).read_text())["cells"]
     drawn = sum("image/png" in output.get("data", {}) for cell in cells if cell["cell_type"] == "code" for output in cell["outputs"])
     assert about["captions"] == drawn == about["pictures"]
 
 
-def test_chapters_follow_each_other(visited, site):
-    """From the first chapter to the last appendix by `next`, in the order of the contents; and back by `previous`."""
-    order = [f"nbs/{name}.html" for name in re.findall(r"^nbs/(\w+)$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)]
-    assert [visited(name).chapter["after"] for name in order[:-1]] == [site + name for name in order[1:]]
-    assert [visited(name).chapter["before"] for name in order[1:]] == [site + name for name in order[:-1]]
+@every_chapter
+def test_chapters_follow_each_other(name, visited, site):
+    """By `previous` and `next`, in the order of the contents."""
+    order = [f"nbs/{chapter}.html" for chapter in re.findall(r"^nbs/(\w+)$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)]
+    place, about = order.index(name), visited(name).chapter
+    assert place == 0 or about["before"] == site + order[place - 1]
+    assert place == len(order) - 1 or about["after"] == site + order[place + 1]
 
 
 def test_search_finds_a_word(page, site):
