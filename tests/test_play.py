@@ -1,7 +1,8 @@
-"""The page to play with, in a browser: its numbers are the library's, and every control works by mouse and by keyboard."""
+"""The page to play with, in a browser: its numbers are the library's, and every control works by mouse, by finger and by keyboard."""
 
 import cmath
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,103 +11,135 @@ pytestmark = pytest.mark.browser
 pytest.importorskip("playwright", reason="make test-docs installs what the browser tests need")
 
 from docs.browser import NARROW, SITE, WIDE, chromium, served, settle  # noqa: E402
+from llamba_ref.gateloop import gateloop_matrix  # noqa: E402
 from llamba_ref.scan import linear_scan  # noqa: E402
 from llamba_ref.ssd import ssd_matrix  # noqa: E402
 
-PICTURES = ("gate-matrix", "gate-path", "strips", "reset-matrix")
+GATE, RESETS = ("gate-matrix", "gate-path"), ("strips", "reset-matrix")  # the pictures
+LENGTH = 32
 
 
 @pytest.fixture(scope="module")
-def play():
-    """A browser with one page."""
-    with served() as site, chromium() as browser:
-        page = browser.new_page(viewport=dict(zip(("width", "height"), WIDE)))
-        page.site = site
-        yield page
+def browser():
+    with chromium() as program:
+        yield program
+
+
+@pytest.fixture(scope="module")
+def address():
+    with served() as site:
+        yield site + "play.html"
+
+
+@pytest.fixture(scope="module")
+def opened(browser, address):
+    page = browser.new_page(viewport=dict(zip(("width", "height"), WIDE)))
+    page.goto(address)
+    settle(page)
+    yield page
+    page.close()
 
 
 @pytest.fixture
-def page(play):
-    """The page as it loads; nothing may go wrong in it meanwhile."""
+def page(opened):
+    """Each test finds the page as it loads, and nothing goes wrong in it meanwhile."""
     errors = []
     note = lambda error: errors.append(str(error))
-    play.on("pageerror", note)
-    play.set_viewport_size(dict(zip(("width", "height"), WIDE)))
-    play.goto(play.site + "play.html")
-    settle(play)
-    yield play
-    play.remove_listener("pageerror", note)
+    opened.on("pageerror", note)
+    opened.reload()
+    opened.wait_for_selector("#gate-matrix rect")
+    yield opened
+    opened.remove_listener("pageerror", note)
     assert not errors
+
+
+def drawn(page, *pictures):
+    """All that pictures are made of."""
+    return [page.locator(f"#{name}").inner_html() for name in pictures]
 
 
 def text(page, name):
     return page.locator(f"#{name}").inner_text()
 
 
-def status(page, name):
-    """What is said of the last change: it waits until a control rests."""
-    page.wait_for_timeout(350)
+def said(page, name):
+    """What a screen reader is told, once the sliders rest."""
+    page.wait_for_timeout(300)
     return text(page, name)
 
 
-def shown(page, *names):
-    """All that these pictures are drawn from."""
-    return [page.locator(f"#{name}").inner_html() for name in names]
-
-
-def press(page, name, *keys):
-    page.locator(name).focus()
+def press(page, control, *keys):
+    page.locator(control).focus()
     for key in keys:
         page.keyboard.press(key)
+
+
+def complexes(pairs):
+    return torch.view_as_complex(torch.tensor(pairs, dtype=torch.float64))
+
+
+def gates(page, magnitudes, phases):
+    return page.evaluate("([m, p]) => m.map((size, t) => llambaPlay.gate(size, p[t]))", [magnitudes, phases])
+
+
+def full(rows):
+    """The rows of a lower triangular matrix, filled up with zeros."""
+    return complexes([row + [[0, 0]] * (len(rows) - len(row)) for row in rows])
 
 
 # The sums
 
 
-def numbers(pairs):
-    """Complex numbers from the page."""
-    return torch.view_as_complex(torch.tensor(pairs, dtype=torch.float64))
+@pytest.mark.parametrize("magnitude, phase", [(0.9, 0.5), (1.0, -2.0), (0.3, math.pi), (0.99, 0.0)])
+def test_decay_matrix_of_one_gate(page, magnitude, phase):
+    found = full(page.evaluate("a => llambaPlay.decayMatrix(Array(32).fill(a))", gates(page, [magnitude], [phase])[0]))
+    one = torch.ones(1, LENGTH, 1, 1, dtype=torch.float64)
+    expected = gateloop_matrix(one, one, math.log(magnitude) * one, phase * one)[0, 0]
+    assert (found - expected).abs().max() < 1e-12
 
 
-def random_gates(length):
-    """log_a and phase, one gate in five a reset, and complex inputs, all (1, length, 1)."""
-    generator = torch.Generator().manual_seed(0)
-    uniform, phase = (torch.rand(1, length, 1, dtype=torch.float64, generator=generator) for _ in range(2))
-    x = torch.randn(1, length, 1, dtype=torch.complex128, generator=generator)
-    return torch.where(uniform < 0.2, -torch.inf, -uniform), 6 * phase - 3, x
+def test_decay_matrix_with_a_reset(page):
+    magnitudes = torch.linspace(0.2, 1.0, LENGTH, dtype=torch.float64)
+    magnitudes[13] = 0
+    found = full(page.evaluate("a => llambaPlay.decayMatrix(a)", gates(page, magnitudes.tolist(), [0.0] * LENGTH)))
+    one = torch.ones(1, LENGTH, 1, 1, dtype=torch.float64)
+    expected = ssd_matrix(magnitudes.log()[None, :, None], one, one)[0, 0]
+    assert (found.real - expected).abs().max() < 1e-12 and not found.imag.any()
 
 
-def pairs(z):
-    return torch.view_as_real(z.flatten()).tolist()
+@pytest.mark.parametrize("mode", ["statePath", "scan", "attention", "division"])
+def test_path_of_the_state(page, mode):
+    """Any gates, resets too where they may be, any inputs, in each of the modes."""
+    magnitudes, phases = torch.rand(LENGTH, dtype=torch.float64) * 0.5 + 0.5, torch.randn(LENGTH, dtype=torch.float64)
+    if mode != "division":
+        magnitudes[::7] = 0
+    x = torch.randn(LENGTH, dtype=torch.complex128)
+    found = complexes(page.evaluate(f"([a, x]) => llambaPlay.{mode}(a, x)", [gates(page, magnitudes.tolist(), phases.tolist()), torch.view_as_real(x).tolist()]))
+    expected = linear_scan(magnitudes.log()[None], x[None], phases[None])[0]
+    assert (found - expected).abs().max() < 1e-12
 
 
-def test_the_decay_matrix_is_the_librarys(page):
-    log_a, _, _ = random_gates(20)
-    found = page.evaluate("g => llambaPlay.decayMatrix(g).map(row => row.concat(Array(g.length - row.length).fill([0, 0])))", pairs(log_a.exp() + 0j))
-    one = torch.ones(1, 20, 1, 1, dtype=torch.float64)
-    assert (numbers(found) - ssd_matrix(log_a, one, one)[0, 0]).abs().max() < 1e-12
+def test_division_fails_at_a_reset_and_the_others_do_not(page):
+    magnitudes = [0.9] * LENGTH
+    magnitudes[20] = 0.0
+    a, x = gates(page, magnitudes, [0.3] * LENGTH), [[1.0, 0.0]] * LENGTH
+    path = complexes(page.evaluate("([a, x]) => llambaPlay.statePath(a, x)", [a, x]))
+    for mode in ("scan", "attention"):
+        assert (complexes(page.evaluate(f"([a, x]) => llambaPlay.{mode}(a, x)", [a, x])) - path).abs().max() < 1e-12
+    wrong = complexes(page.evaluate("([a, x]) => llambaPlay.division(a, x)", [a, x]))
+    assert wrong[:20].isfinite().all() and wrong[20:].isnan().all()
+    assert page.evaluate("([a, x]) => Number.isNaN(llambaPlay.difference(llambaPlay.division(a, x), llambaPlay.scan(a, x)))", [a, x])
 
 
-@pytest.mark.parametrize("mode", ["statePath", "scan", "attention"])
-def test_the_states_are_the_librarys(page, mode):
-    log_a, phase, x = random_gates(32)
-    found = page.evaluate(f"([gates, inputs]) => llambaPlay.{mode}(gates, inputs)", [pairs(torch.polar(log_a.exp(), phase)), pairs(x)])
-    assert (numbers(found) - linear_scan(log_a, x, phase).flatten()).abs().max() < 1e-12
-
-
-def test_half_life_period_memory_and_horizons(page):
+def test_half_life_period_memory_and_horizon(page):
     assert abs(page.evaluate("0.9 ** llambaPlay.halfLife(0.9)") - 0.5) < 1e-12
     assert abs(page.evaluate("llambaPlay.halfLife(llambaPlay.magnitudeOf(7))") - 7) < 1e-12
     assert abs(cmath.exp(1j * 0.7 * page.evaluate("llambaPlay.period(-0.7)")) - 1) < 1e-12
+    assert abs(page.evaluate("llambaPlay.memory(0.9)") - sum(0.9**n for n in range(500))) < 1e-12
     assert page.evaluate("[llambaPlay.halfLife(1), llambaPlay.halfLife(0), llambaPlay.period(0), llambaPlay.memory(1)]") == [math.inf, 0, math.inf, math.inf]
     far = math.floor(math.log(0.05) / math.log(0.8))  # tokens back at which 0.8^n is still at least 0.05
-    assert page.evaluate("llambaPlay.horizons(llambaPlay.decayMatrix(Array(30).fill([0.8, 0])), 0.05)") == [min(t, far) for t in range(30)]
-
-
-def test_the_division_fails_after_a_reset_only(page):
-    fine, broken = ([[0.5, 0]] * 8, [[0.5, 0]] * 4 + [[0, 0]] + [[0.5, 0]] * 3)
-    differ = "gates => { const x = gates.map(() => [1, 0]); return llambaPlay.difference(llambaPlay.division(gates, x), llambaPlay.statePath(gates, x)); }"
-    assert page.evaluate(differ, fine) < 1e-12 and math.isnan(page.evaluate(differ, broken))
+    horizons = page.evaluate("a => llambaPlay.horizons(llambaPlay.decayMatrix(a), 0.05)", gates(page, [0.8] * 12 + [0.0] + [0.8] * 17, [0.0] * 30))
+    assert horizons == [min(t, far) for t in range(12)] + [min(t, far) for t in range(18)]
 
 
 # One gate
@@ -114,152 +147,314 @@ def test_the_division_fails_after_a_reset_only(page):
 
 @pytest.mark.parametrize("slider", ["gate-magnitude", "gate-phase"])
 def test_sliders_of_one_gate(page, slider):
-    before = *shown(page, "gate-matrix", "gate-path"), status(page, "gate-status"), text(page, f"{slider}-value")
-    press(page, f"#{slider}", *["ArrowRight"] * 10)
-    assert all(a != b for a, b in zip(before, (*shown(page, "gate-matrix", "gate-path"), status(page, "gate-status"), text(page, f"{slider}-value"))))
+    before = drawn(page, *GATE), said(page, "gate-status"), text(page, f"{slider}-value"), page.locator(f"#{slider}").get_attribute("aria-valuetext")
+    press(page, f"#{slider}", *["ArrowRight"] * 5)
+    after = drawn(page, *GATE), said(page, "gate-status"), text(page, f"{slider}-value"), page.locator(f"#{slider}").get_attribute("aria-valuetext")
+    assert all(a != b for a, b in zip(before[0], after[0])) and all(a != b for a, b in zip(before[1:], after[1:]))
 
 
-def test_presets_of_one_gate(page):
-    said = {}
-    for name in ("linear attention", "decay", "RoPE", "RetNet", "reset"):
-        button = page.locator("#gate").get_by_role("button", name=name).first
-        button.click()
-        assert button.get_attribute("aria-pressed") == "true" and page.locator("[aria-pressed=true]").count() == 1
-        said[name] = status(page, "gate-status"), *shown(page, "gate-matrix")
-    assert len(set(said.values())) == 5
-    assert said["linear attention"][0] == "Nothing fades, and nothing turns."
-    assert said["RoPE"][0] == "Nothing fades, and a full turn takes 12 tokens."
-    assert said["decay"][0] == "Half is left after 6.58 tokens, and nothing turns."
-    assert said["reset"][0].startswith("Everything is forgotten at once")
-    page.locator("#gate .start-over").click()
-    assert status(page, "gate-status") == "Half is left after 6.58 tokens, and a full turn takes 12 tokens."
+def test_numbers_of_one_gate(page):
+    names = "gate-half-life", "gate-period", "gate-memory"
+    assert [text(page, name) for name in names] == ["6.58", "12", "10"]
+    press(page, "#gate-magnitude", "End")
+    assert [text(page, name) for name in names] == ["∞", "12", "∞"] and text(page, "gate-magnitude-value").startswith("1,")
+    press(page, "#gate-magnitude", "Home")
+    assert [text(page, name) for name in names] == ["0", "12", "1"] and text(page, "gate-magnitude-value").startswith("0,")
+    press(page, "#gate-phase", "Home")
+    assert text(page, "gate-period") == "2" and text(page, "gate-phase-value") == "−3.14 rad, −180°"
 
 
-def test_choices_of_one_gate(page):
-    matrix, path = shown(page, "gate-matrix", "gate-path")
-    page.get_by_label("every token does").check()
-    assert shown(page, "gate-matrix") == [matrix] and shown(page, "gate-path") != [path]
-    assert "comes to rest at" in status(page, "gate-status")
+def test_the_magnitude_is_fine_near_one(page):
+    """Equal steps are equal factors of the half-life, and all gates from 0 to 1 are there."""
+    places = page.evaluate("""() => Array.from({ length: 201 }, (_, place) => {
+      const slider = document.getElementById("gate-magnitude");
+      slider.value = place;
+      slider.dispatchEvent(new Event("input"));
+      return document.getElementById("gate-magnitude-value").textContent;
+    })""")
+    magnitudes = [float(place.split(",")[0]) for place in places]
+    assert magnitudes[0] == 0 and magnitudes[-1] == 1 and all(a <= b for a, b in pairwise(magnitudes))
+    assert sum(0.99 < magnitude < 1 for magnitude in magnitudes) > 40
+
+
+def test_presets(page):
+    seen = set()
+    for name, status in (("linear attention", "Nothing fades, and nothing turns."), ("decay", "Half is left after 6.58 tokens, and nothing turns."),
+                         ("RoPE", "Nothing fades, and a full turn takes 12 tokens."), ("RetNet", "Half is left after 6.58 tokens, and a full turn takes 12 tokens."),
+                         ("reset", "Everything is forgotten at once: a state holds its own token only.")):
+        button = page.locator("#gate button", has_text=name).first
+        press(page, f"#gate button:has-text('{name}') >> nth=0", "Enter")
+        assert said(page, "gate-status") == status and button.get_attribute("aria-pressed") == "true"
+        assert page.locator("[aria-pressed=true]").count() == 1
+        seen.add(drawn(page, "gate-matrix")[0])
+    assert len(seen) == 5
+    press(page, "#gate .start-over", "Enter")
+    assert text(page, "gate-magnitude-value") == "0.9, half-life 6.58 tokens" and text(page, "gate-phase-value") == "0.524 rad, 30°"
+
+
+def test_what_is_drawn_of_one_gate(page):
+    matrix, path = drawn(page, *GATE)
     assert 'class="minus"' in matrix
-    page.get_by_label("magnitude", exact=True).check()
-    assert 'class="minus"' not in shown(page, "gate-matrix")[0]
+    page.get_by_label("every token does").check()
+    assert drawn(page, "gate-matrix") == [matrix] and drawn(page, "gate-path") != [path]
+    rest = 1 / (1 - 0.9 * cmath.exp(1j * math.pi / 6))
+    assert said(page, "gate-status").endswith(f"comes to rest at {rest.real:.3g} + {rest.imag:.3g}i.")
+    page.locator("#gate-absolute").check()
+    assert 'class="minus"' not in drawn(page, "gate-matrix")[0]
+
+
+def middle(locator):
+    box = locator.bounding_box()
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
 
 def test_the_gate_is_dragged(page):
+    """By its ring, to i on the circle of magnitude 1: a quarter turn, and nothing fades."""
     page.locator("#gate-path").scroll_into_view_if_needed()
-    ring, whole = (page.locator(f"#gate-path{part}").bounding_box() for part in (" .grip", ""))
-    middle = whole["x"] + whole["width"] / 2, whole["y"] + whole["height"] / 2
-    page.mouse.move(ring["x"] + ring["width"] / 2, ring["y"] + ring["height"] / 2)
+    ring, circle = page.locator("#gate-path .grip"), page.locator("#gate-path .unit").bounding_box()
+    page.mouse.move(*middle(ring))
     page.mouse.down()
-    page.mouse.move(middle[0], middle[1] - whole["height"] / 4, steps=5)  # straight up: a quarter turn
+    page.mouse.move(circle["x"] + circle["width"] / 2, circle["y"] - 3, steps=4)
     page.mouse.up()
-    page.mouse.move(*middle)  # after the button is up nothing moves
-    assert "90°" in text(page, "gate-phase-value") and "a full turn takes 4 tokens" in status(page, "gate-status")
+    page.mouse.move(*middle(page.locator("#gate-matrix")))  # after the button is up nothing moves
+    assert said(page, "gate-status") == "Nothing fades, and a full turn takes 4 tokens."
+    assert page.locator("#gate-magnitude").input_value() == "200" and page.locator("#gate-phase").input_value() == "90"
 
 
 # Resets
 
 
+def place_of(page, flag, token):
+    """Where a flag is when it stands at a token."""
+    box = flag.bounding_box()
+    thumb = 1.5 * 16
+    return box["x"] + thumb / 2 + (token - 1) * (box["width"] - thumb) / 31, box["y"] + 14
+
+
 def test_a_reset_is_moved_by_keyboard(page):
-    flag, before = page.locator("#resets .reset").first, shown(page, "strips", "reset-matrix")
-    assert status(page, "reset-status") == "Resets at tokens 9 and 21. Token 19 sees 10 tokens back, to token 9, a reset. The fixed gate sees 17."
-    press(page, "#resets .reset >> nth=0", *["ArrowRight"] * 5)
-    assert flag.input_value() == "14" and flag.get_attribute("aria-valuetext") == "token 14"
-    assert all(a != b for a, b in zip(before, shown(page, "strips", "reset-matrix")))
-    assert text(page, "reset-horizon") == "5" and "Token 19 sees 5 tokens back, to token 14" in status(page, "reset-status")
-    press(page, "#resets .reset >> nth=0", "Home")
-    assert flag.input_value() == "1" and text(page, "reset-horizon") == "18"
+    assert said(page, "reset-status") == "Resets at tokens 9 and 21. Token 19 sees 10 tokens back, to token 9, a reset. The fixed gate sees 17."
+    before = drawn(page, *RESETS)
+    press(page, ".reset >> nth=0", "ArrowRight", "ArrowRight")
+    assert all(a != b for a, b in zip(before, drawn(page, *RESETS)))
+    assert said(page, "reset-status") == "Resets at tokens 11 and 21. Token 19 sees 8 tokens back, to token 11, a reset. The fixed gate sees 17."
+    assert text(page, "reset-horizon") == "8" and page.locator(".reset").first.get_attribute("aria-valuetext") == "token 11"
+    press(page, ".reset >> nth=0", "End")
+    assert said(page, "reset-status").startswith("Resets at tokens 21 and 32. Token 19 sees 18 tokens back, to token 1.")
 
 
 def test_a_reset_is_dragged(page):
-    flag = page.locator("#resets .reset").first
+    flag = page.locator(".reset").first
     flag.scroll_into_view_if_needed()
-    box = flag.bounding_box()
-    at = lambda token: box["x"] + box["width"] * (token - 0.5) / 32
-    y = box["y"] + box["height"] / 2
-    page.mouse.move(at(9), y)
+    page.mouse.move(*place_of(page, flag, 9))
     page.mouse.down()
     seen = []
-    for token in (12, 15, 18):
-        page.mouse.move(at(token), y, steps=3)
-        seen.append((flag.input_value(), text(page, "reset-horizon"), *shown(page, "strips", "reset-matrix")))
+    for token in (10, 14, 18):
+        page.mouse.move(*place_of(page, flag, token))
+        seen.append((flag.input_value(), text(page, "reset-horizon"), *drawn(page, *RESETS)))
     page.mouse.up()
-    assert [(place, horizon) for place, horizon, *_ in seen] == [("12", "7"), ("15", "4"), ("18", "1")]
-    assert len({one[2] for one in seen}) == len({one[3] for one in seen}) == 3
+    page.mouse.move(*place_of(page, flag, 3))
+    assert [one[:2] for one in seen] == [("10", "9"), ("14", "5"), ("18", "1")] and flag.input_value() == "18"
+    assert all(len({one[picture] for one in seen}) == 3 for picture in (2, 3))
 
 
-def test_resets_come_and_go(page):
-    page.get_by_role("button", name="Add a reset").click()
-    assert page.locator("#resets .reset:visible").count() == 3
-    assert page.locator("#add-reset").get_attribute("aria-disabled") == "true"
-    for _ in range(3):
-        page.get_by_role("button", name="Remove a reset").click()
-    assert page.locator("#remove-reset").get_attribute("aria-disabled") == "true"
-    assert page.locator("#resets .reset:visible").count() == 0
-    assert status(page, "reset-status").startswith("No reset. Token 19 sees 18 tokens back, to token 1.")
-    page.locator("#resets .start-over").click()
-    assert page.locator("#resets .reset:visible").count() == 2
+def test_the_flags_stand_on_their_tokens(page):
+    """The line that a flag draws through the strips is below its middle."""
+    for token in ("Home", "PageUp", "End"):
+        press(page, ".reset >> nth=0", token)
+        place = int(page.locator(".reset").first.input_value())
+        lines = [box["x"] + box["width"] / 2 for box in (one.bounding_box() for one in page.locator("#strips .cut").all())]
+        assert min(abs(line - place_of(page, page.locator(".reset").first, place)[0]) for line in lines) < 1
 
 
-@pytest.mark.parametrize("slider, key", [("listening", "Home"), ("fixed", "End"), ("query", "ArrowLeft")])
-def test_sliders_of_the_resets(page, slider, key):
-    before = *shown(page, "strips"), status(page, "reset-status")
-    press(page, f"#{slider}", key)
-    assert all(a != b for a, b in zip(before, (*shown(page, "strips"), status(page, "reset-status"))))
+def test_resets_are_added_and_removed(page):
+    press(page, "#add-reset", "Enter")
+    assert said(page, "reset-status").startswith("Resets at tokens 9, 15 and 21.") and text(page, "reset-horizon") == "4"
+    full = drawn(page, *RESETS)
+    press(page, "#add-reset", "Enter")  # three are the most
+    assert page.locator("#add-reset").get_attribute("aria-disabled") == "true" and drawn(page, *RESETS) == full
+    press(page, "#remove-reset", *["Enter"] * 4)
+    assert said(page, "reset-status") == "No reset. Token 19 sees 18 tokens back, to token 1. The fixed gate sees 17."
+    assert page.locator("#remove-reset").get_attribute("aria-disabled") == "true" and page.locator(".reset:visible").count() == 0
+    press(page, "#resets .start-over", "Enter")
+    assert said(page, "reset-status").startswith("Resets at tokens 9 and 21.") and page.locator(".reset:visible").count() == 2
 
 
-# The same states in four ways
+@pytest.mark.parametrize("slider", ["listening", "fixed", "query"])
+def test_sliders_of_the_resets(page, slider):
+    before = drawn(page, *RESETS), said(page, "reset-status"), text(page, f"{slider}-value")
+    press(page, f"#{slider}", *["PageDown"] * 4)
+    after = drawn(page, *RESETS), said(page, "reset-status"), text(page, f"{slider}-value")
+    assert before[0] != after[0] and before[1:] != after[1:] and before[2] != after[2]
+
+
+def test_no_fixed_gate_has_the_horizons_of_one_that_listens(page):
+    """What the page asks its reader to try."""
+    best = page.evaluate("""() => Math.max(...Array.from({ length: 201 }, (_, place) => {
+      const slider = document.getElementById("fixed");
+      slider.value = place;
+      slider.dispatchEvent(new Event("input"));
+      return Number(document.getElementById("same-horizon").textContent);
+    }))""")
+    assert best < LENGTH
+    press(page, "#remove-reset", "Enter", "Enter")
+    press(page, "#fixed", "End")
+    assert text(page, "same-horizon") == "32"
+
+
+def test_a_screen_reader_hears_the_end_of_a_move_only(page):
+    page.evaluate("""() => { window.heard = []; const status = document.getElementById("reset-status");
+      new MutationObserver(() => heard.push(status.textContent)).observe(status, { childList: true, characterData: true, subtree: true }); }""")
+    page.locator("#query").evaluate("e => { for (let token = 20; token <= 30; token++) { e.value = token; e.dispatchEvent(new Event('input')); } }")
+    last = said(page, "reset-status")
+    assert "Token 30" in last and page.evaluate("heard") == [last]
+
+
+# Four ways to the same states
 
 
 def test_four_ways(page):
-    assert text(page, "scan-difference") != "NaN" and float(text(page, "attention-difference").replace("−", "-")) < 1e-12
-    assert text(page, "division-difference") == "NaN" and "divided 0 by 0" in text(page, "modes-status")
-    page.get_by_label("the first picture").check()
-    assert text(page, "division-difference") != "NaN" and "all four ways agree" in status(page, "modes-status")
+    differences = lambda: [text(page, f"{mode}-difference") for mode in ("scan", "attention", "division")]
+    *two, third = differences()
+    assert all(float(one.replace("−", "-")) < 1e-12 for one in two) and third == "NaN"
+    assert said(page, "modes-status") == "With the gates of the second picture three ways agree. The fourth has divided 0 by 0."
+    state = text(page, "recurrent-state")
+    page.locator("#modes-gate").check()
+    assert all(float(one.replace("−", "-")) < 1e-12 for one in differences()) and text(page, "recurrent-state") != state
+    assert said(page, "modes-status") == "With the gate of the first picture all four ways agree."
+    press(page, "#gate-magnitude", "Home")
+    assert differences()[2] == "NaN"
 
 
-# For everybody
+# The page
+
+
+def test_it_stays_at_home_and_says_nothing(browser, address):
+    page, outside, console = browser.new_page(), [], []
+    page.on("request", lambda request: None if request.url.startswith(address.removesuffix("play.html")) else outside.append(request.url))
+    page.on("console", lambda message: console.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: console.append(str(error)))
+    page.goto(address)
+    settle(page)
+    for control in page.locator(".play input:visible, .play button:visible").all():
+        control.focus()
+        for key in ("Home", "ArrowRight", "Space", "End"):
+            page.keyboard.press(key)
+    assert not outside and not console
+    page.close()
+
+
+def test_every_control_can_be_reached_and_has_a_name(page):
+    page.locator("#play-with-the-gate h1").click()
+    expected = page.locator(".play button:visible, .play input[type=range]:visible, .play input:checked").count()
+    seen = set()
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        seen.add(page.evaluate("""() => { const e = document.activeElement;
+          return e.closest(".play") && [...document.querySelectorAll(".play input, .play button")].indexOf(e); }"""))
+    assert len(seen - {None}) == expected
+    unnamed = page.locator(".play input").evaluate_all("all => all.filter(e => !e.labels.length && !e.ariaLabel).map(e => e.id)")
+    assert not unnamed
 
 
 def test_pictures_are_put_into_words(page):
     """A screen reader gets a description of each picture, which follows the controls."""
-    words = lambda: [page.locator(f"#{name}").get_attribute("aria-label") for name in PICTURES]
-    before = words()
-    assert all(len(one) > 40 for one in before)
+    pictures = page.locator(".play svg[role=img]")
+    before = [picture.get_attribute("aria-label") for picture in pictures.all()]
+    assert len(before) == 4 and all(len(words) > 40 for words in before)
     press(page, "#gate-magnitude", "Home")
-    press(page, "#resets .reset >> nth=0", "Home")
-    assert all(a != b for a, b in zip(before, words()))
-
-
-def test_every_control_can_be_reached_by_keyboard(page):
-    """From the first button, Tab comes to each control of the page in turn."""
-    wanted = page.evaluate("[...document.querySelectorAll('.play button, .play input:not([type=radio])')].filter(e => e.offsetParent).length")
-    page.locator(".play button").first.focus()
-    seen = set()
-    for _ in range(60):
-        seen.add(page.evaluate("[...document.querySelectorAll('.play button, .play input:not([type=radio])')].indexOf(document.activeElement)"))
-        page.keyboard.press("Tab")
-    assert len(seen - {-1}) == wanted > 12
+    press(page, ".reset >> nth=0", "Home")
+    assert all(a != b for a, b in zip(before, [picture.get_attribute("aria-label") for picture in pictures.all()]))
 
 
 def test_colours_follow_the_mode(page):
+    """At once, and in what is seen, not only in what is computed."""
+    shot = lambda: page.locator("#gate-matrix").screenshot()
     colour = "getComputedStyle(document.querySelector('#gate-matrix .plus')).fill"
-    light = page.evaluate(colour)
+    page.evaluate("document.documentElement.dataset.theme = 'light'")
+    light = page.evaluate(colour), shot()
     page.evaluate("document.documentElement.dataset.theme = 'dark'")
-    assert page.evaluate(colour) != light
+    page.wait_for_timeout(400)
+    assert page.evaluate(colour) != light[0] and shot() != light[1]
 
 
-def test_pictures_fit_a_phone(page):
-    page.set_viewport_size(dict(zip(("width", "height"), NARROW)))
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_no_serious_barrier_in_use(browser, address, mode):
+    """As it loads is for test_site; here everything has been moved."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = browser.new_page(viewport=dict(zip(("width", "height"), WIDE)), color_scheme=mode)
+    page.goto(address)
+    settle(page)
+    page.locator("#gate-constant").check()
+    page.locator("#modes-gate").check()
+    press(page, "#add-reset", "Enter")
+    press(page, "#gate-magnitude", "Home")
+    page.wait_for_timeout(400)
+    found = Axe().run(page, options={"preload": False}).response["violations"]
+    assert not [(one["id"], one["nodes"][0]["target"]) for one in found if one["impact"] in ("serious", "critical")]
+    page.close()
+
+
+def drag_by_finger(page, *points):
+    """Touch events as a screen sends them."""
+    session = page.context.new_cdp_session(page)
+    send = lambda kind, *at: session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y} for x, y in at]})
+    send("touchStart", points[0])
+    for point in points[1:]:
+        send("touchMove", point)
+        page.wait_for_timeout(50)
+    send("touchEnd")
     page.wait_for_timeout(300)
-    for name in PICTURES:
-        box = page.locator(f"#{name}").bounding_box()
-        assert 0 <= box["x"] and box["x"] + box["width"] <= NARROW[0] and box["width"] > 250
-    assert page.evaluate("document.documentElement.scrollWidth") <= NARROW[0]
 
 
-def test_it_works_from_a_file(page):
+@pytest.fixture
+def phone(browser, address):
+    context = browser.new_context(viewport=dict(zip(("width", "height"), NARROW)), has_touch=True, device_scale_factor=3)
+    page = context.new_page()
+    page.goto(address)
+    settle(page)
+    yield page
+    context.close()
+
+
+def test_on_a_phone(phone):
+    """Nothing scrolls sideways, and text in the pictures keeps its size."""
+    assert phone.evaluate("document.documentElement.scrollWidth") <= NARROW[0]
+    for picture in phone.locator(".play svg").all():
+        scale, size = picture.evaluate("e => [e.getBoundingClientRect().width / e.viewBox.baseVal.width, e.getBoundingClientRect().height / e.viewBox.baseVal.height]")
+        assert abs(scale - 1) < 0.01 and abs(size - 1) < 0.01
+    phone.set_viewport_size({"width": 700, "height": 900})
+    phone.wait_for_timeout(200)
+    assert phone.locator("#strips").evaluate("e => Math.abs(e.getBoundingClientRect().width / e.viewBox.baseVal.width - 1)") < 0.01
+
+
+def test_dragged_by_a_finger(phone):
+    """A flag and the gate follow, and the page does not."""
+    phone.locator("#strips").evaluate("e => e.scrollIntoView({ block: 'center' })")
+    flag, height = phone.locator(".reset").first, phone.evaluate("scrollY")
+    drag_by_finger(phone, *[place_of(phone, flag, token) for token in (9, 10, 12, 15)])
+    assert flag.input_value() == "15" and text(phone, "reset-horizon") == "4" and phone.evaluate("scrollY") == height
+
+    phone.locator("#gate-path").evaluate("e => e.scrollIntoView({ block: 'center' })")
+    (x, y), height = middle(phone.locator("#gate-path .grip")), phone.evaluate("scrollY")
+    drag_by_finger(phone, *[(x - step, y + 3 * step) for step in (0, 10, 20, 30)])
+    assert phone.locator("#gate-phase").input_value() == "-24" and phone.evaluate("scrollY") == height
+
+
+def test_it_works_from_a_file(browser):
     """Downloaded and opened without a server, the page still draws."""
+    page = browser.new_page()
     page.goto((SITE / "play.html").resolve().as_uri())
     page.wait_for_selector("#gate-matrix rect")
-    assert page.locator("#gate-path circle.state").count() == 31
+    press(page, "#gate-magnitude", "End")
+    assert text(page, "gate-memory") == "∞"
+    page.close()
+
+
+def test_without_javascript(browser, address):
+    """The page says why there is nothing to play with, and shows no dead controls."""
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(address)
+    assert page.locator("noscript p").is_visible() and not page.locator(".play").first.is_visible()
+    context.close()

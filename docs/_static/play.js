@@ -75,7 +75,7 @@ window.llambaPlay = (() => {
   const sums = window.llambaPlay;
   const TOKENS = 32;
   const LEAST = 0.05; // below this weight a token counts as forgotten
-  const LEFT = 36; // room for the axis of a picture
+  const [LEFT, TOP] = [36, 4]; // room for the axis of a picture, and above a matrix
   const range = Array.from({ length: TOKENS }, (_, t) => t);
 
   const element = (id) => document.getElementById(id);
@@ -117,23 +117,26 @@ window.llambaPlay = (() => {
 
   // Drawing
 
+  const create = (tag) => document.createElementNS("http://www.w3.org/2000/svg", tag);
+
   function draw(parent, tag, attributes, words) {
-    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    const node = create(tag);
     for (const [name, text] of Object.entries(attributes)) node.setAttribute(name, text);
     if (words !== undefined) node.textContent = words;
     return parent.appendChild(node);
   }
 
-  const widthOf = (id) => Math.floor(element(id).getBoundingClientRect().width) || 320;
+  const widths = {}; // of the pictures, in CSS pixels, which are their units
 
-  // The emptied group that a picture is drawn into, in units of CSS pixels. `words` are what a screen reader says of it.
-  function picture(id, height, words) {
-    const svg = element(id), group = svg.firstElementChild;
-    group.replaceChildren();
-    svg.setAttribute("viewBox", `0 0 ${widthOf(id)} ${height}`);
+  // Draw a picture anew. `words` are what a screen reader says of it. The group comes into the page when it is complete:
+  // the theme's icons look through the page after each node that is added.
+  function picture(id, height, words, paint) {
+    const svg = element(id), group = create("g");
+    paint(group);
+    svg.firstElementChild.replaceWith(group);
+    svg.setAttribute("viewBox", `0 0 ${widths[id]} ${height}`);
     svg.setAttribute("height", height);
     svg.setAttribute("aria-label", words);
-    return group;
   }
 
   function tick(group, x, y, words, anchor = "middle") {
@@ -143,26 +146,26 @@ window.llambaPlay = (() => {
   const ticked = [0, 7, 15, 23, 31]; // tokens 1, 8, 16, 24, 32
 
   // Row t is what token t holds of token s, column s. Blue above zero, orange below, the paler the closer to zero.
-  function drawMatrix(id, matrix, part, words) {
-    const cell = Math.floor((widthOf(id) - LEFT - 4) / TOKENS), side = cell * TOKENS, top = 4;
-    const group = picture(id, side + top + 38, words);
-    const x = (s) => LEFT + s * cell, y = (t) => top + t * cell;
-    draw(group, "path", { d: `M${LEFT} ${top}${range.map((t) => `H${x(t + 1)} V${y(t + 1)}`).join("")} H${LEFT} Z`, class: "past" });
+  function drawMatrix(group, cell, matrix, part) {
+    const side = cell * TOKENS, x = (s) => LEFT + s * cell, y = (t) => TOP + t * cell;
+    draw(group, "path", { d: `M${LEFT} ${TOP}${range.map((t) => `H${x(t + 1)} V${y(t + 1)}`).join("")} H${LEFT} Z`, class: "past" });
     matrix.forEach((row, t) => row.forEach((entry, s) => {
       const weight = part(entry), opacity = Math.min(1, Math.abs(weight));
       if (opacity < 0.004) return; // not to be seen
       const sign = weight < 0 ? "minus" : "plus";
       draw(group, "rect", { x: x(s), y: y(t), width: cell - 1, height: cell - 1, class: sign, "fill-opacity": opacity.toFixed(3) });
     }));
-    draw(group, "path", { d: `M${LEFT - 1.5} ${top} V${top + side + 0.5} H${LEFT + side}`, class: "axis" });
+    draw(group, "path", { d: `M${LEFT - 1.5} ${TOP} V${y(TOKENS) + 0.5} H${x(TOKENS)}`, class: "axis" });
     for (const t of ticked) {
-      tick(group, x(t + 0.5), top + side + 15, t + 1);
+      tick(group, x(t + 0.5), y(TOKENS) + 15, t + 1);
       tick(group, LEFT - 6, y(t + 0.5) + 4, t + 1, "end");
     }
-    draw(group, "text", { x: LEFT + side / 2, y: top + side + 32, "text-anchor": "middle" }, "written at s");
-    draw(group, "text", { transform: `translate(11 ${top + side / 2}) rotate(-90)`, "text-anchor": "middle" }, "read at t");
-    return { group, x, y };
+    draw(group, "text", { x: LEFT + side / 2, y: y(TOKENS) + 32, "text-anchor": "middle" }, "written at s");
+    draw(group, "text", { transform: `translate(11 ${TOP + side / 2}) rotate(-90)`, "text-anchor": "middle" }, "read at t");
   }
+
+  const cellOf = (id) => Math.floor((widths[id] - LEFT - 4) / TOKENS); // whole pixels are sharp
+  const heightOf = (cell) => TOP + TOKENS * cell + 38;
 
   // The largest of 1, 2, 5, 10, ... that is not above `most`.
   function roundNumber(most) {
@@ -177,7 +180,7 @@ window.llambaPlay = (() => {
 
   // Where a number lies in the picture of the path: `radius` pixels are `most`.
   function plane(most) {
-    const middle = widthOf("gate-path") / 2, radius = middle - 36;
+    const middle = widths["gate-path"] / 2, radius = middle - 36;
     return { middle, radius, place: ([x, y]) => [middle + (radius * x) / most, middle - (radius * y) / most] };
   }
 
@@ -189,15 +192,14 @@ window.llambaPlay = (() => {
     for (const sign of [1, -1]) {
       draw(group, "path", { d: `M${middle + sign * far} ${middle - 4} v8 M${middle - 4} ${middle - sign * far} h8`, class: "axis" });
       tick(group, middle + sign * (far + 3), middle + 17, number(sign * step));
-      tick(group, middle + 8, middle - sign * far + (sign > 0 ? -4 : 14), `${step === 1 ? (sign > 0 ? "" : "−") : number(sign * step)}i`, "start");
+      tick(group, middle + 8, middle - sign * far + (sign > 0 ? -4 : 14), `${number(sign * step)}i`.replace(/^(−?)1i/, "$1i"), "start");
     }
     draw(group, "text", { x: 2 * middle - 2, y: middle - 7, "text-anchor": "end" }, "real");
     draw(group, "text", { x: middle - 8, y: 18, "text-anchor": "end" }, "imaginary");
   }
 
-  function drawPath(path, a, again, words) {
-    const most = Math.max(1, ...path.map(sums.size)), { middle, radius, place } = plane(most);
-    const group = picture("gate-path", 2 * middle, words);
+  function drawPath(group, path, a, again) {
+    const most = Math.max(1, ...path.map(sums.size)), { place } = plane(most);
     drawPlane(group, most);
     draw(group, "polyline", { points: path.map((h) => place(h).map((z) => z.toFixed(1)).join()).join(" "), class: "path" });
     path.forEach((h, t) => {
@@ -246,14 +248,17 @@ window.llambaPlay = (() => {
     element("gate-period").textContent = number(sums.period(phase));
     element("gate-memory").textContent = number(sums.memory(magnitude));
 
-    const does = behaviour(magnitude, phase), goes = again ? destination(a, magnitude, phase) : "";
-    drawMatrix("gate-matrix", matrix, absolute ? sums.size : ([x]) => x,
-      `Decay matrix of ${TOKENS} tokens, the ${absolute ? "magnitude" : "real part"} of a to the power t minus s. ${does}`);
-    drawPath(path, a, again, `The state in the complex plane after each of ${TOKENS} tokens, ` +
-      `from ${complex(path[0])} to ${complex(last(path))}. ${does} ${goes}`.trim());
+    const does = behaviour(magnitude, phase), words = again ? `${does} ${destination(a, magnitude, phase)}` : does;
+    const cell = cellOf("gate-matrix");
+    picture("gate-matrix", heightOf(cell),
+      `Decay matrix of ${TOKENS} tokens, the ${absolute ? "magnitude" : "real part"} of a to the power t minus s. ${does}`,
+      (group) => drawMatrix(group, cell, matrix, absolute ? sums.size : ([x]) => x));
+    picture("gate-path", widths["gate-path"],
+      `The state after each of ${TOKENS} tokens in the complex plane, from ${complex(path[0])} to ${complex(last(path))}. ${words}`,
+      (group) => drawPath(group, path, a, again));
     element("gate-note-impulse").hidden = again;
     element("gate-note-constant").hidden = !again;
-    say("gate-status", `${does} ${goes}`.trim());
+    say("gate-status", words);
     for (const button of document.querySelectorAll("[data-magnitude]")) {
       const same = toPlace(Number(button.dataset.magnitude)) === value("gate-magnitude") && Number(button.dataset.degrees) === turned;
       button.setAttribute("aria-pressed", same);
@@ -313,9 +318,8 @@ window.llambaPlay = (() => {
     draw(group, "path", { d: `M${x(0)} ${top + height} ${steps.join(" ")}`, class: name });
   }
 
-  function drawStrips({ gates, matrix, fixedMatrix, horizons, fixedHorizons, query, places }, words) {
-    const cell = (widthOf("strips") - LEFT - 10) / TOKENS, x = (t) => LEFT + t * cell;
-    const group = picture("strips", BOTTOM + 18, words), row = query - 1;
+  function drawStrips(group, { gates, matrix, fixedMatrix, horizons, fixedHorizons, query, places }) {
+    const cell = (widths.strips - LEFT - 10) / TOKENS, x = (t) => LEFT + t * cell, row = query - 1;
     for (const [name, length] of [["--left", LEFT], ["--cell", cell]]) element("strips").parentElement.style.setProperty(name, `${length}px`);
     drawBars(group, STRIPS.gates, gates.map(sums.size), x);
     drawBars(group, STRIPS.weights, matrix[row].map(sums.size), x);
@@ -333,32 +337,37 @@ window.llambaPlay = (() => {
     for (const t of ticked) tick(group, x(t + 0.5), BOTTOM + 14, t + 1);
   }
 
+  // The matrix, with the row of the reading token, and how far back the fixed gate sees as a line of steps.
+  function drawBlocks(group, cell, { matrix, fixedHorizons, query }) {
+    drawMatrix(group, cell, matrix, sums.size);
+    const border = fixedHorizons.map((n, t) => `H${LEFT + (t - n) * cell} V${TOP + (t + 1) * cell}`);
+    draw(group, "path", { d: `M${LEFT} ${TOP} ${border.join(" ")}`, class: "fixed" });
+    draw(group, "rect", { x: LEFT - 1, y: TOP + (query - 1) * cell - 1, width: query * cell + 1, height: cell + 1, class: "reader" });
+  }
+
   function showResets({ places, query, gates, fixed }) {
     const matrix = sums.decayMatrix(gates), fixedMatrix = sums.decayMatrix(fixed);
     const horizons = sums.horizons(matrix, LEAST), fixedHorizons = sums.horizons(fixedMatrix, LEAST);
-    const same = range.filter((t) => horizons[t] === fixedHorizons[t]).length;
-    const [back, fixedBack] = [horizons[query - 1], fixedHorizons[query - 1]];
+    const back = horizons[query - 1], fixedBack = fixedHorizons[query - 1], first = query - back;
     const where = places.length ? `Reset${places.length === 1 ? " at token" : "s at tokens"} ${listed(places)}` : "No reset";
-    const first = query - back, sees = back === 0 ? "sees no token before it" : `sees ${count(back, "token")} back, to token ${first}`;
-    const words = `${where}. Token ${query} ${sees}${places.includes(first) ? ", a reset" : ""}. The fixed gate sees ${fixedBack}.`;
+    const sees = back === 0 ? "sees no token before it" : `sees ${count(back, "token")} back, to token ${first}`;
+    const words = `${where}. Token ${query} ${sees}${back && places.includes(first) ? ", a reset" : ""}. The fixed gate sees ${fixedBack}.`;
 
+    const found = { matrix, fixedMatrix, horizons, fixedHorizons, gates, query, places };
+    const cell = cellOf("reset-matrix"), blocks = new Set([1, ...places]).size;
+    picture("strips", BOTTOM + 18,
+      `${words} Memory horizon of each token: ${horizons.join(", ")}. With the fixed gate: ${fixedHorizons.join(", ")}.`,
+      (group) => drawStrips(group, found));
+    picture("reset-matrix", heightOf(cell),
+      `Decay matrix of ${TOKENS} tokens. ${where}: ${blocks === 1 ? "one triangle" : `${blocks} triangles, and no weight between them`}.`,
+      (group) => drawBlocks(group, cell, found));
     element("query-value").textContent = query;
-    resets.forEach((input) => input.setAttribute("aria-valuetext", `token ${input.value}`));
-    element("query").setAttribute("aria-valuetext", `token ${query}`);
     element("reset-horizon").textContent = back;
     element("fixed-horizon").textContent = fixedBack;
-    element("same-horizon").textContent = same;
+    element("same-horizon").textContent = range.filter((t) => horizons[t] === fixedHorizons[t]).length;
+    for (const input of [...resets, element("query")]) input.setAttribute("aria-valuetext", `token ${input.value}`);
     element("add-reset").setAttribute("aria-disabled", places.length === resets.length);
     element("remove-reset").setAttribute("aria-disabled", places.length === 0);
-
-    drawStrips({ gates, matrix, fixedMatrix, horizons, fixedHorizons, query, places },
-      `${words} Memory horizon of each token, in tokens: ${horizons.join(", ")}. With the fixed gate: ${fixedHorizons.join(", ")}.`);
-    const blocks = new Set([1, ...places]).size;
-    const { group, x, y } = drawMatrix("reset-matrix", matrix, sums.size,
-      `Decay matrix of ${TOKENS} tokens. ${where}: ${blocks === 1 ? "one triangle" : `${blocks} triangles, and no weight between them`}.`);
-    const border = (reach) => `M${x(0)} ${y(0)}` + reach.map((n, t) => `H${x(t - n)} V${y(t + 1)}`).join(" ");
-    draw(group, "path", { d: border(fixedHorizons), class: "fixed" });
-    draw(group, "rect", { x: x(0) - 1, y: y(query - 1) - 1, width: x(query) - x(0) + 1, height: y(1) - y(0) + 1, class: "reader" });
     say("reset-status", words);
   }
 
@@ -420,7 +429,11 @@ window.llambaPlay = (() => {
   element("remove-reset").addEventListener("click", removeReset);
   letGateBeDragged();
 
-  // Pictures are drawn for the width that they have: draw again when it changes, which it does once at the start.
-  let width = 0;
-  new ResizeObserver(([{ contentRect }]) => contentRect.width !== width && ((width = contentRect.width), show())).observe(element("gate"));
+  // Pictures are drawn for the width that they have, at the start and whenever it changes.
+  const observer = new ResizeObserver((entries) => {
+    const changed = entries.filter(({ target, contentRect }) => contentRect.width > 0 && widths[target.id] !== Math.floor(contentRect.width));
+    for (const { target, contentRect } of changed) widths[target.id] = Math.floor(contentRect.width);
+    if (changed.length) show();
+  });
+  document.querySelectorAll(".play svg").forEach((svg) => observer.observe(svg));
 })();
