@@ -437,8 +437,10 @@ def test_dragged_by_a_finger(phone):
 
     phone.locator("#gate-path").evaluate("e => e.scrollIntoView({ block: 'center' })")
     (x, y), height = middle(phone.locator("#gate-path .grip")), phone.evaluate("scrollY")
-    drag_by_finger(phone, *[(x - step, y + 3 * step) for step in (0, 10, 20, 30)])
-    assert phone.locator("#gate-phase").input_value() == "-24" and phone.evaluate("scrollY") == height
+    circle = phone.locator("#gate-path .unit").bounding_box()
+    below = circle["x"] + circle["width"] / 2, circle["y"] + circle["height"] + 3  # -i: a quarter turn the other way
+    drag_by_finger(phone, *[(x + part * (below[0] - x), y + part * (below[1] - y)) for part in (0, 0.3, 0.6, 1)])
+    assert phone.locator("#gate-phase").input_value() == "-90" and phone.evaluate("scrollY") == height
 
 
 def test_it_works_from_a_file(browser):
