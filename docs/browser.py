@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
 SITE = Path(__file__).parent / "_build" / "html"
-WIDE, NARROW = (1280, 900), (390, 844)  # a laptop, a phone
+WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}  # a laptop, a phone
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync")  # a browser that asks nobody for anything
 
@@ -59,3 +60,10 @@ def settle(page: Page) -> None:
     """Wait until scripts have loaded, formulas are typeset and fonts are there."""
     page.wait_for_load_state("networkidle")
     page.evaluate("async () => { await window.MathJax?.startup?.promise; await document.fonts.ready; }")
+
+
+def barriers(page: Page, mode: str, **options) -> list[str]:
+    """Serious and critical findings of axe, with one element each."""
+    found = Axe().run(page, options={"preload": False, "resultTypes": ["violations"], **options}).response["violations"]
+    return [f"{mode}: {one['id']} at {one['nodes'][0]['target']} and {len(one['nodes']) - 1} more"
+            for one in found if one["impact"] in ("serious", "critical")]

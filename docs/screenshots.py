@@ -6,15 +6,30 @@
 from __future__ import annotations
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import tyro
+from playwright.sync_api import Page
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from docs.browser import NARROW, SITE, WIDE, chromium, pages, served, settle  # noqa: E402
 
 PIECE, HEADER = 3000, 64  # pixels of height; the header stays on top and covers the first of each piece
+
+
+def picture(page: Page, address: str, size: dict[str, int], stem: Path) -> None:
+    """Write STEM-PIECE.png for each piece of a page."""
+    page.set_viewport_size(size)
+    page.goto(address)
+    settle(page)
+    height = page.evaluate("document.documentElement.scrollHeight")
+    page.set_viewport_size(size | {"height": min(height, PIECE)})
+    for piece, top in enumerate(range(0, height - HEADER, PIECE - HEADER)):
+        page.evaluate(f"window.scrollTo({{top: {top}, behavior: 'instant'}})")
+        page.wait_for_timeout(100)
+        page.screenshot(path=f"{stem}-{piece}.png")
 
 
 def main(
@@ -26,20 +41,11 @@ def main(
         sys.exit(f"the site has no page {', '.join(sorted(unknown))}; make docs builds it")
     out.mkdir(parents=True, exist_ok=True)
     with served() as site, chromium() as browser:
-        for size in (WIDE, NARROW):
-            for mode in ("light", "dark"):
-                page = browser.new_context(viewport=dict(zip(("width", "height"), size)), color_scheme=mode).new_page()
-                for name in tqdm(only or pages(), desc=f"{size[0]} {mode}"):
-                    page.set_viewport_size({"width": size[0], "height": size[1]})
-                    page.goto(site + name)
-                    settle(page)
-                    height = page.evaluate("document.documentElement.scrollHeight")
-                    stem = name.removesuffix(".html").replace("/", "_")
-                    page.set_viewport_size({"width": size[0], "height": min(height, PIECE)})
-                    for piece, top in enumerate(range(0, height - HEADER, PIECE - HEADER)):
-                        page.evaluate(f"window.scrollTo({{top: {top}, behavior: 'instant'}})")
-                        page.wait_for_timeout(100)
-                        page.screenshot(path=out / f"{stem}-{size[0]}-{mode}-{piece}.png")
+        for size, mode in product((WIDE, NARROW), ("light", "dark")):
+            page = browser.new_page(color_scheme=mode)
+            for name in tqdm(only or pages(), desc=f"{size['width']} {mode}"):
+                picture(page, site + name, size, out / f"{name.removesuffix('.html').replace('/', '_')}-{size['width']}-{mode}")
+            page.close()
     print(f"pictures in {out}")
 
 

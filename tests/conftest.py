@@ -87,3 +87,21 @@ def compiled(pytestconfig):
 def seed():
     """Every test starts from the same random numbers, in any order and alone."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def site():
+    """The address of the built site, for the tests marked `browser`."""
+    from docs.browser import served
+
+    with served() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, for the tests marked `browser`."""
+    from docs.browser import chromium
+
+    with chromium() as program:
+        yield program

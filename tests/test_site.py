@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.browser
 pytest.importorskip("playwright", reason="make test-docs installs what the browser tests need")
 
-from docs.browser import NARROW, SITE, WIDE, chromium, pages, served, settle  # noqa: E402
+from docs.browser import NARROW, SITE, WIDE, barriers, chromium, pages, settle  # noqa: E402
 
 READERS = 2  # browsers that look at pages side by side
 CHAPTERS = sorted(path.stem for path in (ROOT / "nbs").glob("*.ipynb"))
@@ -87,30 +87,9 @@ def listen(page, visit: Visit, site: str) -> None:
     page.on("response", lambda response: visit.failed.append(f"{response.status} {response.url}") if response.status >= 400 else None)
 
 
-def barriers(page, mode: str, **options) -> list[str]:
-    """Serious and critical findings of axe, with one element each."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    found = Axe().run(page, options={"preload": False, "resultTypes": ["violations"], **options}).response["violations"]
-    return [f"{mode}: {one['id']} at {one['nodes'][0]['target']} and {len(one['nodes']) - 1} more"
-            for one in found if one["impact"] in ("serious", "critical")]
-
-
-@pytest.fixture(scope="module")
-def site():
-    with served() as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as program:
-        yield program
-
-
 @pytest.fixture
 def empty_page(browser):
-    context = browser.new_context(viewport=dict(zip(("width", "height"), WIDE)))
+    context = browser.new_context(viewport=WIDE)
     yield context.new_page()
     context.close()
 
@@ -126,7 +105,7 @@ def page(empty_page, site):
 
 def visit(browser, site: str, name: str) -> Visit:
     """Load a page and look at everything."""
-    context, seen = browser.new_context(viewport=dict(zip(("width", "height"), WIDE)), color_scheme="light"), Visit()
+    context, seen = browser.new_context(viewport=WIDE, color_scheme="light"), Visit()
     page = context.new_page()
     listen(page, seen, site)
     page.goto(site + name)
@@ -137,7 +116,7 @@ def visit(browser, site: str, name: str) -> Visit:
     page.evaluate(LESS_CODE)
     seen.barriers = barriers(page, "light")
     page.emulate_media(color_scheme="dark")
-    page.set_viewport_size(dict(zip(("width", "height"), NARROW)))
+    page.set_viewport_size(NARROW)
     page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")  # scripts look for boxes that scroll
     page.wait_for_timeout(400)  # colours fade
     seen.barriers += barriers(page, "dark and narrow", runOnly=["color-contrast", "scrollable-region-focusable"])
@@ -221,7 +200,7 @@ def test_pictures_are_described(name, visited):
 
 @every_page
 def test_no_sideways_scrolling_on_a_phone(name, visited):
-    assert visited(name).narrow_width <= NARROW[0]
+    assert visited(name).narrow_width <= NARROW["width"]
     assert not visited(name).sticking_out
 
 
@@ -250,8 +229,8 @@ def test_the_checks_see_faults(empty_page, site):
     assert len(page.evaluate(RAW_TEX)) == 2 and len(page.evaluate(UNTYPESET)) == 1 and len(page.evaluate(WITHOUT_ALT)) == 1
     assert any(dangling(address, site) for address in page.evaluate(ADDRESSES))
     assert {"image-alt", "color-contrast"} <= {one.split()[1] for one in barriers(page, "light")}
-    page.set_viewport_size(dict(zip(("width", "height"), NARROW)))
-    assert page.evaluate("document.documentElement.scrollWidth") > NARROW[0]
+    page.set_viewport_size(NARROW)
+    assert page.evaluate("document.documentElement.scrollWidth") > NARROW["width"]
     assert {"wide", "cut off"} <= {re.sub("<[^>]*>", "", one) for one in page.evaluate(STICKING_OUT)}
     page.evaluate(fill, PALE_CODE)
     page.evaluate(LESS_CODE)

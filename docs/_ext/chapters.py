@@ -4,7 +4,6 @@ The notebooks speak nbdev's language (`#| exports`, `#| fig-cap: ...`), MyST-NB 
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +12,7 @@ import nbformat
 from sphinx.errors import ExtensionError
 
 from drawings import llama_to_llamba, special_cases
+from llamba_ref.core import load_result
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS, PAGES, REFERENCE = ROOT / "nbs", ROOT / "docs" / "nbs", ROOT / "docs" / "api"
@@ -44,7 +44,7 @@ def metadata(found: dict[str, str]) -> dict:
 
 def run_times() -> dict[str, str]:
     """How long each chapter ran, in words, as last measured by `make notebooks RECORD=--record`."""
-    record = json.loads((ROOT / "bench" / "results" / "chapters.json").read_text())
+    record = load_result("chapters")
     return {one["chapter"]: f"runs in {one['seconds']:.0f} s on {record['cores']} CPU cores" for one in record["chapters"]}
 
 
