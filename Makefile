@@ -13,7 +13,8 @@ COLAB := .venv-colab
 SITE := docs/_build/html
 MATHJAX := docs/_static/mathjax
 MATHJAX_VERSION := 3.2.2
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+QUIET_PIP := -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python $(QUIET_PIP)
 # A wheel that matches a constraint may be a CPU build; torch goes first and alone so that nothing else picks its version.
 INSTALL := $(PIP) install -c constraints.txt
 
@@ -58,7 +59,8 @@ lab: $(VENV)/.installed-dev  ## open the chapters in JupyterLab
 	@PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --notebook-dir=nbs
 
 docs: $(VENV)/.installed-docs $(MATHJAX)/LICENSE  ## build the site in docs/_build/html
-	@$(BIN)/python -m sphinx -W --keep-going -q --fresh-env -b html docs $(SITE)
+	@rm -rf $(SITE)  # no page of an older site is left, no contents of an older page
+	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs $(SITE)
 	@echo "the site is in $(SITE): open index.html there, or make serve"
 
 serve: docs  ## show the site on this machine, PORT=8000
@@ -137,13 +139,13 @@ $(VENV)/.installed-docs: $(VENV)/.installed-runtime
 $(COLAB)/.requirements: pyproject.toml constraints.txt | $(VENV)/.made
 	@echo "making $(COLAB), installing torch and what the package needs"
 	@$(PYTHON) -m venv --clear $(COLAB)
-	@$(COLAB)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt torch
-	@$(COLAB)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt nbclient ipykernel .
+	@$(COLAB)/bin/python $(QUIET_PIP) install -c constraints.txt torch
+	@$(COLAB)/bin/python $(QUIET_PIP) install -c constraints.txt nbclient ipykernel .
 	@touch $@
 
 $(COLAB)/.installed: $(COLAB)/.requirements $(shell find llamba_ref -type f -not -path '*/__pycache__/*')
 	@rm -rf build
-	@$(COLAB)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --force-reinstall .
+	@$(COLAB)/bin/python $(QUIET_PIP) install --no-deps --force-reinstall .
 	@rm -rf build
 	@touch $@
 
