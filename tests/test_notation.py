@@ -1,8 +1,9 @@
 """The tables of symbols in the chapters agree with docs/notation.md, which joins them.
 
-A chapter's row says symbol, name in the code, shape and meaning. It may hold several symbols, separated by commas, with as many names and
-as many shapes, or with one for all, or with none. A name is `name`, or `name` (`local`) where the chapter has a name of its own.
-A row agrees with notation when the symbol stands there with the chapter in its last column, the same name, the chapter's local names among
+A chapter's row says symbol, name in the code, shape and meaning. It may hold several symbols, separated by commas, with
+as many names and as many shapes, or with one for all, or with none. A name is `name`, or `name` (`local`) where the
+chapter has a name of its own. A row agrees with notation when the symbol stands there with the chapter in its last
+column, the same name, the chapter's local names among
 the local names, and the same shape, letter by letter."""
 
 import json
@@ -74,7 +75,11 @@ def chapter_rows(text, stem):
 def notation_rows(text):
     """The symbols of the page, with the chapters that the links in the last column lead to."""
     stems = dict(re.findall(r"^\[(\w+)\]: nbs/(\w+)\.ipynb$", text, re.MULTILINE))
-    return list(rows_of(text, HEAD_OF_NOTATION, lambda cell: frozenset(stems[label] for label in re.findall(r"\[(\w+)\]", cell))))
+    return list(
+        rows_of(
+            text, HEAD_OF_NOTATION, lambda cell: frozenset(stems[label] for label in re.findall(r"\[(\w+)\]", cell))
+        )
+    )
 
 
 def disagreements(chapters, notation):
@@ -99,7 +104,11 @@ def disagreements(chapters, notation):
             if not any(entry.symbol == row.symbol and stem in entry.chapters for entry in page):
                 wrong.append(f"{stem} has {row.symbol}, notation does not have it for this chapter")
     for entry in page:
-        wrong += [f"notation has {entry.symbol} for {thing}, which does not have it" for thing in sorted(entry.chapters | entry.local) if (entry, thing) not in used]
+        wrong += [
+            f"notation has {entry.symbol} for {thing}, which does not have it"
+            for thing in sorted(entry.chapters | entry.local)
+            if (entry, thing) not in used
+        ]
     return wrong
 
 
@@ -129,13 +138,19 @@ def test_notation_has_one_head_and_no_link_too_many():
 
 @pytest.mark.parametrize("stem", [stem for stem in NOTEBOOKS if stem < "90"])
 def test_names_are_in_the_code(stem):
-    """A reader of a chapter finds the name of each symbol, or its local name, in the code, or as an axis of a shape in the table."""
-    code = "\n".join(cells(other, "code") for other in NOTEBOOKS if stem in (other, "00_core"))  # that chapter names what others define
+    """A reader finds the name of each symbol, or its local name, in the code, or as an axis of a shape in the table."""
+    code = "\n".join(
+        cells(other, "code") for other in NOTEBOOKS if stem in (other, "00_core")
+    )  # that chapter names what others define
     rows = chapter_rows(CHAPTERS[stem], stem)
     words = set(re.findall(r"\w+", code)) | {word for row in rows for word in re.findall(r"\w+", row.shape)}
     for row in rows:
-        names = [re.sub(r"[(\[].*", "", name) for name in (row.name, *row.local) if name]  # not what an array or a function is given
-        assert not names or any(set(re.findall(r"[A-Za-z_]\w*", name)) <= words for name in names), f"{row.symbol}: {names}"
+        names = [
+            re.sub(r"[(\[].*", "", name) for name in (row.name, *row.local) if name
+        ]  # not what an array or a function is given
+        assert not names or any(set(re.findall(r"[A-Za-z_]\w*", name)) <= words for name in names), (
+            f"{row.symbol}: {names}"
+        )
 
 
 # The test itself
@@ -149,7 +164,8 @@ def test_pieces():
 
 
 def test_rows():
-    text = f"Words.\n\n{HEAD}\n| --- | --- | --- | --- |\n| $q$, $k$ | `q`, `k` (`key`) | `(len, 3)` | two |\n| $r$ | | | place |\n\n{HEAD}"
+    rows = "| --- | --- | --- | --- |\n| $q$, $k$ | `q`, `k` (`key`) | `(len, 3)` | two |\n| $r$ | | | place |"
+    text = f"Words.\n\n{HEAD}\n{rows}\n\n{HEAD}"
     q, k, r = chapter_rows(text.rsplit("\n", 1)[0], "01_scan")
     assert q == Row("$q$", "`q`", frozenset(), "`(len, 3)`", frozenset(["01_scan"]))
     assert k == Row("$k$", "`k`", frozenset(["`key`"]), "`(len, 3)`", frozenset(["01_scan"]))
@@ -192,13 +208,23 @@ def test_small_tables_agree():
     ("page", "`x` | `(batch, len)`", "`y` | `(batch, len)`", "01_scan has $x_t$ as"),
 ])
 def test_faults_are_found(where, old, new, message):
-    chapter, page = (text.replace(old, new, 1) if place == where else text for place, text in (("chapter", SMALL), ("page", PAGE)))
+    chapter, page = (
+        text.replace(old, new, 1) if place == where else text for place, text in (("chapter", SMALL), ("page", PAGE))
+    )
     assert (chapter, page) != (SMALL, PAGE)
     assert any(fault.startswith(message) for fault in disagreements({"01_scan": chapter}, page))
 
 
 def test_tables_that_do_not_add_up_are_refused():
-    for old, new in (("`heads`", "`heads`, `x`"), ("$H$ |", "$H$, $G$ |"), ("| $x_t$ |", "| x_t |"), ("`(batch, len)`", "batch"), ("`x`", "x"), ("| values |", "|"), ("`x` |", "`x` | |")):
+    for old, new in (
+        ("`heads`", "`heads`, `x`"),
+        ("$H$ |", "$H$, $G$ |"),
+        ("| $x_t$ |", "| x_t |"),
+        ("`(batch, len)`", "batch"),
+        ("`x`", "x"),
+        ("| values |", "|"),
+        ("`x` |", "`x` | |"),
+    ):
         assert old in SMALL
         with pytest.raises((AssertionError, AttributeError)):
             chapter_rows(SMALL.replace(old, new, 1), "01_scan")

@@ -13,14 +13,18 @@ PAPER = re.compile(r"arxiv\.org/abs/(\d{4}\.\d{5})")
 
 def markdown(path):
     """All prose of a notebook."""
-    return "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown")
+    return "\n".join(
+        "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown"
+    )
 
 
 def test_the_bibliography_has_every_paper():
     """A paper that a chapter or the README links to has an entry with its arXiv number, and only one."""
     entries = re.findall(r"eprint = \{(\S+)\}", (ROOT / "docs" / "refs.bib").read_text())
     assert len(entries) == len(set(entries)) > 0
-    linked = {number for path in NOTEBOOKS for number in PAPER.findall(markdown(path))} | set(PAPER.findall((ROOT / "README.md").read_text()))
+    linked = {number for path in NOTEBOOKS for number in PAPER.findall(markdown(path))} | set(
+        PAPER.findall((ROOT / "README.md").read_text())
+    )
     assert {"2311.01927", "2405.21060", "2408.10189", "2502.14458"} <= linked
     assert not linked - set(entries)
 
@@ -35,7 +39,7 @@ def test_every_chapter_is_in_the_contents():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_chapter_installs_the_package_on_colab_only(path):
-    """The first cell of code installs the package where there is a google.colab, and nowhere else; no cell needs nbdev."""
+    """The first code cell installs the package where there is a google.colab, nowhere else; no cell needs nbdev."""
     cells = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     guard, install = [line for line in cells[0].splitlines() if not line.startswith(("#|", "import sys"))]
     assert guard == 'if "google.colab" in sys.modules:'
@@ -50,7 +54,11 @@ def test_every_figure_has_a_caption_and_words_for_who_cannot_see_it(path):
         if cell["cell_type"] == "code":
             drawn = any("image/png" in output.get("data", {}) for output in cell["outputs"])
             head = "".join(cell["source"]).splitlines()
-            found = {name for name in ("label", "fig-cap", "fig-alt") if any(re.match(rf"#\| {name}: \S", line) for line in head)}
+            found = {
+                name
+                for name in ("label", "fig-cap", "fig-alt")
+                if any(re.match(rf"#\| {name}: \S", line) for line in head)
+            }
             assert len(found) == (3 if drawn else 0), f"cell {cell['id']} has {sorted(found)}"
 
 

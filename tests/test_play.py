@@ -1,4 +1,6 @@
-"""The page to play with, in a browser: its numbers are the library's, and every control works by mouse, by finger and by keyboard."""
+"""The page to play with, in a browser: its numbers are the library's.
+
+Every control works by mouse, by finger and by keyboard."""
 
 import cmath
 import math
@@ -107,7 +109,12 @@ def test_path_of_the_state(page, mode):
     if mode != "division":
         magnitudes[::7] = 0
     x = torch.randn(LENGTH, dtype=torch.complex128)
-    found = complexes(page.evaluate(f"([a, x]) => llambaPlay.{mode}(a, x)", [gates(page, magnitudes.tolist(), phases.tolist()), torch.view_as_real(x).tolist()]))
+    found = complexes(
+        page.evaluate(
+            f"([a, x]) => llambaPlay.{mode}(a, x)",
+            [gates(page, magnitudes.tolist(), phases.tolist()), torch.view_as_real(x).tolist()],
+        )
+    )
     expected = linear_scan(magnitudes.log()[None], x[None], phases[None])[0]
     assert (found - expected).abs().max() < 1e-12
 
@@ -121,7 +128,9 @@ def test_division_fails_at_a_reset_and_the_others_do_not(page):
         assert (complexes(page.evaluate(f"([a, x]) => llambaPlay.{mode}(a, x)", [a, x])) - path).abs().max() < 1e-12
     wrong = complexes(page.evaluate("([a, x]) => llambaPlay.division(a, x)", [a, x]))
     assert wrong[:20].isfinite().all() and wrong[20:].isnan().all()
-    assert page.evaluate("([a, x]) => Number.isNaN(llambaPlay.difference(llambaPlay.division(a, x), llambaPlay.scan(a, x)))", [a, x])
+    assert page.evaluate(
+        "([a, x]) => Number.isNaN(llambaPlay.difference(llambaPlay.division(a, x), llambaPlay.scan(a, x)))", [a, x]
+    )
 
 
 def test_half_life_period_memory_and_horizon(page):
@@ -129,9 +138,14 @@ def test_half_life_period_memory_and_horizon(page):
     assert abs(page.evaluate("llambaPlay.halfLife(llambaPlay.magnitudeOf(7))") - 7) < 1e-12
     assert abs(cmath.exp(1j * 0.7 * page.evaluate("llambaPlay.period(-0.7)")) - 1) < 1e-12
     assert abs(page.evaluate("llambaPlay.memory(0.9)") - sum(0.9**n for n in range(500))) < 1e-12
-    assert page.evaluate("[llambaPlay.halfLife(1), llambaPlay.halfLife(0), llambaPlay.period(0), llambaPlay.memory(1)]") == [math.inf, 0, math.inf, math.inf]
+    assert page.evaluate(
+        "[llambaPlay.halfLife(1), llambaPlay.halfLife(0), llambaPlay.period(0), llambaPlay.memory(1)]"
+    ) == [math.inf, 0, math.inf, math.inf]
     far = math.floor(math.log(0.05) / math.log(0.8))  # tokens back at which 0.8^n is still at least 0.05
-    horizons = page.evaluate("a => llambaPlay.horizons(llambaPlay.decayMatrix(a), 0.05)", gates(page, [0.8] * 12 + [0.0] + [0.8] * 17, [0.0] * 30))
+    horizons = page.evaluate(
+        "a => llambaPlay.horizons(llambaPlay.decayMatrix(a), 0.05)",
+        gates(page, [0.8] * 12 + [0.0] + [0.8] * 17, [0.0] * 30),
+    )
     assert horizons == [min(t, far) for t in range(12)] + [min(t, far) for t in range(18)]
 
 
@@ -140,9 +154,19 @@ def test_half_life_period_memory_and_horizon(page):
 
 @pytest.mark.parametrize("slider", ["gate-magnitude", "gate-phase"])
 def test_sliders_of_one_gate(page, slider):
-    before = drawn(page, *GATE), said(page, "gate-status"), text(page, f"{slider}-value"), page.locator(f"#{slider}").get_attribute("aria-valuetext")
+    before = (
+        drawn(page, *GATE),
+        said(page, "gate-status"),
+        text(page, f"{slider}-value"),
+        page.locator(f"#{slider}").get_attribute("aria-valuetext"),
+    )
     press(page, f"#{slider}", *["ArrowRight"] * 5)
-    after = drawn(page, *GATE), said(page, "gate-status"), text(page, f"{slider}-value"), page.locator(f"#{slider}").get_attribute("aria-valuetext")
+    after = (
+        drawn(page, *GATE),
+        said(page, "gate-status"),
+        text(page, f"{slider}-value"),
+        page.locator(f"#{slider}").get_attribute("aria-valuetext"),
+    )
     assert all(a != b for a, b in zip(before[0], after[0])) and all(a != b for a, b in zip(before[1:], after[1:]))
 
 
@@ -150,9 +174,13 @@ def test_numbers_of_one_gate(page):
     names = "gate-half-life", "gate-period", "gate-memory"
     assert [text(page, name) for name in names] == ["6.58", "12", "10"]
     press(page, "#gate-magnitude", "End")
-    assert [text(page, name) for name in names] == ["∞", "12", "∞"] and text(page, "gate-magnitude-value").startswith("1,")
+    assert [text(page, name) for name in names] == ["∞", "12", "∞"] and text(page, "gate-magnitude-value").startswith(
+        "1,"
+    )
     press(page, "#gate-magnitude", "Home")
-    assert [text(page, name) for name in names] == ["0", "12", "1"] and text(page, "gate-magnitude-value").startswith("0,")
+    assert [text(page, name) for name in names] == ["0", "12", "1"] and text(page, "gate-magnitude-value").startswith(
+        "0,"
+    )
     press(page, "#gate-phase", "Home")
     assert text(page, "gate-period") == "2" and text(page, "gate-phase-value") == "−3.14 rad, −180°"
 
@@ -172,9 +200,13 @@ def test_the_magnitude_is_fine_near_one(page):
 
 def test_presets(page):
     seen = set()
-    for name, status in (("linear attention", "Nothing fades, and nothing turns."), ("decay", "Half is left after 6.58 tokens, and nothing turns."),
-                         ("RoPE", "Nothing fades, and a full turn takes 12 tokens."), ("RetNet", "Half is left after 6.58 tokens, and a full turn takes 12 tokens."),
-                         ("reset", "Everything is forgotten at once: a state holds its own token only.")):
+    for name, status in (
+        ("linear attention", "Nothing fades, and nothing turns."),
+        ("decay", "Half is left after 6.58 tokens, and nothing turns."),
+        ("RoPE", "Nothing fades, and a full turn takes 12 tokens."),
+        ("RetNet", "Half is left after 6.58 tokens, and a full turn takes 12 tokens."),
+        ("reset", "Everything is forgotten at once: a state holds its own token only."),
+    ):
         button = page.locator("#gate button", has_text=name).first
         press(page, f"#gate button:has-text('{name}') >> nth=0", "Enter")
         assert said(page, "gate-status") == status and button.get_attribute("aria-pressed") == "true"
@@ -182,7 +214,10 @@ def test_presets(page):
         seen.add(drawn(page, "gate-matrix")[0])
     assert len(seen) == 5
     press(page, "#gate .start-over", "Enter")
-    assert text(page, "gate-magnitude-value") == "0.9, half-life 6.58 tokens" and text(page, "gate-phase-value") == "0.524 rad, 30°"
+    assert (
+        text(page, "gate-magnitude-value") == "0.9, half-life 6.58 tokens"
+        and text(page, "gate-phase-value") == "0.524 rad, 30°"
+    )
 
 
 def test_what_is_drawn_of_one_gate(page):
@@ -225,14 +260,25 @@ def place_of(page, flag, token):
 
 
 def test_a_reset_is_moved_by_keyboard(page):
-    assert said(page, "reset-status") == "Resets at tokens 9 and 21. Token 19 sees 10 tokens back, to token 9, a reset. The fixed gate sees 17."
+    assert (
+        said(page, "reset-status")
+        == "Resets at tokens 9 and 21. Token 19 sees 10 tokens back, to token 9, a reset. The fixed gate sees 17."
+    )
     before = drawn(page, *RESETS)
     press(page, ".reset >> nth=0", "ArrowRight", "ArrowRight")
     assert all(a != b for a, b in zip(before, drawn(page, *RESETS)))
-    assert said(page, "reset-status") == "Resets at tokens 11 and 21. Token 19 sees 8 tokens back, to token 11, a reset. The fixed gate sees 17."
-    assert text(page, "reset-horizon") == "8" and page.locator(".reset").first.get_attribute("aria-valuetext") == "token 11"
+    assert (
+        said(page, "reset-status")
+        == "Resets at tokens 11 and 21. Token 19 sees 8 tokens back, to token 11, a reset. The fixed gate sees 17."
+    )
+    assert (
+        text(page, "reset-horizon") == "8"
+        and page.locator(".reset").first.get_attribute("aria-valuetext") == "token 11"
+    )
     press(page, ".reset >> nth=0", "End")
-    assert said(page, "reset-status").startswith("Resets at tokens 21 and 32. Token 19 sees 18 tokens back, to token 1.")
+    assert said(page, "reset-status").startswith(
+        "Resets at tokens 21 and 32. Token 19 sees 18 tokens back, to token 1."
+    )
 
 
 def test_a_reset_is_dragged(page):
@@ -255,21 +301,31 @@ def test_the_flags_stand_on_their_tokens(page):
     for token in ("Home", "PageUp", "End"):
         press(page, ".reset >> nth=0", token)
         place = int(page.locator(".reset").first.input_value())
-        lines = [box["x"] + box["width"] / 2 for box in (one.bounding_box() for one in page.locator("#strips .cut").all())]
+        lines = [
+            box["x"] + box["width"] / 2 for box in (one.bounding_box() for one in page.locator("#strips .cut").all())
+        ]
         assert min(abs(line - place_of(page, page.locator(".reset").first, place)[0]) for line in lines) < 1
 
 
 def test_resets_are_added_and_removed(page):
     press(page, "#add-reset", "Enter")
-    assert said(page, "reset-status").startswith("Resets at tokens 9, 15 and 21.") and text(page, "reset-horizon") == "4"
+    assert (
+        said(page, "reset-status").startswith("Resets at tokens 9, 15 and 21.") and text(page, "reset-horizon") == "4"
+    )
     full = drawn(page, *RESETS)
     press(page, "#add-reset", "Enter")  # three are the most
     assert page.locator("#add-reset").get_attribute("aria-disabled") == "true" and drawn(page, *RESETS) == full
     press(page, "#remove-reset", *["Enter"] * 4)
     assert said(page, "reset-status") == "No reset. Token 19 sees 18 tokens back, to token 1. The fixed gate sees 17."
-    assert page.locator("#remove-reset").get_attribute("aria-disabled") == "true" and page.locator(".reset:visible").count() == 0
+    assert (
+        page.locator("#remove-reset").get_attribute("aria-disabled") == "true"
+        and page.locator(".reset:visible").count() == 0
+    )
     press(page, "#resets .start-over", "Enter")
-    assert said(page, "reset-status").startswith("Resets at tokens 9 and 21.") and page.locator(".reset:visible").count() == 2
+    assert (
+        said(page, "reset-status").startswith("Resets at tokens 9 and 21.")
+        and page.locator(".reset:visible").count() == 2
+    )
 
 
 @pytest.mark.parametrize("slider", ["listening", "fixed", "query"])
@@ -296,8 +352,11 @@ def test_no_fixed_gate_has_the_horizons_of_one_that_listens(page):
 
 def test_a_screen_reader_hears_the_end_of_a_move_only(page):
     page.evaluate("""() => { window.heard = []; const status = document.getElementById("reset-status");
-      new MutationObserver(() => heard.push(status.textContent)).observe(status, { childList: true, characterData: true, subtree: true }); }""")
-    page.locator("#query").evaluate("e => { for (let token = 20; token <= 30; token++) { e.value = token; e.dispatchEvent(new Event('input')); } }")
+      const watched = { childList: true, characterData: true, subtree: true };
+      new MutationObserver(() => heard.push(status.textContent)).observe(status, watched); }""")
+    page.locator("#query").evaluate(
+        "e => { for (let token = 20; token <= 30; token++) { e.value = token; e.dispatchEvent(new Event('input')); } }"
+    )
     last = said(page, "reset-status")
     assert "Token 30" in last and page.evaluate("heard") == [last]
 
@@ -309,7 +368,10 @@ def test_four_ways(page):
     differences = lambda: [text(page, f"{mode}-difference") for mode in ("scan", "attention", "division")]
     *two, third = differences()
     assert all(float(one.replace("−", "-")) < 1e-12 for one in two) and third == "NaN"
-    assert said(page, "modes-status") == "With the gates of the second picture three ways agree. The fourth has divided 0 by 0."
+    assert (
+        said(page, "modes-status")
+        == "With the gates of the second picture three ways agree. The fourth has divided 0 by 0."
+    )
     state = text(page, "recurrent-state")
     page.locator("#modes-gate").check()
     assert all(float(one.replace("−", "-")) < 1e-12 for one in differences()) and text(page, "recurrent-state") != state
@@ -323,7 +385,12 @@ def test_four_ways(page):
 
 def test_it_stays_at_home_and_says_nothing(browser, address):
     page, outside, console = browser.new_page(), [], []
-    page.on("request", lambda request: None if request.url.startswith(address.removesuffix("play.html")) else outside.append(request.url))
+    page.on(
+        "request",
+        lambda request: (
+            None if request.url.startswith(address.removesuffix("play.html")) else outside.append(request.url)
+        ),
+    )
     page.on("console", lambda message: console.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: console.append(str(error)))
     page.goto(address)
@@ -345,7 +412,9 @@ def test_every_control_can_be_reached_and_has_a_name(page):
         seen.add(page.evaluate("""() => { const e = document.activeElement;
           return e.closest(".play") && [...document.querySelectorAll(".play input, .play button")].indexOf(e); }"""))
     assert len(seen - {None}) == expected
-    unnamed = page.locator(".play input").evaluate_all("all => all.filter(e => !e.labels.length && !e.ariaLabel).map(e => e.id)")
+    unnamed = page.locator(".play input").evaluate_all(
+        "all => all.filter(e => !e.labels.length && !e.ariaLabel).map(e => e.id)"
+    )
     assert not unnamed
 
 
@@ -388,7 +457,9 @@ def test_no_serious_barrier_in_use(browser, address, mode):
 def drag_by_finger(page, *points):
     """Touch events as a screen sends them."""
     session = page.context.new_cdp_session(page)
-    send = lambda kind, *at: session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y} for x, y in at]})
+    send = lambda kind, *at: session.send(
+        "Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y} for x, y in at]}
+    )
     send("touchStart", points[0])
     for point in points[1:]:
         send("touchMove", point)
@@ -411,11 +482,20 @@ def test_on_a_phone(phone):
     """Nothing scrolls sideways, and text in the pictures keeps its size."""
     assert phone.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
     for picture in phone.locator(".play svg").all():
-        scale, size = picture.evaluate("e => [e.getBoundingClientRect().width / e.viewBox.baseVal.width, e.getBoundingClientRect().height / e.viewBox.baseVal.height]")
+        scale, size = picture.evaluate(
+            "e => ["
+            "e.getBoundingClientRect().width / e.viewBox.baseVal.width, "
+            "e.getBoundingClientRect().height / e.viewBox.baseVal.height]"
+        )
         assert abs(scale - 1) < 0.01 and abs(size - 1) < 0.01
     phone.set_viewport_size({"width": 700, "height": 900})
     phone.wait_for_timeout(200)
-    assert phone.locator("#strips").evaluate("e => Math.abs(e.getBoundingClientRect().width / e.viewBox.baseVal.width - 1)") < 0.01
+    assert (
+        phone.locator("#strips").evaluate(
+            "e => Math.abs(e.getBoundingClientRect().width / e.viewBox.baseVal.width - 1)"
+        )
+        < 0.01
+    )
 
 
 def test_dragged_by_a_finger(phone):

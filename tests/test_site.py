@@ -1,4 +1,4 @@
-"""The built site in a real browser (make test-docs): every page is loaded once, and everything that is asked of it is looked at then."""
+"""The built site in a real browser (make test-docs): every page is loaded once, and looked at in every way then."""
 
 from __future__ import annotations
 
@@ -33,18 +33,23 @@ RAW_TEX = r"""() => {
   }
   return found;
 }"""
-UNTYPESET = """() => [...document.querySelectorAll(".math")].filter(e => !e.querySelector("mjx-container") || e.querySelector("mjx-merror, [data-mjx-error]"))
+UNTYPESET = """() => [...document.querySelectorAll(".math")]
+  .filter(e => !e.querySelector("mjx-container") || e.querySelector("mjx-merror, [data-mjx-error]"))
   .map(e => e.textContent.trim().slice(0, 80))"""
-ADDRESSES = """() => [...document.querySelectorAll("a[href], link[href], img, script[src]")].map(e => e.href || e.src)"""
+ADDRESSES = (
+    """() => [...document.querySelectorAll("a[href], link[href], img, script[src]")].map(e => e.href || e.src)"""
+)
 STICKING_OUT = """() => [...document.querySelectorAll("body *")].filter(e => {
   const box = e.getBoundingClientRect();
-  if (!box.width || !box.height || box.right <= innerWidth + 1 || !e.checkVisibility({visibilityProperty: true, opacityProperty: true})) return false;
+  if (!box.width || !box.height || box.right <= innerWidth + 1) return false;
+  if (!e.checkVisibility({visibilityProperty: true, opacityProperty: true})) return false;
   if (e.closest("mjx-assistive-mml")) return false;  // for screen readers, one pixel wide
   for (let outer = e.parentElement; outer !== document.body; outer = outer.parentElement)
     if (["auto", "scroll"].includes(getComputedStyle(outer).overflowX)) return false;
   return true;
 }).map(e => e.outerHTML.slice(0, 120))"""
-# Words of code that look as others before them become plain text: a chapter has ten thousand, in twenty colours, and axe looks at each.
+# Words of code that look as others before them become plain text: a chapter has ten thousand, in twenty colours, and
+# axe looks at each.
 LESS_CODE = """() => {
   const seen = new Set();
   for (const word of document.querySelectorAll("pre span[class]")) {
@@ -57,7 +62,8 @@ CHAPTER = """() => ({
   facts: document.querySelector(".chapter-facts")?.innerText,
   links: Object.fromEntries([...document.querySelectorAll(".chapter-facts a")].map(e => [e.innerText.trim(), e.href])),
   before: document.querySelector("a.left-prev")?.href, after: document.querySelector("a.right-next")?.href,
-  pictures: document.querySelectorAll("main figure img").length, captions: document.querySelectorAll("main figure figcaption").length})"""
+  pictures: document.querySelectorAll("main figure img").length,
+  captions: document.querySelectorAll("main figure figcaption").length})"""
 WITHOUT_ALT = """() => [...document.querySelectorAll("main img")].filter(e => !e.alt.trim()).map(e => e.src)"""
 
 
@@ -80,11 +86,19 @@ class Visit:
 
 def listen(page, visit: Visit, site: str) -> None:
     """Note what the page says and asks for."""
-    page.on("console", lambda message: visit.console.append(message.text) if message.type in ("error", "warning") else None)
+    page.on(
+        "console", lambda message: visit.console.append(message.text) if message.type in ("error", "warning") else None
+    )
     page.on("pageerror", lambda error: visit.console.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith((site, "data:", "blob:")) else visit.outside.append(request.url))
+    page.on(
+        "request",
+        lambda request: None if request.url.startswith((site, "data:", "blob:")) else visit.outside.append(request.url),
+    )
     page.on("requestfailed", lambda request: visit.failed.append(request.url))
-    page.on("response", lambda response: visit.failed.append(f"{response.status} {response.url}") if response.status >= 400 else None)
+    page.on(
+        "response",
+        lambda response: visit.failed.append(f"{response.status} {response.url}") if response.status >= 400 else None,
+    )
 
 
 @pytest.fixture
@@ -117,17 +131,22 @@ def visit(browser, site: str, name: str) -> Visit:
     seen.barriers = barriers(page, "light")
     page.emulate_media(color_scheme="dark")
     page.set_viewport_size(NARROW)
-    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")  # scripts look for boxes that scroll
+    page.evaluate(
+        "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    )  # scripts look for boxes that scroll
     page.wait_for_timeout(400)  # colours fade
     seen.barriers += barriers(page, "dark and narrow", runOnly=["color-contrast", "scrollable-region-focusable"])
-    seen.narrow_width, seen.sticking_out = page.evaluate("document.documentElement.scrollWidth"), page.evaluate(STICKING_OUT)
+    seen.narrow_width, seen.sticking_out = (
+        page.evaluate("document.documentElement.scrollWidth"),
+        page.evaluate(STICKING_OUT),
+    )
     context.close()
     return seen
 
 
 @pytest.fixture(scope="module")
 def visited(request, browser, site):
-    """What was seen on a page. Readers, each a thread with a browser, look at what the chosen tests ask for, ahead of them."""
+    """What was seen on a page. Readers, each a thread with a browser, look ahead at what the chosen tests ask for."""
     wanted = {item.callspec.params["name"] for item in request.session.items if "visited" in item.fixturenames}
     seen, waiting = {name: Future() for name in sorted(wanted)}, queue.SimpleQueue()
     for name in [*seen, *[None] * READERS]:  # None ends a reader
@@ -163,11 +182,18 @@ def dangling(address: str, site: str) -> bool:
     parts = urlsplit(address)
     path = SITE / unquote(parts.path.lstrip("/"))
     path = path / "index.html" if path.is_dir() else path
-    return not path.is_file() or bool(parts.fragment) and path.suffix == ".html" and unquote(parts.fragment) not in anchors(path)
+    return (
+        not path.is_file()
+        or bool(parts.fragment)
+        and path.suffix == ".html"
+        and unquote(parts.fragment) not in anchors(path)
+    )
 
 
 def test_the_site_is_built():
-    assert {f"nbs/{name}.html" for name in CHAPTERS} | {"index.html", "search.html", "play.html", "map.html"} <= set(pages()), "make docs"
+    assert {f"nbs/{name}.html" for name in CHAPTERS} | {"index.html", "search.html", "play.html", "map.html"} <= set(
+        pages()
+    ), "make docs"
 
 
 every_page = pytest.mark.parametrize("name", pages())
@@ -212,7 +238,8 @@ def test_no_serious_barrier(name, visited):
 FAULTS = r"""<p>Let $x_t$ be</p><div class="math">\\[y\\]</div><img src="none.png"><a href="#nowhere">x</a>
 <p style="color: #ddd; background: #fff">pale</p><div style="width: 2000px">wide</div>
 <div style="overflow: hidden"><div style="width: 2000px">cut off</div></div>"""
-PALE_CODE = """<div class="highlight"><pre style="background: #fff">good <span class="k" style="color: #ddd">pale</span> <span class="k">pale</span></pre></div>"""
+PALE_CODE = """<div class="highlight"><pre style="background: #fff">good <span class="k" style="color: #ddd">pale</span>
+<span class="k">pale</span></pre></div>"""
 
 
 def test_the_checks_see_faults(empty_page, site):
@@ -223,10 +250,18 @@ def test_the_checks_see_faults(empty_page, site):
     settle(page)
     fill = "html => { document.querySelector('main').innerHTML = html; }"
     page.evaluate(fill, FAULTS)
-    page.evaluate("() => { console.error('oh'); setTimeout(() => { throw new Error('ah'); }); fetch('http://127.0.0.1:9/'); }")
+    page.evaluate(
+        "() => { console.error('oh'); setTimeout(() => { throw new Error('ah'); }); fetch('http://127.0.0.1:9/'); }"
+    )
     page.wait_for_timeout(300)
-    assert {"oh", "ah"} <= set(seen.console) and any("none.png" in one for one in seen.failed) and seen.outside == ["http://127.0.0.1:9/"]
-    assert len(page.evaluate(RAW_TEX)) == 2 and len(page.evaluate(UNTYPESET)) == 1 and len(page.evaluate(WITHOUT_ALT)) == 1
+    assert (
+        {"oh", "ah"} <= set(seen.console)
+        and any("none.png" in one for one in seen.failed)
+        and seen.outside == ["http://127.0.0.1:9/"]
+    )
+    assert (
+        len(page.evaluate(RAW_TEX)) == 2 and len(page.evaluate(UNTYPESET)) == 1 and len(page.evaluate(WITHOUT_ALT)) == 1
+    )
     assert any(dangling(address, site) for address in page.evaluate(ADDRESSES))
     assert {"image-alt", "color-contrast"} <= {one.split()[1] for one in barriers(page, "light")}
     page.set_viewport_size(NARROW)
@@ -240,11 +275,15 @@ def test_the_checks_see_faults(empty_page, site):
 
 def test_files_name_nothing_outside():
     """No style, script, picture or font has an address on another host, also those that no page asks for."""
-    outside = re.compile(r"""<(?:link|script|img|iframe|source|object|embed|video|audio)\b[^>]*\b(?:src|srcset|href|data)=["']?(?:https?:)?//"""
-                         r"""|url\(\s*["']?(?:https?:)?//|@import\s+["'](?:https?:)?//""")
+    outside = re.compile(
+        r"""<(?:link|script|img|iframe|source|object|embed|video|audio)\b[^>]*\b(?:src|srcset|href|data)=["']?(?:https?:)?//"""
+        r"""|url\(\s*["']?(?:https?:)?//|@import\s+["'](?:https?:)?//"""
+    )
     files = [*SITE.rglob("*.html"), *SITE.rglob("*.css")]
     assert len(files) > len(pages())
-    assert not [f"{path.relative_to(SITE)}: {found[0]}" for path in files for found in outside.finditer(path.read_text())]
+    assert not [
+        f"{path.relative_to(SITE)}: {found[0]}" for path in files for found in outside.finditer(path.read_text())
+    ]
 
 
 every_chapter = pytest.mark.parametrize("name", [f"nbs/{chapter}.html" for chapter in CHAPTERS])
@@ -255,18 +294,29 @@ def test_chapter_has_its_facts(name, visited, site):
     """Colab, the notebook as it is, the times to read and to run, and figures with captions."""
     about, notebook = visited(name).chapter, Path(name).with_suffix(".ipynb")
     assert re.search(r"\d+ min to read · runs in \d+ s", about["facts"])
-    assert about["links"]["Open in Colab"] == f"https://colab.research.google.com/github/llamba-ref/llamba_ref/blob/main/{notebook}"
+    assert (
+        about["links"]["Open in Colab"]
+        == f"https://colab.research.google.com/github/llamba-ref/llamba_ref/blob/main/{notebook}"
+    )
     download = about["links"]["Download notebook"].removeprefix(site)
     assert filecmp.cmp(SITE / download, ROOT / notebook, shallow=False)
     cells = json.loads((ROOT / notebook).read_text())["cells"]
-    drawn = sum("image/png" in output.get("data", {}) for cell in cells if cell["cell_type"] == "code" for output in cell["outputs"])
+    drawn = sum(
+        "image/png" in output.get("data", {})
+        for cell in cells
+        if cell["cell_type"] == "code"
+        for output in cell["outputs"]
+    )
     assert about["captions"] == drawn == about["pictures"]
 
 
 @every_chapter
 def test_chapters_follow_each_other(name, visited, site):
     """By `previous` and `next`, in the order of the contents."""
-    order = [f"nbs/{chapter}.html" for chapter in re.findall(r"^nbs/(\w+)$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)]
+    order = [
+        f"nbs/{chapter}.html"
+        for chapter in re.findall(r"^nbs/(\w+)$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE)
+    ]
     place, about = order.index(name), visited(name).chapter
     assert place == 0 or about["before"] == site + order[place - 1]
     assert place == len(order) - 1 or about["after"] == site + order[place + 1]
@@ -298,7 +348,10 @@ def test_light_and_dark(page, site):
         page.get_by_role("button", name=mode, exact=True).click()
         seen.add(page.evaluate(ground))
     assert len(seen) == 2
-    assert page.locator("main figure img").first.evaluate("e => getComputedStyle(e).backgroundColor") == "rgb(255, 255, 255)"
+    assert (
+        page.locator("main figure img").first.evaluate("e => getComputedStyle(e).backgroundColor")
+        == "rgb(255, 255, 255)"
+    )
     dark = page.evaluate(ground)
     page.locator("a.right-next").click()
     settle(page)
@@ -306,10 +359,17 @@ def test_light_and_dark(page, site):
 
 
 def test_the_index_has_every_exercise_and_its_solution(page, site):
-    cells = [cell for chapter in CHAPTERS for cell in json.loads((ROOT / "nbs" / f"{chapter}.ipynb").read_text())["cells"]]
+    cells = [
+        cell for chapter in CHAPTERS for cell in json.loads((ROOT / "nbs" / f"{chapter}.ipynb").read_text())["cells"]
+    ]
     prose = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     page.goto(site + "exercises.html")
-    assert page.locator(".exercise-copy").count() == prose.count(":::{exercise}") == page.locator(".admonition.dropdown").count() > 50
+    assert (
+        page.locator(".exercise-copy").count()
+        == prose.count(":::{exercise}")
+        == page.locator(".admonition.dropdown").count()
+        > 50
+    )
 
 
 def test_solutions_are_folded_and_open(page, site):
