@@ -310,8 +310,8 @@ class Llama(Decoder):
         backbone = Backbone(mixers, c.vocab_size, c.hidden_size, c.intermediate_size, c.rms_norm_eps, c.mlp_bias)
         super().__init__(backbone, tie_embeddings=c.tie_word_embeddings)
         self.config = config
-        for module in self.modules():
-            init_weights(module)
+        for block in self.backbone.layers:
+            block.mixer.apply(init_weights)
 
     @classmethod
     def from_pretrained(

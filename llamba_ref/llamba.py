@@ -221,15 +221,11 @@ class Llamba(Decoder):
     """Llamba: a `Decoder` whose mixers are `DiscreteMamba2`, some of them `Attention` in a hybrid (Bick et al. 2025)."""
 
     def __init__(self, config: LlambaConfig):
-        rows = -(-config.vocab_size // config.pad_vocab_size_multiple) * config.pad_vocab_size_multiple
-        mixers = [config.mixer(layer) for layer in range(config.n_layer)]
-        mlp = config.mlp_cfg
-        backbone = Backbone(mixers, rows, config.d_model, mlp.intermediate_size, config.norm_epsilon, mlp.bias)
-        super().__init__(backbone, config.tie_embeddings, config.lm_head_bias, config.vocab_size)
+        c, mlp = config, config.mlp_cfg
+        mixers = [c.mixer(layer) for layer in range(c.n_layer)]
+        super().__init__(Backbone(mixers, c.vocab_size, c.d_model, mlp.intermediate_size, c.norm_epsilon, mlp.bias,
+                                  c.pad_vocab_size_multiple), c.tie_embeddings, c.lm_head_bias)
         self.config = config
-        linears = [linear for block in self.backbone.layers for linear in block.mlp.children()]
-        for module in (self.backbone.embedding, *linears):
-            nn.init.normal_(module.weight, std=0.02)
 
     @classmethod
     def from_teacher(

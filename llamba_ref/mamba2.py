@@ -413,12 +413,11 @@ class Mamba2LM(Decoder):
 
     def __init__(self, config: Mamba2Config):
         c = config
-        rows = -(-c.vocab_size // c.pad_vocab_size_multiple) * c.pad_vocab_size_multiple
         mixers = [Mamba2(c.d_model, c.d_state, c.headdim, n_groups=c.n_groups, expand=c.expand, d_conv=c.d_conv, chunk_size=c.chunk_size,
                          dt_limit=c.dt_limit, bias=c.bias, conv_bias=c.conv_bias, norm_epsilon=c.norm_epsilon) for _ in range(c.n_layer)]
-        super().__init__(Backbone(mixers, rows, c.d_model, None, c.norm_epsilon), c.tie_embeddings, vocab_size=c.vocab_size)
+        multiple = {"pad_vocab_size_multiple": c.pad_vocab_size_multiple}
+        super().__init__(Backbone(mixers, c.vocab_size, c.d_model, None, c.norm_epsilon, **multiple), c.tie_embeddings)
         self.config = config
-        init_weights(self.backbone.embedding)
         for mixer in mixers:  # as many sums in the residual stream as there are layers: keep their variance
             mixer.out_proj.weight.data.div_(math.sqrt(c.n_layer))
 
