@@ -18,7 +18,7 @@ from .checkpoint import build_model, find_checkpoint, read_config, read_part, sa
 from .core import check_sizes, wide_dtype
 from .decoder import Backbone, Decoder
 from .llama import Attention, Llama, LlamaConfig, Rope
-from .mamba2 import Projected, SSDMixer
+from .mamba2 import Projected, SSDMixer, convolve
 
 # %% auto #0
 __all__ = ['OPEN_GATE', 'LLAMBA_SIZES', 'DiscreteMamba2', 'SSMConfig', 'MLPConfig', 'AttentionConfig', 'LlambaConfig',
@@ -45,7 +45,8 @@ class DiscreteMamba2(SSDMixer):
         activation: str = "identity",  # after the convolution: "identity" or "silu"
         bias: bool = False,  # biases in the projections, in place of z_bias
     ):
-        check_sizes(d_model=d_model, d_state=d_state, n_v_heads=n_v_heads, n_qk_heads=n_qk_heads, expand=expand, chunk_size=chunk_size)
+        check_sizes(d_model=d_model, d_state=d_state, n_v_heads=n_v_heads, n_qk_heads=n_qk_heads, expand=expand,
+                    chunk_size=chunk_size)
         d_inner = expand * d_model
         if d_inner % n_v_heads:
             raise ValueError(f"n_v_heads is {n_v_heads}: it must divide the inner width expand * d_model = {d_inner}")
@@ -73,9 +74,9 @@ class DiscreteMamba2(SSDMixer):
             self.z_bias.fill_(OPEN_GATE)
 
     def project(self, u: Tensor, window: Tensor | None, tokens: Tensor | None = None) -> tuple[Projected, Tensor]:
-        """Everything that the recurrence needs, and the convolution's new window; `tokens` as in `convolve`."""
+        """What the recurrence needs, and the convolution's new window; `tokens` as in `convolve`."""
         xBC, z, A_log = self.in_proj(u).split([self.conv1d.out_channels, self.d_inner, self.n_heads], dim=-1)
-        x, B, C, window = self.convolve(xBC, window, tokens)
+        x, B, C, window = convolve(self, xBC, window, tokens)
         log_a = F.logsigmoid(-A_log.to(wide_dtype(A_log)))  # = -softplus(A_log)
         return Projected(x, None, log_a, B, C, z), window
 
