@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .core import check_sizes, wide_dtype
 
 # %% auto #0
-__all__ = ['RMSNorm', 'SwiGLU', 'Block', 'init_weights', 'Backbone', 'pack_left', 'sample', 'LayerView', 'check_ids', 'prefill',
-           'walk', 'generate', 'Decoder']
+__all__ = ['RMSNorm', 'SwiGLU', 'Block', 'init_weights', 'Backbone', 'pack_left', 'sample', 'LayerView', 'check_ids', 'hidden',
+           'prefill', 'walk', 'generate', 'Decoder']
 
 # %% ../nbs/08_decoder.ipynb #c31411b6
 class RMSNorm(nn.Module):
@@ -260,6 +260,17 @@ def check_ids(
         raise ValueError(f"input_ids holds id {wrong}: ids must be in [0, {vocab_size})")
 
 
+def hidden(
+    model: Decoder,  # the model
+    input_ids: Int[Tensor, "batch len"],  # token ids
+    attention_mask: Shaped[Tensor, "batch len"] | None = None,  # 1 token, 0 padding (left, right or between)
+) -> Float[Tensor, "batch len d_model"]:
+    """Hidden states that leave the last block, of which `head` makes logits. ValueError as `check_ids` and `pack_left`."""
+    check_ids(input_ids, model.vocab_size, attention_mask)
+    input_ids, padding, back = _pack(input_ids, attention_mask)
+    return _unpack(model.backbone(input_ids, **padding), back)
+
+
 def prefill(
     model: Decoder,  # the model
     input_ids: Int[Tensor, "batch len"],  # token ids
@@ -347,7 +358,7 @@ class Decoder(nn.Module):
     A mixer is a module with `forward(u)` -> y, `forward(u, state)` -> (y, state), `step(u_t, state)` -> (y_t, state),
     `matrix(u)` -> (batch, heads, len, len) and `init_state(batch)`; `forward` takes `padding=` for padded batches."""
 
-    prefill, generate, walk = prefill, generate, walk  # the functions above, as methods
+    hidden, prefill, generate, walk = hidden, prefill, generate, walk  # the functions above, as methods
 
     def __init__(
         self,
@@ -378,10 +389,8 @@ class Decoder(nn.Module):
         input_ids: Int[Tensor, "batch len"],  # token ids
         attention_mask: Shaped[Tensor, "batch len"] | None = None,  # 1 token, 0 padding (left, right or between)
     ) -> Float[Tensor, "batch len vocab"]:  # logits; those at padding mean nothing
-        """Logits of every position. A masked token is as good as absent. ValueError as `check_ids` and `pack_left`."""
-        check_ids(input_ids, self.vocab_size, attention_mask)
-        input_ids, padding, back = _pack(input_ids, attention_mask)
-        return self.head(_unpack(self.backbone(input_ids, **padding), back))
+        """Logits of every position. A masked token is as good as absent. Raises ValueError as `hidden`."""
+        return self.head(self.hidden(input_ids, attention_mask))
 
     def init_state(self, batch: int) -> list:
         """The state before the first token: one entry a layer."""
