@@ -29,10 +29,9 @@ OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1: with this bias and no input, 
 
 # %% ../nbs/09_llamba.ipynb #b1baf1c2
 class DiscreteMamba2(SSDMixer):
-    """Llamba's mixer (Bick et al. 2025): Mamba-2 without a step size, decay `exp(-softplus(A_log))`, no norm after the gate.
+    """Llamba's mixer (Bick et al. 2025): Mamba-2 without step size and norm, its decay `exp(-softplus(A_log))`.
 
-    Raises ValueError when the heads do not divide the inner width, the groups not the heads, or `activation` is unknown.
-    """
+    Raises ValueError when the heads do not divide the inner width, the groups the heads, or `activation` is unknown."""
 
     def __init__(
         self,
@@ -54,13 +53,13 @@ class DiscreteMamba2(SSDMixer):
             raise ValueError(f"n_qk_heads is {n_qk_heads}: it must divide n_v_heads = {n_v_heads}")
         if activation not in ("identity", "silu"):
             raise ValueError(f"activation is {activation!r}: it must be 'identity' or 'silu'")
-        super().__init__(d_model, d_inner, d_state, n_v_heads, n_qk_heads, 4, chunk_size, activation, bias, conv_bias=True)
+        super().__init__(d_model, d_inner, d_state, n_v_heads, n_qk_heads, 4, chunk_size, activation, bias, True)
         self.z_bias = None if bias else nn.Parameter(torch.zeros(d_inner))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The official start: the convolution passes its input on, the gate is open, D is 1, the rest as PyTorch does it."""
+        """The official start: the convolution passes its input on, the gate is open, D is 1, the rest as in PyTorch."""
         self.in_proj.reset_parameters()
         self.out_proj.reset_parameters()
         self.conv1d.weight.zero_()[..., -1] = 1
