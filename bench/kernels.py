@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bench.common import save
-from llamba_ref import mamba2, mohawk
+from llamba_ref import conv, mohawk
 from llamba_ref.core import peak_bytes, relative_error
 from llamba_ref.gateloop import gateloop
 from llamba_ref.scan import linear_scan
@@ -289,7 +289,7 @@ def fla_conv(x, weight, bias):
 
 
 def by_conv(backend: str, x, weight, bias):
-    return mamba2.causal_conv(x, weight, bias, activation="silu", backend=backend)[:1]
+    return conv.causal_conv(x, weight, bias, activation="silu", backend=backend)[:1]
 
 
 CONV = Operation(
@@ -314,7 +314,7 @@ def conv_step_cases() -> Iterator[tuple[str, dict, bool]]:
 
 
 def by_conv_step(backend: str, x_t, weight, bias, window):
-    return mamba2.causal_conv_step(x_t, weight, bias, window, activation="silu", backend=backend)
+    return conv.causal_conv_step(x_t, weight, bias, window, activation="silu", backend=backend)
 
 
 def tri_dao_conv_step(x, window, weight, bias):

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from importlib.resources import files
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # %% auto #0
-__all__ = ['relative_error', 'check_tensors', 'check_sizes', 'wide_dtype', 'choose_backend', 'load_result', 'peak_bytes']
+__all__ = ['relative_error', 'check_tensors', 'check_sizes', 'wide_dtype', 'choose_backend', 'load_result', 'peak_bytes',
+           'is_token']
 
 # %% ../nbs/00_core.ipynb #c0306d32
 def relative_error(
@@ -153,3 +155,11 @@ def peak_bytes(
     with _Meter() as meter:
         function()
     return meter.peak
+
+# %% ../nbs/00_core.ipynb #b4faf34f
+def is_token(
+    padding: Int[Tensor, "batch"],  # number of pads on the left of each row
+    length: int,  # positions in a row
+) -> Bool[Tensor, "batch len"]:
+    """Where the tokens are in rows whose padding lies on the left: what a mixer needs to know to skip the rest."""
+    return torch.arange(length, device=padding.device) >= padding[:, None]

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from .core import check_sizes, wide_dtype
+
 # %% auto #0
-__all__ = ['RMSNorm', 'SwiGLU', 'Block', 'init_weights', 'Backbone', 'pack_left', 'is_token', 'sample', 'LayerView', 'Decoder']
+__all__ = ['RMSNorm', 'SwiGLU', 'Block', 'init_weights', 'Backbone', 'pack_left', 'sample', 'LayerView', 'check_ids', 'hidden',
+           'prefill', 'walk', 'generate', 'Decoder']
 
 # %% ../nbs/08_decoder.ipynb #c31411b6
 class RMSNorm(nn.Module):
-    """Divide by the root mean square over the last dimension, then scale (Zhang and Sennrich 2019). Computed in float32."""
+    """Divide by the root mean square over the last dimension, then scale (Zhang and Sennrich 2019), in float32."""
 
     def __init__(self, d_model: int, eps: float = 1e-5):
         super().__init__()
@@ -26,7 +29,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = x.to(wide_dtype(x))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 
@@ -75,15 +78,15 @@ class Block(nn.Module):
         y_t, state = self.mixer.step(self.input_layernorm(x_t), state)
         return self.channel_mix(x_t + y_t), state
 
-# %% ../nbs/08_decoder.ipynb #6a88bdae
+# %% ../nbs/08_decoder.ipynb #9c00c799
 def init_weights(module: nn.Module, std: float = 0.02) -> None:
-    """Start a linear layer or an embedding as Llama does: weights normal, biases zero. Other modules, and the meta device, are left alone."""
+    """Start a linear layer or an embedding as Llama does: weights normal, biases zero. Other modules are left alone."""
     if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
         nn.init.normal_(module.weight, std=std)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
 
-
+# %% ../nbs/08_decoder.ipynb #6a88bdae
 class Backbone(nn.Module):
     """Embedding, a block for each mixer, final norm."""
 
@@ -95,38 +98,113 @@ class Backbone(nn.Module):
         intermediate_size: int | None,  # width of the MLP; None: blocks without MLP
         norm_epsilon: float = 1e-5,  # added under the root in RMSNorm
         mlp_bias: bool = False,  # biases in the MLP
+        pad_vocab_size_multiple: int = 1,  # the embedding has the next multiple of it as rows
     ):
         super().__init__()
-        rows = torch.empty(vocab_size, d_model)  # on meta, the usual constructor takes two seconds to draw nothing
-        self.embedding = nn.Embedding.from_pretrained(rows, freeze=False) if rows.is_meta else nn.Embedding(vocab_size, d_model)
+        self.vocab_size, rows = vocab_size, -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
+        on_meta = torch.get_default_device().type == "meta"  # there, the constructor takes two seconds to draw nothing
+        weight = torch.empty(rows, d_model) if on_meta else None
+        self.embedding = nn.Embedding(rows, d_model, _weight=weight)
         mlps = [None if intermediate_size is None else SwiGLU(d_model, intermediate_size, mlp_bias) for _ in mixers]
         self.layers = nn.ModuleList(Block(mixer, d_model, mlp, norm_epsilon) for mixer, mlp in zip(mixers, mlps))
         self.final_layernorm = RMSNorm(d_model, norm_epsilon)
+        for part in (self.embedding, *mlps):
+            if part is not None:
+                part.apply(init_weights)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch len"],  # token ids
+        state: list | None = None,  # to go on from, one entry a layer; None: start from nothing and return none
+        **padding,  # `padding=`, for batches that are padded on the left
+    ):  # hidden states that leave the last block, (batch, len, d_model), and the new state if one was given
+        x = self.embedding(input_ids)
+        if state is None:
+            for block in self.layers:
+                x = block(x, **padding)
+            return x
+        new_state = []
+        for block, layer_state in zip(self.layers, state, strict=True):
+            x, layer_state = block(x, layer_state, **padding)
+            new_state.append(layer_state)
+        return x, new_state
+
+    def step(self, token_ids: Int[Tensor, "batch"], state: list) -> tuple[Float[Tensor, "batch d_model"], list]:
+        """One token of each sequence: the hidden state that leaves the last block, and the new state."""
+        x, new_state = self.embedding(token_ids), []
+        for block, layer_state in zip(self.layers, state, strict=True):
+            x, layer_state = block.step(x, layer_state)
+            new_state.append(layer_state)
+        return x, new_state
 
 # %% ../nbs/08_decoder.ipynb #5e76212f
 def pack_left(
-    attention_mask: Int[Tensor, "batch len"],  # 1 for a token, 0 for padding, in any order
+    attention_mask: Shaped[Tensor, "batch len"],  # 1 or True for a token, 0 for padding, in any order
 ) -> tuple[Int[Tensor, "batch len"], Int[Tensor, "batch"]]:  # order of positions, number of pads a row
     """Where each position must come from so that all padding of a row lies on its left and the tokens keep their order.
 
-    Raises ValueError for a mask that is not 0 and 1, and for a row without a token.
-    """
-    if not ((attention_mask == 0) | (attention_mask == 1)).all():
-        raise ValueError("attention_mask must hold only 0 (padding) and 1 (token)")
+    Raises ValueError for a mask that is not 0 and 1, and for a row without a token."""
     padding = (attention_mask == 0).sum(1)
-    if (padding == attention_mask.shape[1]).any():
-        raise ValueError(f"attention_mask has a row without a token: row {int(padding.argmax())}")
+    if not torch.compiler.is_compiling():  # while a graph is traced, there are no values to look at
+        if not ((attention_mask == 0) | (attention_mask == 1)).all():
+            raise ValueError("attention_mask must hold only 0 (padding) and 1 (token)")
+        if (padding == attention_mask.shape[1]).any():
+            raise ValueError(f"attention_mask has a row without a token: row {int(padding.argmax())}")
     return attention_mask.long().argsort(dim=1, stable=True), padding
 
 
-def is_token(
-    padding: Int[Tensor, "batch"],  # number of pads on the left of each row
-    length: int,  # positions in a row
-) -> Bool[Tensor, "batch len"]:
-    """Where the tokens are in rows whose padding lies on the left: what a mixer needs to know to skip the rest."""
-    return torch.arange(length, device=padding.device) >= padding[:, None]
+def _pack(input_ids, attention_mask):
+    """Ids with the padding on the left, what to tell the mixers, and the order that leads back (None: as it is)."""
+    if attention_mask is None:
+        return input_ids, {}, None
+    order, padding = pack_left(attention_mask)
+    if not torch.compiler.is_compiling() and not padding.any():
+        return input_ids, {}, None
+    return input_ids.gather(1, order), {"padding": padding}, order.argsort(1)
+
+
+def _unpack(x, back):
+    """Hidden states in the order in which the tokens were given."""
+    return x if back is None else x.take_along_dim(back[..., None], 1)
 
 # %% ../nbs/08_decoder.ipynb #167611ca
+def _draw(logits, temperature, top_k, top_p, generator):
+    """One token id a row, and whether its logits leave a choice: no nan, no +inf, and something above -inf."""
+    top, token = logits.max(-1)  # the largest of a row is finite just then
+    usable = top.isfinite()
+    if temperature == 0:
+        return token, usable
+    scores = logits if logits.dtype == torch.float64 else logits.float()
+    scores = torch.where(usable[:, None], scores - top[:, None], 0.0)  # at most 0, so that no temperature overflows
+    scores = torch.where((scores < 0) & scores.isfinite(), scores / temperature, scores)  # 0 and -inf stay
+    if top_k is None and top_p is None:
+        return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0], usable
+    probs, order = scores.softmax(-1).sort(descending=True, stable=True)
+    if top_k is not None:
+        probs[:, top_k:] = 0
+    if top_p is not None:
+        probs = probs / probs.sum(-1, keepdim=True)
+        probs = probs.masked_fill(F.pad(probs.cumsum(-1)[:, :-1] >= top_p, (1, 0)), 0)  # the first always stays
+    return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0], usable
+
+# %% ../nbs/08_decoder.ipynb #3ddb06d6
+def _check_settings(temperature, top_k, top_p):
+    """Raise ValueError unless a token can be drawn with these."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature is {temperature}: it must be 0 (greedy) or positive")
+    if top_k is not None:
+        check_sizes(top_k=top_k)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}: it must be above 0 and at most 1")
+
+
+def _check_usable(usable):
+    """Raise FloatingPointError that names the first row with nothing to choose from."""
+    if not usable.all():
+        row = int(usable.int().argmin())
+        raise FloatingPointError(f"logits of row {row} are nan, +inf, or -inf throughout: no token can be drawn")
+
+
 def sample(
     logits: Float[Tensor, "batch vocab"],  # scores of the next token
     temperature: float = 0.0,  # 0: the most likely token; 1: the model's own distribution
@@ -134,27 +212,14 @@ def sample(
     top_p: float | None = None,  # keep the most likely tokens whose probabilities just reach p
     generator: torch.Generator | None = None,  # source of randomness; None: torch's global one
 ) -> Int[Tensor, "batch"]:  # one token id a row
-    """Draw the next token; top-p counts what top-k has left. Raises ValueError for a negative temperature, `top_k` below 1 or `top_p` outside (0, 1]."""
-    if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}: it must be 0 (greedy) or positive")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}: it must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}: it must be above 0 and at most 1")
-    if temperature == 0:
-        return logits.argmax(-1)
-    scores = logits if logits.dtype == torch.float64 else logits.float()
-    scores = (scores - scores.amax(-1, keepdim=True)) / temperature  # at most 0, so that no temperature overflows
-    if top_k is None and top_p is None:
-        return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
-    probs, order = scores.softmax(-1).sort(descending=True, stable=True)
-    if top_k is not None:
-        probs[:, top_k:] = 0
-    if top_p is not None:
-        probs = probs / probs.sum(-1, keepdim=True)
-        mass_before = F.pad(probs.cumsum(-1)[:, :-1], (1, 0))
-        probs = probs.masked_fill(mass_before >= top_p, 0)
-    return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+    """Draw the next token; top-p counts what top-k has left.
+
+    Raises ValueError for a negative temperature, `top_k` below 1 or `top_p` outside (0, 1]; FloatingPointError for a
+    row of logits that holds nan or +inf, or nothing but -inf."""
+    _check_settings(temperature, top_k, top_p)
+    token, usable = _draw(logits, temperature, top_k, top_p, generator)
+    _check_usable(usable)
+    return token
 
 # %% ../nbs/08_decoder.ipynb #0832d65d
 @dataclass
@@ -169,27 +234,144 @@ class LayerView:
     output: Tensor  # hidden state that leaves the block, before any final norm
 
     def matrix(self) -> Float[Tensor, "batch heads len len"]:
-        """The matrix that the mixer applied to its values (for attention: the softmax of the scores), computed when asked."""
+        """The matrix that the mixer applied to its values (attention: the softmax of scores), computed when asked."""
         with torch.no_grad():
             return self.block.mixer.matrix(self.mixer_input)
 
+# %% ../nbs/08_decoder.ipynb #7074995a
+def check_ids(
+    input_ids: Tensor,  # token ids, (batch, len)
+    vocab_size: int,  # number of token ids
+    attention_mask: Tensor | None = None,  # of the same shape
+) -> None:
+    """Raise ValueError for anything but (batch, len >= 1) integer ids of the vocabulary and a mask of that shape."""
+    shape = tuple(input_ids.shape)
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids has shape {shape}: it must be (batch, len) with at least one token")
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"input_ids has dtype {input_ids.dtype}: it must be int64 or int32")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {shape}")
+    if torch.compiler.is_compiling():  # while a graph is traced, there are no values to look at
+        return
+    smallest, largest = (int(bound) for bound in input_ids.aminmax())
+    if smallest < 0 or largest >= vocab_size:
+        wrong = smallest if smallest < 0 else largest
+        raise ValueError(f"input_ids holds id {wrong}: ids must be in [0, {vocab_size})")
+
+
+def hidden(
+    model: Decoder,  # the model
+    input_ids: Int[Tensor, "batch len"],  # token ids
+    attention_mask: Shaped[Tensor, "batch len"] | None = None,  # 1 token, 0 padding (left, right or between)
+) -> Float[Tensor, "batch len d_model"]:
+    """Hidden states that leave the last block, of which `head` makes logits. ValueError as `check_ids` and `pack_left`."""
+    check_ids(input_ids, model.vocab_size, attention_mask)
+    input_ids, padding, back = _pack(input_ids, attention_mask)
+    return _unpack(model.backbone(input_ids, **padding), back)
+
+
+def prefill(
+    model: Decoder,  # the model
+    input_ids: Int[Tensor, "batch len"],  # token ids
+    attention_mask: Shaped[Tensor, "batch len"] | None = None,  # 1 token, 0 padding; only at the start
+    state: list | None = None,  # state to go on from; None: a new sequence
+) -> tuple[Float[Tensor, "batch len vocab"], list]:  # logits of every position, state after the last token
+    """Read a prompt, or go on reading from `state`. Raises ValueError as `forward`, and for a mask with a state."""
+    check_ids(input_ids, model.vocab_size, attention_mask)
+    if attention_mask is not None and state is not None:
+        raise ValueError("attention_mask and state cannot be given together: padding is only allowed at the start")
+    input_ids, padding, back = _pack(input_ids, attention_mask)
+    state = model.init_state(len(input_ids)) if state is None else state
+    x, state = model.backbone(input_ids, state, **padding)
+    return model.head(_unpack(x, back)), state
+
+
+@torch.no_grad()
+def walk(
+    model: Decoder,  # the model
+    input_ids: Int[Tensor, "batch len"],  # token ids
+) -> Iterator[LayerView]:
+    """Run the model one layer at a time, without gradients, keeping nothing of a layer once the next is asked for."""
+    check_ids(input_ids, model.vocab_size)
+    x = model.backbone.embedding(input_ids)
+    for index, block in enumerate(model.backbone.layers):
+        mixer_input = block.input_layernorm(x)
+        mixer_output = block.mixer(mixer_input)
+        output = block.channel_mix(x + mixer_output)
+        yield LayerView(index, block, x, mixer_input, mixer_output, output)
+        x = output
+
 # %% ../nbs/08_decoder.ipynb #d8640a79
-class _Reader(nn.Module):
-    """Backbone and head: from token ids to logits."""
+@torch.no_grad()
+def generate(
+    model: Decoder,  # the model
+    input_ids: Int[Tensor, "batch len"],  # the prompts
+    max_new_tokens: int,  # how many tokens to add at most
+    *,
+    temperature: float = 0.0,  # 0: greedy
+    top_k: int | None = None,  # see `sample`
+    top_p: float | None = None,  # see `sample`
+    stop_tokens: Sequence[int] = (),  # a sequence ends after one of these; the rest is filled with the first of them
+    attention_mask: Shaped[Tensor, "batch len"] | None = None,  # for padded prompts
+    streamer=None,  # object with put(ids) and end(), such as transformers.TextStreamer
+    generator: torch.Generator | None = None,  # source of randomness
+) -> Int[Tensor, "batch total"]:  # the prompts as they were given, then the new tokens
+    """Continue the prompts token by token, at constant cost a token for recurrent mixers.
+
+    Raises ValueError as `forward` and `sample`, and for stop tokens that are no ids; FloatingPointError as `sample`."""
+    check_ids(input_ids, model.vocab_size, attention_mask)
+    _check_settings(temperature, top_k, top_p)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be 0 or more")
+    for stop in stop_tokens:
+        if not (isinstance(stop, int) and 0 <= stop < model.vocab_size):
+            raise ValueError(f"stop_tokens holds {stop!r}: ids must be integers in [0, {model.vocab_size})")
+    packed, padding, _ = _pack(input_ids, attention_mask)
+    x, state = model.backbone(packed, model.init_state(len(packed)), **padding)
+    logits, tokens = model.head(x[:, -1]), [input_ids]  # packed to the left, every row ends with a token
+    stops = input_ids.new_tensor(list(stop_tokens))
+    done = torch.zeros(len(packed), dtype=torch.bool, device=input_ids.device)
+    usable = ~done
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    for i in range(max_new_tokens):
+        if i > 0:
+            logits, state = model.step(token, state)
+        token, choice = _draw(logits, temperature, top_k, top_p, generator)
+        token = torch.where(done, stops[0], token) if stop_tokens else token
+        tokens.append(token[:, None].to(input_ids.dtype))
+        usable, done = usable & choice, done | torch.isin(token, stops)
+        if streamer is not None and usable.all():
+            streamer.put(tokens[-1][:, 0].cpu())
+        if (streamer is not None or stop_tokens) and (done.all() or not usable.all()):
+            break
+    if streamer is not None:
+        streamer.end()
+    _check_usable(usable)
+    return torch.cat(tokens, 1)
+
+# %% ../nbs/08_decoder.ipynb #fecbc4b9
+class Decoder(nn.Module):
+    """A language model: backbone and head. Which model it is depends on the mixers alone.
+
+    A mixer is a module with `forward(u)` -> y, `forward(u, state)` -> (y, state), `step(u_t, state)` -> (y_t, state),
+    `matrix(u)` -> (batch, heads, len, len) and `init_state(batch)`; `forward` takes `padding=` for padded batches."""
+
+    hidden, prefill, generate, walk = hidden, prefill, generate, walk  # the functions above, as methods
 
     def __init__(
         self,
         backbone: Backbone,  # embedding, blocks, final norm
         tie_embeddings: bool,  # head and embedding share their weight
         lm_head_bias: bool = False,  # bias in the head
-        vocab_size: int | None = None,  # number of token ids, where rows of the embedding are left over; None: all rows
     ):
         super().__init__()
-        self.backbone = backbone
-        self.vocab_size = backbone.embedding.num_embeddings if vocab_size is None else vocab_size
+        self.backbone, self.vocab_size = backbone, backbone.vocab_size
         if not tie_embeddings:
             rows, d_model = backbone.embedding.weight.shape
             self.lm_head = nn.Linear(d_model, rows, bias=lm_head_bias)
+            init_weights(self.lm_head)
 
     @property
     def device(self) -> torch.device:
@@ -202,149 +384,25 @@ class _Reader(nn.Module):
         logits = self.lm_head(x) if hasattr(self, "lm_head") else F.linear(x, self.backbone.embedding.weight)
         return logits[..., : self.vocab_size]
 
-    def check_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-        """Raise ValueError for anything but (batch, len >= 1) integer ids of the vocabulary and a mask of the same shape."""
-        if input_ids.dim() != 2 or input_ids.numel() == 0:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: it must be (batch, len) with at least one token")
-        if input_ids.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"input_ids has dtype {input_ids.dtype}: it must be int64 or int32")
-        smallest, largest = (int(bound) for bound in input_ids.aminmax())
-        if smallest < 0 or largest >= self.vocab_size:
-            raise ValueError(f"input_ids holds id {smallest if smallest < 0 else largest}: ids must be in [0, {self.vocab_size})")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}")
-
-    def hidden(self, input_ids: Int[Tensor, "batch len"], state: list | None = None, **padding):
-        """Hidden states that leave the last block, (batch, len, d_model), and the new state if one was given."""
-        x = self.backbone.embedding(input_ids)
-        if state is None:
-            for block in self.backbone.layers:
-                x = block(x, **padding)
-            return x
-        new_state = []
-        for block, layer_state in zip(self.backbone.layers, state, strict=True):
-            x, layer_state = block(x, layer_state, **padding)
-            new_state.append(layer_state)
-        return x, new_state
-
     def forward(
         self,
         input_ids: Int[Tensor, "batch len"],  # token ids
-        attention_mask: Int[Tensor, "batch len"] | None = None,  # 1 token, 0 padding (left, right or between)
+        attention_mask: Shaped[Tensor, "batch len"] | None = None,  # 1 token, 0 padding (left, right or between)
     ) -> Float[Tensor, "batch len vocab"]:  # logits; those at padding mean nothing
-        """Logits of every position. A masked token is as good as absent. Raises ValueError as `check_ids` and `pack_left` do."""
-        self.check_ids(input_ids, attention_mask)
-        input_ids, padding, back = _pack(input_ids, attention_mask)
-        return self.head(_unpack(self.hidden(input_ids, **padding), back))
-
-
-def _pack(input_ids, attention_mask):
-    """Ids with the padding on the left, what to tell the mixers, and the order that leads back (None: nothing was moved)."""
-    if attention_mask is None:
-        return input_ids, {}, None
-    order, padding = pack_left(attention_mask)
-    if not padding.any():
-        return input_ids, {}, None
-    return input_ids.gather(1, order), {"padding": padding}, order.argsort(1)
-
-
-def _unpack(x, back):
-    """Hidden states in the order in which the tokens were given."""
-    return x if back is None else x.take_along_dim(back[..., None], 1)
-
-# %% ../nbs/08_decoder.ipynb #fecbc4b9
-class _Rememberer(_Reader):
-    """Reading with a state, and layer by layer."""
+        """Logits of every position. A masked token is as good as absent. Raises ValueError as `hidden`."""
+        return self.head(self.hidden(input_ids, attention_mask))
 
     def init_state(self, batch: int) -> list:
         """The state before the first token: one entry a layer."""
         return [block.mixer.init_state(batch) for block in self.backbone.layers]
-
-    def prefill(
-        self,
-        input_ids: Int[Tensor, "batch len"],  # token ids
-        attention_mask: Int[Tensor, "batch len"] | None = None,  # 1 token, 0 padding; only at the start of a sequence
-        state: list | None = None,  # state to go on from; None: a new sequence
-    ) -> tuple[Float[Tensor, "batch len vocab"], list]:  # logits of every position, state after the last token
-        """Read a prompt, or go on reading from `state`. Raises ValueError as `forward`, and for a mask together with a state."""
-        self.check_ids(input_ids, attention_mask)
-        if attention_mask is not None and state is not None:
-            raise ValueError("attention_mask and state cannot be given together: padding is only allowed at the start")
-        state = self.init_state(len(input_ids)) if state is None else state
-        input_ids, padding, back = _pack(input_ids, attention_mask)
-        x, state = self.hidden(input_ids, state, **padding)
-        return self.head(_unpack(x, back)), state
 
     def step(
         self,
         token_ids: Int[Tensor, "batch"],  # the next token of each sequence
         state: list,  # from `init_state`, `prefill` or `step`; left as it is
     ) -> tuple[Float[Tensor, "batch vocab"], list]:  # logits of the token after it, new state
-        """Read one token. The old state stays valid, so that a sequence can be continued in several ways. Raises ValueError for a wrong shape."""
+        """Read one token. The old state stays valid: a text can go on in several ways. ValueError for a wrong shape."""
         if token_ids.dim() != 1:
             raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}: it must be (batch,), one token a sequence")
-        x = self.backbone.embedding(token_ids)
-        new_state = []
-        for block, layer_state in zip(self.backbone.layers, state, strict=True):
-            x, layer_state = block.step(x, layer_state)
-            new_state.append(layer_state)
-        return self.head(x), new_state
-
-    @torch.no_grad()
-    def walk(self, input_ids: Int[Tensor, "batch len"]) -> Iterator[LayerView]:
-        """Run the model one layer at a time, without gradients, keeping nothing of a layer once the next is asked for."""
-        self.check_ids(input_ids)
-        x = self.backbone.embedding(input_ids)
-        for index, block in enumerate(self.backbone.layers):
-            mixer_input = block.input_layernorm(x)
-            mixer_output = block.mixer(mixer_input)
-            output = block.channel_mix(x + mixer_output)
-            yield LayerView(index, block, x, mixer_input, mixer_output, output)
-            x = output
-
-# %% ../nbs/08_decoder.ipynb #f4215aa7
-class Decoder(_Rememberer):
-    """A language model: backbone and head. Which model it is depends on the mixers alone.
-
-    A mixer is a module with `forward(u)` -> y, `forward(u, state)` -> (y, state), `step(u_t, state)` -> (y_t, state),
-    `matrix(u)` -> (batch, heads, len, len) and `init_state(batch)`; `forward` takes `padding=` where padded batches are used.
-    """
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Int[Tensor, "batch len"],  # the prompts
-        max_new_tokens: int,  # how many tokens to add at most
-        *,
-        temperature: float = 0.0,  # 0: greedy
-        top_k: int | None = None,  # see `sample`
-        top_p: float | None = None,  # see `sample`
-        stop_tokens: Sequence[int] = (),  # a sequence ends after one of these; the rest is filled with the first of them
-        attention_mask: Int[Tensor, "batch len"] | None = None,  # for padded prompts
-        streamer=None,  # object with put(ids) and end(), such as transformers.TextStreamer
-        generator: torch.Generator | None = None,  # source of randomness
-    ) -> Int[Tensor, "batch total"]:  # the prompts as they were given, then the new tokens
-        """Continue the prompts token by token, at constant cost a token for recurrent mixers. Raises ValueError as `forward`, `sample`."""
-        self.check_ids(input_ids, attention_mask)
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be 0 or more")
-        packed, padding, _ = _pack(input_ids, attention_mask)
-        x, state = self.hidden(packed, self.init_state(len(packed)), **padding)
-        logits, ids = self.head(x[:, -1]), input_ids  # packed to the left, every row ends with a token
-        stops = torch.tensor(list(stop_tokens), device=ids.device, dtype=ids.dtype)
-        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        for i in range(max_new_tokens):
-            token = sample(logits, temperature, top_k, top_p, generator).to(ids.dtype)
-            token = torch.where(done, stops[0], token) if len(stops) else token
-            ids = torch.cat([ids, token[:, None]], dim=1)
-            if streamer is not None:
-                streamer.put(token.cpu())
-            done = done | torch.isin(token, stops)
-            if done.all() or i == max_new_tokens - 1:
-                break
-            logits, state = self.step(token, state)
-        if streamer is not None:
-            streamer.end()
-        return ids
+        x, state = self.backbone.step(token_ids, state)
+        return self.head(x), state

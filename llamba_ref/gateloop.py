@@ -15,8 +15,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from .checkpoint import build_model, find_checkpoint, read_config, read_part, save_checkpoint
-from .core import check_sizes, check_tensors, choose_backend, wide_dtype
-from .decoder import Backbone, Decoder, init_weights, is_token
+from .core import check_sizes, check_tensors, choose_backend, is_token, wide_dtype
+from .decoder import Backbone, Decoder
 from .scan import fade, linear_scan, split_gate, take_out
 
 # %% auto #0
@@ -311,8 +311,6 @@ class GateLoopLM(Decoder):
         mixers = [GateLoop(c.d_model, c.n_heads, c.d_state, gates=c.gates, mode=c.mode) for _ in range(c.n_layer)]
         super().__init__(Backbone(mixers, c.vocab_size, c.d_model, c.intermediate_size, c.norm_epsilon), c.tie_embeddings)
         self.config = config
-        for module in (self.backbone.embedding, *(linear for block in self.backbone.layers for linear in block.mlp.children())):
-            init_weights(module)
 
     @classmethod
     def from_pretrained(

@@ -9,6 +9,7 @@ import hashlib
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import pi
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .checkpoint import (atomic_directory, find_checkpoint, load_strict, read_config, read_weights,
@@ -24,8 +25,8 @@ from .checkpoint import (atomic_directory, find_checkpoint, load_strict, read_co
 from .decoder import Backbone, Decoder, init_weights
 
 # %% auto #0
-__all__ = ['OURS_AND_THEIRS', 'Rope', 'rope_frequencies', 'apply_rope', 'KVCache', 'causal_mask', 'attention_matrix', 'Attention',
-           'LlamaConfig', 'rename', 'convert_gguf', 'Llama']
+__all__ = ['OURS_AND_THEIRS', 'Rope', 'rope_frequencies', 'apply_rope', 'KVCache', 'causal_mask', 'causal_attention',
+           'attention_matrix', 'Attention', 'LlamaConfig', 'rename', 'convert_gguf', 'Llama']
 
 # %% ../nbs/08_llama.ipynb #4c3315a6
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def apply_rope(
     positions: Int[Tensor, "rows len"],  # rows is 1 (all sequences alike) or batch
     freqs: Float[Tensor, "half"],  # from `rope_frequencies`
 ) -> Float[Tensor, "batch heads len headdim"]:  # the same, rotated
-    """Rotate channel pairs (i, i + headdim / 2) by position x frequency, as checkpoints in Hugging Face format expect."""
+    """Rotate channel pairs (i, i + headdim / 2) by position x frequency, as in checkpoints of Hugging Face's format."""
     wide = torch.promote_types(x.dtype, torch.float32)
     angle = positions[:, None, :, None] * freqs.to(wide)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -92,30 +93,75 @@ def apply_rope(
 class KVCache(NamedTuple):
     """Attention's state: all keys and values so far."""
 
-    k: Float[Tensor, "batch kv_heads past headdim"]  # rotated keys
+    k: Float[Tensor, "batch kv_heads past headdim"]  # rotated keys; their attribute `room` is memory with space behind
     v: Float[Tensor, "batch kv_heads past headdim"]  # values
     padding: Int[Tensor, "batch"] | None = None  # how many of the first entries of each row are padding
 
+    def extend(
+        self,
+        k: Float[Tensor, "batch kv_heads len headdim"],  # rotated keys of the next tokens
+        v: Float[Tensor, "batch kv_heads len headdim"],  # their values
+    ) -> KVCache:
+        """A cache with these entries too, in place where there is room and gradients are off. This one stays valid.
 
+        Raises ValueError for another number of sequences."""
+        if len(k) != len(self.k):
+            raise ValueError(f"state is of {len(self.k)} sequences: it cannot go on with {len(k)}")
+        past, total = self.k.shape[2], self.k.shape[2] + k.shape[2]
+        if past == 0:
+            return self._replace(k=k, v=v)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a backward pass needs the past as it was
+            return self._replace(k=torch.cat([self.k, k], 2), v=torch.cat([self.v, v], 2))
+        room, values = vars(self.k).pop("room", (None, None))
+        dtype = torch.promote_types(self.k.dtype, k.dtype)
+        fits = values is self.v and total <= room.shape[3] and room.dtype == dtype
+        if not fits or room.is_inference() and not torch.is_inference_mode_enabled():  # PyTorch would not let us write
+            room = k.new_empty(2, *k.shape[:2], total + max(total // 2, 64), k.shape[3], dtype=dtype)
+            room[0, :, :, :past], room[1, :, :, :past] = self.k, self.v
+        room[0, :, :, past:total], room[1, :, :, past:total] = k, v
+        k, v = room[:, :, :, :total].unbind(0)
+        k.room = room, v  # v, so that a cache whose values were replaced is not taken for this one
+        return self._replace(k=k, v=v)
+
+# %% ../nbs/08_llama.ipynb #5861d210
 def causal_mask(
     queries: int,  # number of queries
     past: int,  # number of keys before the first query
     padding: Int[Tensor, "batch"] | None,  # padding on the left of each row
-    device: torch.device,  # where the mask is needed
-) -> Tensor:  # bool, (batch or 1, 1, queries, past + queries): True where a query may look
-    """A query sees itself and what lies before it, but no padding (a padded query sees itself, so that no row is empty)."""
+    device: torch.device | str,  # where the mask is needed
+) -> Bool[Tensor, "rows 1 queries keys"]:  # rows is 1 or batch, keys past + queries: True where a query may look
+    """A query sees itself and what lies before, but no padding (a padded query sees itself, so no row is empty)."""
     key = torch.arange(past + queries, device=device)
     query = torch.arange(past, past + queries, device=device)[:, None]
     if padding is None:
         return (key <= query)[None, None]
     return ((key <= query) & (key >= padding[:, None, None]) | (key == query))[:, None]
 
+
+def causal_attention(
+    q: Float[Tensor, "batch heads len headdim"],  # queries, of the last `len` keys
+    k: Float[Tensor, "batch kv_heads keys headdim"],  # keys, each for heads / kv_heads neighbouring heads
+    v: Float[Tensor, "batch kv_heads keys headdim"],  # values
+    padding: Int[Tensor, "batch"] | None = None,  # padding on the left of each row
+    rows: int = 256,  # queries at a time, where a mask is needed
+) -> Float[Tensor, "batch heads len headdim"]:
+    """Softmax attention of every query to the keys up to its own, without a mask of all pairs."""
+    attend = partial(F.scaled_dot_product_attention, enable_gqa=True)
+    length, past = q.shape[2], k.shape[2] - q.shape[2]
+    if padding is None and (past == 0 or length == 1):
+        return attend(q, k, v, is_causal=length > 1)
+    pieces = []
+    for i, piece in enumerate(q.split(rows, 2)):
+        mask = causal_mask(piece.shape[2], past + i * rows, padding, q.device)
+        pieces.append(attend(piece, k[:, :, : mask.shape[-1]], v[:, :, : mask.shape[-1]], mask))
+    return torch.cat(pieces, 2)
+
 # %% ../nbs/08_llama.ipynb #29a0e053
 def attention_matrix(
     q: Float[Tensor, "batch len heads headdim"],  # queries
     k: Float[Tensor, "batch len kv_heads headdim"],  # keys, each for heads / kv_heads neighbouring heads
     scale: float | None = None,  # scores are scale * q.k; None: 1 / sqrt(headdim)
-) -> Float[Tensor, "batch heads len len"]:  # row t holds the weights that position t gives to positions 0..t; dtype of q
+) -> Float[Tensor, "batch heads len len"]:  # row t: the weights that position t gives to positions 0..t; dtype of q
     """Causal softmax attention as a matrix for each query head. Computed in float32 at least from the scores on."""
     q, k = rearrange(q, "b l h d -> b h l d"), repeat(k, "b l h d -> b (h r) l d", r=q.shape[2] // k.shape[2])
     scores = q @ k.mT / q.shape[-1] ** 0.5 if scale is None else q @ k.mT * scale
@@ -153,7 +199,8 @@ class Attention(nn.Module):
 
     def project(self, u: Tensor, past: int, padding: Tensor | None):
         """Rotated queries, rotated keys and values, each (batch, heads, len, headdim)."""
-        q, k, v = (rearrange(proj(u), "b l (h d) -> b h l d", d=self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        qkv = self.q_proj(u), self.k_proj(u), self.v_proj(u)
+        q, k, v = (rearrange(z, "b l (h d) -> b h l d", d=self.head_dim) for z in qkv)
         positions = torch.arange(past, past + u.shape[1], device=u.device)[None]
         if padding is not None:
             positions = positions - padding[:, None]
@@ -167,21 +214,12 @@ class Attention(nn.Module):
         padding: Int[Tensor, "batch"] | None = None,  # padding on the left of each row of `u`
     ):  # (batch, len, d_model), and the new cache if one was given
         """Attend to everything up to and including each position."""
-        if state is None:
-            q, k, v = self.project(u, 0, padding)
-            mask = None if padding is None else causal_mask(u.shape[1], 0, padding, u.device)
-            return self.attend(q, k, v, mask, is_causal=padding is None)
-        padding = state.padding if padding is None else padding
-        past = state.k.shape[2]
-        q, k, v = self.project(u, past, padding)
-        state = KVCache(torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2), padding)
-        mask = causal_mask(u.shape[1], past, padding, u.device)
-        return self.attend(q, state.k, state.v, mask), state
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
-        """Softmax attention with grouped queries, then the output projection."""
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
-        return self.o_proj(rearrange(y, "b h l d -> b l (h d)"))
+        padding = state.padding if padding is None and state is not None else padding
+        q, k, v = self.project(u, 0 if state is None else state.k.shape[2], padding)
+        cache = None if state is None else state._replace(padding=padding).extend(k, v)
+        y = causal_attention(q, *((k, v) if cache is None else cache[:2]), padding)
+        y = self.o_proj(rearrange(y, "b h l d -> b l (h d)"))
+        return y if cache is None else (y, cache)
 
     def step(self, u_t: Float[Tensor, "batch d_model"], state: KVCache) -> tuple[Tensor, KVCache]:
         """One token: (batch, d_model) in and out."""
@@ -189,7 +227,7 @@ class Attention(nn.Module):
         return y[:, 0], state
 
     def queries_and_keys(self, u: Float[Tensor, "batch len d_model"]) -> tuple[Tensor, Tensor]:
-        """Rotated queries (batch, len, heads, headdim) and keys (batch, len, kv_heads, headdim), of which `attention_matrix` makes the matrix."""
+        """Rotated queries and keys, (batch, len, heads or kv_heads, headdim), from which `attention_matrix` follows."""
         q, k, _ = self.project(u, 0, None)
         return q.transpose(1, 2), k.transpose(1, 2)
 
@@ -310,8 +348,8 @@ class Llama(Decoder):
         backbone = Backbone(mixers, c.vocab_size, c.hidden_size, c.intermediate_size, c.rms_norm_eps, c.mlp_bias)
         super().__init__(backbone, tie_embeddings=c.tie_word_embeddings)
         self.config = config
-        for module in self.modules():
-            init_weights(module)
+        for block in self.backbone.layers:
+            block.mixer.apply(init_weights)
 
     @classmethod
     def from_pretrained(

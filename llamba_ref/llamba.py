@@ -18,7 +18,7 @@ from .checkpoint import build_model, find_checkpoint, read_config, read_part, sa
 from .core import check_sizes, wide_dtype
 from .decoder import Backbone, Decoder
 from .llama import Attention, Llama, LlamaConfig, Rope
-from .mamba2 import Projected, SSDMixer
+from .mamba2 import Projected, SSDMixer, convolve
 
 # %% auto #0
 __all__ = ['OPEN_GATE', 'LLAMBA_SIZES', 'DiscreteMamba2', 'SSMConfig', 'MLPConfig', 'AttentionConfig', 'LlambaConfig',
@@ -29,10 +29,9 @@ OPEN_GATE = 1.278464542761  # silu(OPEN_GATE) = 1: with this bias and no input, 
 
 # %% ../nbs/09_llamba.ipynb #b1baf1c2
 class DiscreteMamba2(SSDMixer):
-    """Llamba's mixer (Bick et al. 2025): Mamba-2 without a step size, decay `exp(-softplus(A_log))`, no norm after the gate.
+    """Llamba's mixer (Bick et al. 2025): Mamba-2 without step size and norm, its decay `exp(-softplus(A_log))`.
 
-    Raises ValueError when the heads do not divide the inner width, the groups not the heads, or `activation` is unknown.
-    """
+    Raises ValueError when the heads do not divide the inner width, the groups the heads, or `activation` is unknown."""
 
     def __init__(
         self,
@@ -45,7 +44,8 @@ class DiscreteMamba2(SSDMixer):
         activation: str = "identity",  # after the convolution: "identity" or "silu"
         bias: bool = False,  # biases in the projections, in place of z_bias
     ):
-        check_sizes(d_model=d_model, d_state=d_state, n_v_heads=n_v_heads, n_qk_heads=n_qk_heads, expand=expand, chunk_size=chunk_size)
+        check_sizes(d_model=d_model, d_state=d_state, n_v_heads=n_v_heads, n_qk_heads=n_qk_heads, expand=expand,
+                    chunk_size=chunk_size)
         d_inner = expand * d_model
         if d_inner % n_v_heads:
             raise ValueError(f"n_v_heads is {n_v_heads}: it must divide the inner width expand * d_model = {d_inner}")
@@ -53,13 +53,13 @@ class DiscreteMamba2(SSDMixer):
             raise ValueError(f"n_qk_heads is {n_qk_heads}: it must divide n_v_heads = {n_v_heads}")
         if activation not in ("identity", "silu"):
             raise ValueError(f"activation is {activation!r}: it must be 'identity' or 'silu'")
-        super().__init__(d_model, d_inner, d_state, n_v_heads, n_qk_heads, 4, chunk_size, activation, bias, conv_bias=True)
+        super().__init__(d_model, d_inner, d_state, n_v_heads, n_qk_heads, 4, chunk_size, activation, bias, True)
         self.z_bias = None if bias else nn.Parameter(torch.zeros(d_inner))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The official start: the convolution passes its input on, the gate is open, D is 1, the rest as PyTorch does it."""
+        """The official start: the convolution passes its input on, the gate is open, D is 1, the rest as in PyTorch."""
         self.in_proj.reset_parameters()
         self.out_proj.reset_parameters()
         self.conv1d.weight.zero_()[..., -1] = 1
@@ -73,9 +73,9 @@ class DiscreteMamba2(SSDMixer):
             self.z_bias.fill_(OPEN_GATE)
 
     def project(self, u: Tensor, window: Tensor | None, tokens: Tensor | None = None) -> tuple[Projected, Tensor]:
-        """Everything that the recurrence needs, and the convolution's new window; `tokens` as in `convolve`."""
+        """What the recurrence needs, and the convolution's new window; `tokens` as in `convolve`."""
         xBC, z, A_log = self.in_proj(u).split([self.conv1d.out_channels, self.d_inner, self.n_heads], dim=-1)
-        x, B, C, window = self.convolve(xBC, window, tokens)
+        x, B, C, window = convolve(self, xBC, window, tokens)
         log_a = F.logsigmoid(-A_log.to(wide_dtype(A_log)))  # = -softplus(A_log)
         return Projected(x, None, log_a, B, C, z), window
 
@@ -221,15 +221,11 @@ class Llamba(Decoder):
     """Llamba: a `Decoder` whose mixers are `DiscreteMamba2`, some of them `Attention` in a hybrid (Bick et al. 2025)."""
 
     def __init__(self, config: LlambaConfig):
-        rows = -(-config.vocab_size // config.pad_vocab_size_multiple) * config.pad_vocab_size_multiple
-        mixers = [config.mixer(layer) for layer in range(config.n_layer)]
-        mlp = config.mlp_cfg
-        backbone = Backbone(mixers, rows, config.d_model, mlp.intermediate_size, config.norm_epsilon, mlp.bias)
-        super().__init__(backbone, config.tie_embeddings, config.lm_head_bias, config.vocab_size)
+        c, mlp = config, config.mlp_cfg
+        mixers = [c.mixer(layer) for layer in range(c.n_layer)]
+        super().__init__(Backbone(mixers, c.vocab_size, c.d_model, mlp.intermediate_size, c.norm_epsilon, mlp.bias,
+                                  c.pad_vocab_size_multiple), c.tie_embeddings, c.lm_head_bias)
         self.config = config
-        linears = [linear for block in self.backbone.layers for linear in block.mlp.children()]
-        for module in (self.backbone.embedding, *linears):
-            nn.init.normal_(module.weight, std=0.02)
 
     @classmethod
     def from_teacher(

@@ -14,18 +14,19 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .checkpoint import build_model, find_checkpoint, read_config, read_part, save_checkpoint
-from .core import check_sizes, check_tensors, choose_backend, wide_dtype
-from .decoder import Backbone, Decoder, init_weights, is_token
+from .conv import causal_conv
+from .core import check_sizes, is_token, wide_dtype
+from .decoder import Backbone, Decoder
 from .ssd import ssd, ssd_matrix, ssd_step
 
 # %% auto #0
-__all__ = ['ORIGINAL', 'TRANSFORMERS', 'inverse_softplus', 'causal_conv', 'causal_conv_step', 'GatedRMSNorm', 'MambaState',
-           'Projected', 'SSDParameters', 'SSDMixer', 'Mamba2', 'Layout', 'Mamba2Config', 'Mamba2LM']
+__all__ = ['ORIGINAL', 'TRANSFORMERS', 'inverse_softplus', 'GatedRMSNorm', 'MambaState', 'Projected', 'SSDMixer', 'convolve',
+           'Mamba2', 'Layout', 'Mamba2Config', 'Mamba2LM']
 
 # %% ../nbs/06_mamba2.ipynb #fd7cb9d7
 def inverse_softplus(
@@ -34,92 +35,20 @@ def inverse_softplus(
     """log(exp(y) - 1), written so that small y keep all their digits and large ones do not overflow."""
     return y + torch.log(-torch.expm1(-y))
 
-# %% ../nbs/06_mamba2.ipynb #901618f9
-def _choose_conv(x, axes, weight, bias, window, activation, backend) -> str:
-    """Check what goes into a convolution, and say which path it takes."""
-    inputs = {"x" if "len" in axes else "x_t": (x, axes), "weight": (weight, "channels 1 width")}
-    inputs |= {"bias": (bias, "channels")} if bias is not None else {}
-    inputs |= {"window": (window, "batch channels width")} if window is not None else {}
-    sizes = check_tensors(inputs)
-    if sizes["1"] != 1:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}: it must be (channels = {sizes['channels']}, 1, width)")
-    if activation not in ("identity", "silu"):
-        raise ValueError(f"activation is {activation!r}: it must be 'identity' or 'silu'")
-    obstacle = f"kernel causal_conv has at most 8 taps, weight has width = {sizes['width']}" if sizes["width"] > 8 else None
-    return choose_backend(backend, x, weight, bias, window, kernel="causal_conv", obstacle=obstacle)
-
-
-def causal_conv(
-    x: Float[Tensor, "batch len channels"],  # input
-    weight: Float[Tensor, "channels 1 width"],  # one filter a channel; the last tap meets the current position
-    bias: Float[Tensor, "channels"] | None,  # added to every position
-    window: Float[Tensor, "batch channels width"] | None = None,  # the last inputs before `x`; None: zeros
-    *,
-    activation: str = "identity",  # of the output: "identity" or "silu"
-    backend: str = "auto",  # "naive", "triton", or "auto"
-) -> tuple[Float[Tensor, "batch len channels"], Float[Tensor, "batch channels width"]]:  # output, the last inputs
-    """Causal depthwise convolution that can go on where another call stopped: `window` holds the last `width` inputs.
-
-    Computed as `width` shifted copies of the input, each times its tap: on a CPU faster than a grouped `conv1d`, most of all for one token.
-    The kernel takes up to 8 taps. Raises ValueError when shapes do not fit, there is no token, or activation or backend is not one of those
-    named above; RuntimeError when backend="triton" cannot run here."""
-    path = _choose_conv(x, "batch len channels", weight, bias, window, activation, backend)
-    length, width = x.shape[1], weight.shape[-1]
-    window = None if window is None else window.to(x.dtype)
-    past = x.new_zeros(x.shape[0], width, x.shape[2]) if window is None else rearrange(window, "b c w -> b w c")
-    inputs = torch.cat([past, x[:, -width:] if path == "triton" else x], dim=1)
-    if path == "triton":
-        from llamba_ref.kernels.conv import conv_op
-
-        y = conv_op(x, weight, bias, window, activation == "silu")
-    else:
-        y = inputs[:, width:] * weight[:, 0, -1]
-        for k in range(width - 1):
-            y = y + inputs[:, k + 1 : k + 1 + length] * weight[:, 0, k]
-        y = (y if bias is None else y + bias).to(x.dtype)
-        y = F.silu(y) if activation == "silu" else y
-    window = rearrange(inputs[:, -width:], "b w c -> b c w").clone()  # a copy: a view would keep all of `inputs` alive
-    return y, window
-
-# %% ../nbs/06_mamba2.ipynb #d2cd6d02
-def causal_conv_step(
-    x_t: Float[Tensor, "batch channels"],  # one token
-    weight: Float[Tensor, "channels 1 width"],  # one filter a channel; the last tap meets `x_t`
-    bias: Float[Tensor, "channels"] | None,  # added to the output
-    window: Float[Tensor, "batch channels width"],  # the last inputs before `x_t`, of its dtype; changed in place, now with `x_t` at its end
-    *,
-    activation: str = "identity",  # of the output: "identity" or "silu"
-    backend: str = "auto",  # "naive", "triton", or "auto"
-) -> Float[Tensor, "batch channels"]:  # y_t
-    """One token of `causal_conv` for decoding loops that own their state, and for CUDA graphs. It keeps nothing for a gradient.
-
-    Raises ValueError as `causal_conv` does, and for a window of another dtype or one whose rows share memory; RuntimeError when a gradient
-    is asked for, or when backend="triton" cannot run here."""
-    path = _choose_conv(x_t, "batch channels", weight, bias, window, activation, backend)
-    if window.dtype != x_t.dtype:
-        raise ValueError(f"window is {window.dtype}: it must be {x_t.dtype}, like x_t")
-    if any(size > 1 and stride == 0 for size, stride in zip(window.shape, window.stride())):
-        raise ValueError("window is expanded, its rows share memory: it is changed in place, so pass window.clone()")
-    if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x_t, weight, bias, window)):
-        raise RuntimeError("causal_conv_step changes window in place and keeps nothing for a gradient: call it under torch.no_grad(), or call causal_conv")
-    if path == "triton":
-        from llamba_ref.kernels.conv import conv_step_op
-
-        return conv_step_op(x_t, weight, bias, window, activation == "silu")
-    y, later = causal_conv(x_t[:, None], weight, bias, window, activation=activation, backend="naive")
-    window.copy_(later)
-    return y[:, 0]
-
 # %% ../nbs/06_mamba2.ipynb #77524b16
 class GatedRMSNorm(nn.Module):
-    """Gate, then RMSNorm in each group of channels: weight * norm(y * silu(z)) (Dao and Gu 2024). Computed in float32 at least."""
+    """Gate, then RMSNorm in each group of channels: weight * norm(y * silu(z)) (Dao and Gu 2024), in float32."""
 
     def __init__(self, d_inner: int, n_groups: int = 1, eps: float = 1e-5):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d_inner))
         self.n_groups, self.eps = n_groups, eps
 
-    def forward(self, y: Float[Tensor, "*batch d_inner"], z: Float[Tensor, "*batch d_inner"]) -> Float[Tensor, "*batch d_inner"]:
+    def forward(
+        self,
+        y: Float[Tensor, "*batch d_inner"],  # what the recurrence returns
+        z: Float[Tensor, "*batch d_inner"],  # input of the gate
+    ) -> Float[Tensor, "*batch d_inner"]:
         wide = wide_dtype(y)
         gated = rearrange(y.to(wide) * F.silu(z.to(wide)), "... (g c) -> ... g c", g=self.n_groups)
         normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + self.eps)
@@ -148,9 +77,17 @@ class Projected(NamedTuple):
         """What enters the state."""
         return self.x if self.dt is None else (self.x * self.dt[..., None]).to(self.x.dtype)
 
-# %% ../nbs/06_mamba2.ipynb #fefea5f5
-class SSDParameters(nn.Module):
-    """The parameters that all mixers around `ssd` have, and the state that they keep."""
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """log_a, B and C of the matrix. Step sizes go into B, so that each head then has a B of its own."""
+        if self.dt is None:
+            return self.log_a, self.B, self.C
+        shared = self.dt.shape[-1] // self.B.shape[2]
+        B, C = (repeat(z.to(self.dt.dtype), "b l g n -> b l (g r) n", r=shared) for z in (self.B, self.C))
+        return self.log_a, B * self.dt[..., None], C
+
+# %% ../nbs/06_mamba2.ipynb #67f91110
+class SSDMixer(nn.Module):
+    """A mixer around `ssd`. `project` of a subclass says what enters it, `gate_and_project` what becomes of it."""
 
     def __init__(
         self,
@@ -170,76 +107,66 @@ class SSDParameters(nn.Module):
         self.chunk_size, self.activation = chunk_size, activation
         channels = d_inner + 2 * n_groups * d_state
         self.in_proj = nn.Linear(d_model, channels + d_inner + n_heads, bias=bias)
-        self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels, bias=conv_bias)  # holds the weights; see causal_conv
+        self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels, bias=conv_bias)  # holds the weights
         self.D = nn.Parameter(torch.ones(n_heads))
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
 
     def init_state(self, batch: int) -> MambaState:
         """The state before the first token: zeros."""
-        weight = self.in_proj.weight
-        conv = weight.new_zeros(batch, self.conv1d.out_channels, self.conv1d.kernel_size[0])
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return MambaState(conv, weight.new_zeros(batch, self.n_heads, self.d_inner // self.n_heads, self.d_state, dtype=wide))
-
-# %% ../nbs/06_mamba2.ipynb #67f91110
-class SSDMixer(SSDParameters):
-    """A mixer around `ssd`. A subclass says in `project` what enters it, and in `gate_and_project` what becomes of its output."""
-
-    def convolve(self, xBC: Tensor, window: Tensor | None, tokens: Tensor | None = None):
-        """x, B and C after the convolution, and its new window.
-
-        Where `tokens` (batch, len, 1) is False, nothing enters the convolution and nothing is written.
-        """
-        xBC = xBC if tokens is None else xBC.masked_fill(~tokens, 0)
-        xBC, window = causal_conv(xBC, self.conv1d.weight, self.conv1d.bias, window, activation=self.activation)
-        keys = self.n_groups * self.d_state
-        x, B, C = xBC.split([self.d_inner, keys, keys], dim=-1)
-        x = x if tokens is None else x.masked_fill(~tokens, 0)  # the convolution's bias would write padding into the state
-        x = rearrange(x, "b l (h p) -> b l h p", h=self.n_heads)
-        B, C = (rearrange(m, "b l (g n) -> b l g n", g=self.n_groups) for m in (B, C))
-        return x, B, C, window
+        weight, shape = self.in_proj.weight, (batch, self.n_heads, self.d_inner // self.n_heads, self.d_state)
+        window = weight.new_zeros(batch, self.conv1d.out_channels, self.conv1d.kernel_size[0])
+        return MambaState(window, weight.new_zeros(shape, dtype=wide_dtype(weight)))
 
     def forward(
         self,
         u: Float[Tensor, "batch len d_model"],  # normed hidden states
         state: MambaState | None = None,  # state to go on from
-        padding: Int[Tensor, "batch"] | None = None,  # padding on the left of each row of `u`; then `state` must be None or zeros
+        padding: Int[Tensor, "batch"] | None = None,  # pads on the left of each row; then `state` must be None or zeros
     ):  # (batch, len, d_model), and the new state if one was given
         """Mix along the sequence with the chunked `ssd`."""
         tokens = None if padding is None else is_token(padding, u.shape[1])[..., None]
-        p, window = self.project(u, None if state is None else state.conv, tokens)
-        inputs = (p.written, p.log_a, p.B, p.C)
+        p, window = self.project(u, state and state.conv, tokens)
+        inputs, options = (p.written, p.log_a, p.B, p.C), {"chunk_size": self.chunk_size}
         if state is None:
-            return self.gate_and_project(ssd(*inputs, chunk_size=self.chunk_size), p.x, p.z)
-        y, ssm = ssd(*inputs, chunk_size=self.chunk_size, initial_state=state.ssm, return_state=True)
+            return self.gate_and_project(ssd(*inputs, **options), p.x, p.z)
+        y, ssm = ssd(*inputs, initial_state=state.ssm, return_state=True, **options)
         return self.gate_and_project(y, p.x, p.z), MambaState(window, ssm)
 
     def step(self, u_t: Float[Tensor, "batch d_model"], state: MambaState) -> tuple[Tensor, MambaState]:
-        """One token: (batch, d_model) in and out. The old state stays valid, so that it can be kept and gone on from again.
-
-        A decoding loop that owns its state, and a CUDA graph, which replays fixed addresses, take `causal_conv_step` instead: it changes the
-        window in place."""
+        """One token: (batch, d_model) in and out. The old state stays valid, to be kept and gone on from again."""
         p, window = self.project(u_t[:, None], state.conv)
-        y, ssm = ssd_step(p.written[:, 0], p.log_a[:, 0], p.B[:, 0], p.C[:, 0], state.ssm)
+        y, ssm = ssd_step(*(z[:, 0] for z in (p.written, p.log_a, p.B, p.C)), state.ssm)
         return self.gate_and_project(y, p.x[:, 0], p.z[:, 0]), MambaState(window, ssm)
 
     def matrix_factors(self, u: Float[Tensor, "batch len d_model"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log_a, B, C and D, of which `ssd_matrix` makes the matrix. Step sizes go into B, so that each head then has a B of its own."""
-        p, _ = self.project(u, None)
-        if p.dt is None:
-            return p.log_a, p.B, p.C, self.D
-        B, C = (repeat(z.to(p.dt.dtype), "b l g n -> b l (g r) n", r=self.n_heads // self.n_groups) for z in (p.B, p.C))
-        return p.log_a, B * p.dt[..., None], C, self.D
+        """log_a, B, C and D, of which `ssd_matrix` makes the matrix."""
+        return *self.project(u, None)[0].factors(), self.D
 
     def matrix(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch heads len len"]:
         """The matrix that each head applies to its x: a column for each token that is written, D on the diagonal."""
         return ssd_matrix(*self.matrix_factors(u))
 
+# %% ../nbs/06_mamba2.ipynb #d6388f69
+def convolve(
+    mixer: SSDMixer,  # whose convolution it is
+    xBC: Float[Tensor, "batch len channels"],  # its input
+    window: Float[Tensor, "batch channels width"] | None,  # the last inputs before it; None: zeros
+    tokens: Bool[Tensor, "batch len 1"] | None = None,  # False: nothing enters, and nothing is written; None: all True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # x, B and C, with a dimension for heads or groups, and the new window
+    """The convolution of a mixer, and its output in three."""
+    xBC = xBC if tokens is None else xBC.masked_fill(~tokens, 0)
+    xBC, window = causal_conv(xBC, mixer.conv1d.weight, mixer.conv1d.bias, window, activation=mixer.activation)
+    keys = mixer.n_groups * mixer.d_state
+    x, B, C = xBC.split([mixer.d_inner, keys, keys], dim=-1)
+    x = x if tokens is None else x.masked_fill(~tokens, 0)  # the convolution's bias would write padding into the state
+    x = rearrange(x, "b l (h p) -> b l h p", h=mixer.n_heads)
+    return x, *(rearrange(z, "b l (g n) -> b l g n", g=mixer.n_groups) for z in (B, C)), window
+
 # %% ../nbs/06_mamba2.ipynb #e2beb253
 class Mamba2(SSDMixer):
     """Mamba-2's mixer (Dao and Gu 2024): a step size dt, decay exp(dt A), shared keys, RMSNorm after the gate.
 
-    Raises ValueError for sizes below 1, heads that do not divide the width, groups that do not divide the heads, and a bad `dt_limit`."""
+    Raises ValueError for sizes below 1, heads that do not divide the width, groups the heads, and a bad `dt_limit`."""
 
     def __init__(
         self,
@@ -256,7 +183,8 @@ class Mamba2(SSDMixer):
         conv_bias: bool = True,  # bias in the convolution
         norm_epsilon: float = 1e-5,  # added under the root in the norm
     ):
-        check_sizes(d_model=d_model, d_state=d_state, headdim=headdim, n_groups=n_groups, expand=expand, d_conv=d_conv, chunk_size=chunk_size)
+        check_sizes(d_model=d_model, d_state=d_state, headdim=headdim, n_groups=n_groups, expand=expand, d_conv=d_conv,
+                    chunk_size=chunk_size)
         d_inner = expand * d_model
         if d_inner % headdim:
             raise ValueError(f"headdim is {headdim}: it must divide the inner width expand * d_model = {d_inner}")
@@ -273,7 +201,7 @@ class Mamba2(SSDMixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The official start: A uniform in [-16, -1], step sizes log-uniform in [0.001, 0.1], D is 1, the rest as PyTorch does it."""
+        """The official start: A uniform in [-16, -1], dt log-uniform in [0.001, 0.1], D 1, the rest as in PyTorch."""
         for part in (self.in_proj, self.conv1d, self.out_proj):
             part.reset_parameters()
         self.A_log.uniform_(1, 16).log_()
@@ -283,9 +211,9 @@ class Mamba2(SSDMixer):
         self.norm.weight.fill_(1)
 
     def project(self, u: Tensor, window: Tensor | None, tokens: Tensor | None = None) -> tuple[Projected, Tensor]:
-        """Everything that the recurrence needs, and the convolution's new window; `tokens` as in `convolve`."""
+        """What the recurrence needs, and the convolution's new window; `tokens` as in `convolve`."""
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv1d.out_channels, self.n_heads], dim=-1)
-        x, B, C, window = self.convolve(xBC, window, tokens)
+        x, B, C, window = convolve(self, xBC, window, tokens)
         wide = wide_dtype(dt)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.dt_limit)
         return Projected(x, dt, -self.A_log.to(wide).exp() * dt, B, C, z), window
@@ -413,12 +341,11 @@ class Mamba2LM(Decoder):
 
     def __init__(self, config: Mamba2Config):
         c = config
-        rows = -(-c.vocab_size // c.pad_vocab_size_multiple) * c.pad_vocab_size_multiple
         mixers = [Mamba2(c.d_model, c.d_state, c.headdim, n_groups=c.n_groups, expand=c.expand, d_conv=c.d_conv, chunk_size=c.chunk_size,
                          dt_limit=c.dt_limit, bias=c.bias, conv_bias=c.conv_bias, norm_epsilon=c.norm_epsilon) for _ in range(c.n_layer)]
-        super().__init__(Backbone(mixers, rows, c.d_model, None, c.norm_epsilon), c.tie_embeddings, vocab_size=c.vocab_size)
+        multiple = {"pad_vocab_size_multiple": c.pad_vocab_size_multiple}
+        super().__init__(Backbone(mixers, c.vocab_size, c.d_model, None, c.norm_epsilon, **multiple), c.tie_embeddings)
         self.config = config
-        init_weights(self.backbone.embedding)
         for mixer in mixers:  # as many sums in the residual stream as there are layers: keep their variance
             mixer.out_proj.weight.data.div_(math.sqrt(c.n_layer))
 

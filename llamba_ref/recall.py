@@ -13,9 +13,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .core import check_sizes
-from .decoder import is_token
-from .mamba2 import causal_conv
+from .conv import causal_conv
+from .core import check_sizes, is_token
 
 # %% auto #0
 __all__ = ['memory_length', 'recall_sequences', 'recall_targets', 'RecallBatches', 'RecallObjective', 'recall_accuracy',

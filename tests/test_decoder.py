@@ -462,3 +462,186 @@ def test_bad_state_and_step():
         model.step(ids[:, :1], state)
     with pytest.raises(ValueError):
         model.step(ids[:, 0], state[:2])
+
+
+# Logits that are no numbers, settings at the edge
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("row", [[0.0, NAN, 1.0], [NAN] * 3, [INF, 0.0, 1.0], [INF, -INF, 0.0], [INF, NAN, 0.0], [-INF] * 3])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2, "top_p": 0.5}, {"temperature": 1e-300}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_no_numbers_are_an_error(row, options, dtype):
+    logits = torch.tensor([[0.0, 1.0, -INF], row], dtype=dtype)
+    with pytest.raises(FloatingPointError, match="^logits of row 1 are nan, .inf, or -inf throughout"):
+        sample(logits, **options)
+    assert sample(logits[:1], **options) in (0, 1)  # -inf for some tokens is a mask, and none of them is drawn
+
+
+@pytest.mark.parametrize("options", [{}, {"stop_tokens": [3]}, {"streamer": True}, {"temperature": 1.0}])
+@pytest.mark.parametrize("at", [0, 3])
+def test_generate_says_that_logits_are_no_numbers(options, at, monkeypatch):
+    model, ids, recorder = build("average"), tokens(2, 4), Recorder()
+    broken, step = iter(range(10)), Decoder.step
+
+    def step_that_breaks(self, token, state):
+        logits, state = step(self, token, state)
+        logits[1] = NAN if next(broken) == at - 1 else logits[1]
+        return logits, state
+
+    monkeypatch.setattr(Decoder, "step", step_that_breaks)
+    if at == 0:
+        model.backbone.final_layernorm.weight.data.fill_(NAN)
+    with pytest.raises(FloatingPointError, match=f"logits of row {int(at > 0)}"):
+        model.generate(ids, 9, **options | ({"streamer": recorder} if "streamer" in options else {}))
+    if "streamer" in options:  # nothing that was drawn from them is shown, and the stream is closed
+        assert len(recorder.seen) == 1 + at and recorder.ended == 1
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-46, 1e-38, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_a_tiny_temperature_is_greedy(temperature, dtype):
+    z = torch.randn(200, 30).to(dtype)
+    for options in ({}, {"top_k": 5}, {"top_p": 0.9}):
+        assert torch.equal(z.gather(1, sample(z, temperature, **options)[:, None])[:, 0], z.amax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e300, INF])
+def test_a_huge_temperature_is_uniform(temperature):
+    z = torch.tensor([[3.0, 0.0, -200.0, -INF]]).expand(4000, -1)
+    assert relative_error(sample(z, temperature).bincount(minlength=4) / 4000, torch.tensor([1, 1, 1, 0]) / 3) < 0.05
+
+
+@pytest.mark.parametrize("top_p", [5e-324, 1e-300, 1e-50, 1e-9])
+def test_a_tiny_top_p_leaves_one_token(top_p):
+    z = torch.randn(100, 30)
+    assert torch.equal(sample(z, 1.0, top_p=top_p), z.argmax(-1))
+
+
+def test_top_k_beyond_the_vocabulary_is_none():
+    z, draws = torch.randn(50, 30), []
+    for k in (30, 31, 10**9):
+        draws.append(sample(z, 1.0, k, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(draws[0], draws[1]) and torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("options, name", [({"top_k": 2.5}, "top_k is 2.5"), ({"top_k": True}, "top_k is True"),
+                                           ({"top_p": NAN}, "top_p is nan"), ({"temperature": -1e-300}, "temperature is -1e-300")])
+def test_generate_refuses_settings_before_it_reads(options, name):
+    with pytest.raises(ValueError, match=name):
+        build().generate(tokens(1, 3), 0, **options)
+
+
+# Several end tokens
+
+
+def test_generation_stops_at_each_of_several_stop_tokens():
+    """Whichever comes, and wherever it stands in the list."""
+    model, ids = build("average"), tokens(1, 3)
+    free = model.generate(ids, 12)[0, 3:].tolist()
+    seen = list(dict.fromkeys(free))
+    assert len(seen) >= 3
+    for token in seen:
+        unused = [t for t in range(VOCAB) if t not in free]
+        for stops in ([token, *unused[:2]], [*unused[:2], token], (unused[0], token)):
+            out = model.generate(ids, 12, stop_tokens=stops)[0, 3:].tolist()
+            assert out == free[: free.index(token) + 1]
+
+
+@pytest.mark.parametrize("stops", [[VOCAB], [1, -1], [2.0], ["1"], [None], [1, 2**70]])
+def test_stop_tokens_that_are_no_ids(stops):
+    with pytest.raises(ValueError, match=r"stop_tokens holds .*: ids must be integers in \[0, 19\)"):
+        build().generate(tokens(1, 3), 2, stop_tokens=stops)
+
+
+class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts how often a number of a tensor is looked at."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation is torch.ops.aten._local_scalar_dense.default
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_the_loop_reads_no_numbers(kind):
+    """On a GPU each look would wait for the device. Streaming and stop tokens have to look."""
+    model, ids, reads = build(kind), tokens(2, 4), []
+    for new in (2, 30):
+        with HostReads() as mode:
+            model.generate(ids, new, temperature=1.0, top_k=3)
+        reads.append(mode.count)
+    assert reads[0] == reads[1] < 10
+
+
+# Graphs
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_a_graph_of_forward_and_step(kind):
+    """One graph without breaks, masks included: values are not looked at while it is traced."""
+    model, ids, mask = build(kind), tokens(2, 5), torch.tensor([[0, 0, 1, 1, 1], [1, 0, 1, 1, 0]])
+    with torch.no_grad():
+        graph = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+        assert relative_error(graph(ids), model(ids)) < 1e-14
+        assert relative_error(graph(ids, mask)[mask.bool()], model(ids, mask)[mask.bool()]) < 1e-12
+        _, state = model.prefill(ids)
+        step = torch.compile(model.step, backend="eager", fullgraph=True, dynamic=False)
+        logits, after = step(ids[:, 0], state)
+        assert relative_error(logits, model.step(ids[:, 0], state)[0]) < 1e-14
+        assert relative_error(step(ids[:, 1], after)[0], model.step(ids[:, 1], after)[0]) < 1e-14
+        exported = torch.export.export(model, (ids,)).module()
+        assert relative_error(exported(ids), model(ids)) < 1e-14
+    with pytest.raises(ValueError, match="holds id"):
+        model(ids + VOCAB)
+
+
+# What the four models share
+
+
+def language_models():
+    """One small model of each kind, head untied, a vocabulary of 300."""
+    from llamba_ref.gateloop import GateLoopConfig, GateLoopLM
+    from llamba_ref.llama import Llama, LlamaConfig
+    from llamba_ref.llamba import Llamba, LlambaConfig, MLPConfig, SSMConfig
+    from llamba_ref.mamba2 import Mamba2Config, Mamba2LM
+
+    yield Llama(LlamaConfig(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                            num_key_value_heads=2, head_dim=16, tie_word_embeddings=False))
+    yield Llamba(LlambaConfig(vocab_size=300, d_model=64, n_layer=2, ssm_cfg=SSMConfig(8, 4, 4), mlp_cfg=MLPConfig(96),
+                              tie_embeddings=False, lm_head_bias=True))
+    yield GateLoopLM(GateLoopConfig(vocab_size=300, d_model=64, n_layer=2, n_heads=4, intermediate_size=96, tie_embeddings=False))
+    yield Mamba2LM(Mamba2Config(vocab_size=300, d_model=64, n_layer=2, d_state=8, headdim=16, tie_embeddings=False,
+                                pad_vocab_size_multiple=16))
+
+
+def test_embedding_mlps_and_head_start_alike_in_all_models():
+    """Normal with deviation 0.02, as Llama's: an untied head of a Llamba had 0.07."""
+    for model in language_models():
+        parts = [model.backbone.embedding, model.lm_head, *(m for block in model.backbone.layers if block.mlp for m in block.mlp.children())]
+        assert len(parts) in (2, 8)
+        for part in parts:
+            weight = part.weight.detach()
+            assert abs(weight.std() / 0.02 - 1) < 0.05 and abs(weight.mean()) < 1e-3, type(model)
+            assert weight.abs().max() > 0.055  # normal: a uniform distribution of this spread ends at 0.035
+            assert getattr(part, "bias", None) is None or not part.bias.any()
+
+
+def test_rows_that_pad_the_vocabulary():
+    """The backbone rounds the rows up; no logits for them, and no ids."""
+    rows = {"Llama": 300, "Llamba": 304, "GateLoopLM": 300, "Mamba2LM": 304}
+    for model in language_models():
+        assert model.vocab_size == model.backbone.vocab_size == 300
+        assert model.backbone.embedding.num_embeddings == model.lm_head.out_features == rows[type(model).__name__]
+        assert model(torch.tensor([[299]])).shape == (1, 1, 300)
+        with pytest.raises(ValueError, match=r"holds id 300: ids must be in \[0, 300\)"):
+            model(torch.tensor([[300]]))
+    assert Backbone([], 300, 4, None, pad_vocab_size_multiple=64).embedding.num_embeddings == 320
+
+
+def test_each_class_is_one_class():
+    from llamba_ref.mamba2 import SSDMixer
+
+    assert Decoder.__bases__ == SSDMixer.__bases__ == (nn.Module,)

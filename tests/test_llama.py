@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from llamba_ref.checkpoint import find_checkpoint, read_weights
-from llamba_ref.core import relative_error
-from llamba_ref.llama import Attention, Llama, LlamaConfig, Rope, apply_rope, causal_mask, convert_gguf, rename, rope_frequencies
+from llamba_ref.core import peak_bytes, relative_error
+from llamba_ref.llama import (Attention, KVCache, Llama, LlamaConfig, Rope, apply_rope, causal_attention, causal_mask, convert_gguf,
+                              rename, rope_frequencies)
+from llamba_ref.llamba import Llamba
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -172,6 +174,149 @@ def test_the_cache_grows_by_one_entry_a_token_and_is_not_changed():
         _, state = mixer.step(torch.randn(3, 16), state)
         assert before.k.shape == (3, 2, t, 4) and state.k.shape == state.v.shape == (3, 2, t + 1, 4)
         assert torch.equal(state.k[:, :, :t], before.k)
+
+
+def addresses(state):
+    return [cache.k.data_ptr() for cache in state if hasattr(cache, "k")]
+
+
+def hybrid(**sizes):
+    """Layer 1 keeps its attention."""
+    teacher = random_llama(replace(SMALL, num_hidden_layers=3)).double()
+    return Llamba.from_teacher(teacher, keep_attention=[1], d_state=4, **sizes)
+
+
+@pytest.mark.parametrize("model", [lambda: random_llama(SMALL).double(), hybrid], ids=["llama", "hybrid"])
+@pytest.mark.parametrize("mask", [None, [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]], ids=["whole", "padded"])
+def test_the_cache_grows_in_place(model, mask):
+    """256 steps copy the past a handful of times (they used to copy it 256 times), and give what forward gives."""
+    model, ids = model(), torch.randint(96, (2, 261))
+    mask = None if mask is None else torch.tensor(mask)
+    whole = None if mask is None else torch.cat([mask, torch.ones(2, 256, dtype=torch.long)], 1)
+    with torch.no_grad():
+        reference = model(ids, whole)
+        logits, state = model.prefill(ids[:, :5], mask)
+        places, errors = [addresses(state)], []
+        for t in range(5, 261):
+            logits, state = model.step(ids[:, t], state)
+            places.append(addresses(state))
+            errors.append(relative_error(logits, reference[:, t]))
+    assert max(errors) < 1e-12
+    for layer in zip(*places):
+        assert 1 < sum(a != b for a, b in zip(layer, layer[1:])) <= 5
+
+
+def test_bytes_of_256_steps():
+    """What the steps make at most at one time: the cache with its room and, while it is copied, the one before; not a copy a step."""
+    mixer, u = Attention(64, 4, 4, 16), torch.randn(1, 1024 + 256, 64)
+    with torch.no_grad():
+        _, start = mixer(u[:, :1024], mixer.init_state(1))
+
+        def steps():
+            states = [start]
+            for u_t in u[:, 1024:].unbind(1):
+                states.append(mixer.step(u_t, states[-1])[1])  # all old states are kept: they share the memory
+
+        entry = 2 * 4 * 16 * 4  # bytes a token
+        assert peak_bytes(steps) < 1.5 * 1025 * entry + 256 * 64 * 4 + 100_000
+
+
+@pytest.mark.parametrize("model", [lambda: random_llama(SMALL).double(), hybrid], ids=["llama", "hybrid"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_state_goes_on_in_several_ways(model, grad):
+    """Branches from one state, in turns and in depth, from a prompt and from a step; none sees the tokens of another."""
+    model, prompt, tails = model(), torch.randint(96, (2, 6)), torch.randint(96, (3, 2, 4))
+    with torch.set_grad_enabled(grad):
+        _, state = model.prefill(prompt)
+        _, state = model.step(prompt[:, 0], state)  # now there is room behind it
+        branches, outs = [state] * 3, [[], [], []]
+        for t in range(4):
+            for i in range(3):
+                logits, branches[i] = model.step(tails[i, :, t], branches[i])
+                outs[i].append(logits)
+        late, _ = model.prefill(tails[0], state=state)  # the old state, once more, all at once
+        for i in range(3):
+            reference = model(torch.cat([prompt, prompt[:, :1], tails[i]], 1))[:, 7:]
+            assert relative_error(torch.stack(outs[i], 1), reference) < 1e-12
+        assert relative_error(late, torch.stack(outs[0], 1)) < 1e-12
+
+
+def test_the_room_is_taken_once():
+    """Two ways to go on from one cache: the first is written in place, the second gets a copy."""
+    with torch.no_grad():
+        entry = lambda n: torch.randn(2, 1, 2, n, 4)
+        old = KVCache(*entry(3)).extend(*entry(1))
+        first, second = old.extend(*entry(2)), old.extend(*entry(2))
+        assert first.k.data_ptr() == old.k.data_ptr() != second.k.data_ptr()
+        assert first.extend(*entry(1)).k.data_ptr() == old.k.data_ptr() and first.extend(*entry(1)).k.data_ptr() != old.k.data_ptr()
+        zeroed = second._replace(v=torch.zeros_like(second.v))  # other values than those in the room
+        assert not zeroed.extend(*entry(1)).v[:, :, :-1].any() and second.extend(*entry(1)).v[:, :, :-1].equal(second.v)
+        wide = KVCache(*entry(3)).extend(*entry(1).double())
+        assert wide.k.dtype == wide.v.dtype == torch.float64
+        with pytest.raises(ValueError, match="state is of 1 sequences: it cannot go on with 2"):
+            old.extend(*torch.randn(2, 2, 2, 1, 4))
+
+
+@pytest.mark.parametrize("before, after", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode),
+                                           (torch.no_grad, torch.enable_grad), (torch.enable_grad, torch.no_grad)])
+def test_states_go_from_mode_to_mode(before, after):
+    model, ids = random_llama(SMALL).double(), torch.randint(96, (1, 8))
+    with before():
+        _, state = model.prefill(ids[:, :5])
+        _, state = model.step(ids[:, 5], state)
+    with after():
+        for t in (6, 7):
+            logits, state = model.step(ids[:, t], state)
+    assert relative_error(logits, model(ids)[:, -1]) < 1e-12
+    if after is torch.enable_grad:
+        logits.sum().backward()
+
+
+def test_gradients_through_frozen_keys():
+    """Keys without a gradient are kept for that of the queries: a later step must not write over them."""
+    model, ids = random_llama(SMALL).double(), torch.randint(96, (1, 6))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in name)
+    logits, state = model.prefill(ids[:, :3])
+    parts = [logits]
+    for token in ids[:, 3:].unbind(1):
+        logits, state = model.step(token, state)
+        parts.append(logits[:, None])
+    weights = [p for p in model.parameters() if p.requires_grad]
+    ours, theirs = (torch.autograd.grad(out.square().sum(), weights) for out in (torch.cat(parts, 1), model(ids)))
+    assert all(relative_error(a, b) < 1e-10 for a, b in zip(ours, theirs))
+
+
+LONG = 4096
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prompt with a state", "prompt in two parts", "padded", "padded with a state"])
+def test_attention_builds_no_mask_of_all_pairs(kind):
+    """A mask of 4096 x 4096 is 17 MB, and 67 more where it becomes numbers. All else is 1 MB a tensor."""
+    mixer, u = Attention(64, 4, 2, 16), torch.randn(1, LONG, 64)
+    state = mixer.init_state(1) if "state" in kind else None
+    padding = torch.tensor([7]) if "padded" in kind else None
+    with torch.no_grad():
+        if kind == "prompt in two parts":
+            _, state = mixer(u[:, :100], mixer.init_state(1))
+            u = u[:, 100:]
+        assert peak_bytes(lambda: mixer(u, state, padding=padding)) < 16e6
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 256])
+@pytest.mark.parametrize("past", [0, 1, 4])
+@pytest.mark.parametrize("padding", [None, [0, 3], [7, 1]])
+def test_attention_in_pieces_is_attention(rows, past, padding):
+    q, k, v = (torch.randn(2, heads, 9 + past * (heads == 2), 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    padding = None if padding is None else torch.tensor(padding)
+    mask = causal_mask(9, past, padding, "cpu")
+    scores = (q @ k.repeat_interleave(2, 1).mT / 8**0.5).masked_fill(~mask, -torch.inf)
+    expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
+    out = causal_attention(q, k, v, padding, rows)
+    assert relative_error(out, expected) < 1e-14
+    weight = torch.randn_like(out)
+    grads = [torch.autograd.grad((y * weight).sum(), (q, k, v), retain_graph=True) for y in (out, expected)]
+    assert all(relative_error(a, b) < 1e-13 for a, b in zip(*grads))
 
 
 def test_matrix_times_values_is_the_output():
