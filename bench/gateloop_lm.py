@@ -17,7 +17,7 @@ import tyro
 
 from bench.common import Curve, best_rate_runs, equal_size, first_run, parameters, save
 from llamba_ref.checkpoint import find_checkpoint
-from llamba_ref.cli import save_model
+from llamba_ref.models import save_model
 from llamba_ref.data import Batches, load_documents, load_tokenizer, pack, split_documents
 from llamba_ref.decoder import Decoder
 from llamba_ref.evaluate import evaluate
@@ -35,8 +35,11 @@ MODELS = ("complex gates", "real gates", "fixed gates", "Transformer")
 def model(name: str, mlp: int = MLP) -> Decoder:
     """A model with MLPs of width `mlp`; recurrent ones have one number a head."""
     if name == "Transformer":
-        return Llama(LlamaConfig(VOCABULARY, WIDTH, mlp, LAYERS, HEADS, HEADS, WIDTH // HEADS, tie_word_embeddings=True))
-    return GateLoopLM(GateLoopConfig(VOCABULARY, WIDTH, LAYERS, WIDTH, mlp, gates=name.split()[0], mode="scan"))
+        return Llama(LlamaConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=mlp,
+                                 num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=HEADS,
+                                 head_dim=WIDTH // HEADS, tie_word_embeddings=True))
+    return GateLoopLM(GateLoopConfig(vocab_size=VOCABULARY, d_model=WIDTH, n_layer=LAYERS, n_heads=WIDTH,
+                                     intermediate_size=mlp, gates=name.split()[0], mode="scan"))
 
 
 def texts():

@@ -17,7 +17,7 @@ import tyro
 from bench.common import best_rate_runs, first_run, save
 from bench.gateloop_lm import BATCH, LAYERS, LEARNING_RATES, LENGTH, VOCABULARY, WIDTH, train_on_novels
 from llamba_ref.checkpoint import find_checkpoint
-from llamba_ref.cli import save_model
+from llamba_ref.models import save_model
 from llamba_ref.data import load_tokenizer
 from llamba_ref.decoder import Decoder
 from llamba_ref.mamba2 import Mamba2Config, Mamba2LM
@@ -28,7 +28,8 @@ STATE, HEADDIM = 16, 32
 def fit(name: str, lr: float, seed: int) -> tuple[Decoder, dict]:
     """Train the model: itself, and its curve of held-out perplexity."""
     torch.manual_seed(seed)
-    return train_on_novels(Mamba2LM(Mamba2Config(VOCABULARY, WIDTH, 2 * LAYERS, STATE, HEADDIM, chunk_size=64)), name, lr, seed)
+    return train_on_novels(Mamba2LM(Mamba2Config(vocab_size=VOCABULARY, d_model=WIDTH, n_layer=2 * LAYERS,
+                                                 d_state=STATE, headdim=HEADDIM, chunk_size=64)), name, lr, seed)
 
 
 def run(name: str, lr: float, seed: int) -> dict:

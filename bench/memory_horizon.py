@@ -33,8 +33,11 @@ MODELS = ("complex gates", "real gates", "fixed gates", "Transformer")
 def model(name: str, mlp: int = MLP) -> Decoder:
     """A model with MLPs of width `mlp`; recurrent ones have one number a head, the Transformer has four heads."""
     if name == "Transformer":
-        return Llama(LlamaConfig(MODULUS + 1, WIDTH, mlp, LAYERS, 4, 4, WIDTH // 4))
-    return GateLoopLM(GateLoopConfig(MODULUS + 1, WIDTH, LAYERS, WIDTH, mlp, gates=name.split()[0], mode="scan", tie_embeddings=False))
+        return Llama(LlamaConfig(vocab_size=MODULUS + 1, hidden_size=WIDTH, intermediate_size=mlp,
+                                 num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=4,
+                                 head_dim=WIDTH // 4))
+    return GateLoopLM(GateLoopConfig(vocab_size=MODULUS + 1, d_model=WIDTH, n_layer=LAYERS, n_heads=WIDTH,
+                                     intermediate_size=mlp, gates=name.split()[0], mode="scan", tie_embeddings=False))
 
 
 @torch.no_grad()

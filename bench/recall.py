@@ -35,9 +35,12 @@ def model(name: str) -> Decoder:
     """The model of a name."""
     kind, _, state = name.partition(", ")
     if kind == "Transformer":
-        return Llama(LlamaConfig(VOCABULARY, WIDTH, MLP, LAYERS, HEADS, HEADS, WIDTH // HEADS))
+        return Llama(LlamaConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=MLP,
+                                 num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=HEADS,
+                                 head_dim=WIDTH // HEADS))
     if kind.startswith("Mamba-2"):
-        net = Mamba2LM(Mamba2Config(VOCABULARY, WIDTH, LAYERS, int(state), headdim=64, chunk_size=32, tie_embeddings=False))
+        net = Mamba2LM(Mamba2Config(vocab_size=VOCABULARY, d_model=WIDTH, n_layer=LAYERS, d_state=int(state),
+                                    headdim=64, chunk_size=32, tie_embeddings=False))
         if kind.endswith("without convolution"):
             for block in net.backbone.layers:
                 conv = block.mixer.conv1d.requires_grad_(False)
@@ -45,7 +48,9 @@ def model(name: str) -> Decoder:
                 nn.init.zeros_(conv.bias)
         return net
     gates = "complex" if "complex" in kind else "real"
-    net = GateLoopLM(GateLoopConfig(VOCABULARY, WIDTH, LAYERS, HEADS, MLP, int(state), gates, mode="recurrent", tie_embeddings=False))
+    net = GateLoopLM(GateLoopConfig(vocab_size=VOCABULARY, d_model=WIDTH, n_layer=LAYERS, n_heads=HEADS,
+                                    intermediate_size=MLP, d_state=int(state), gates=gates, mode="recurrent",
+                                    tie_embeddings=False))
     if kind.endswith("+ convolution"):
         for block in net.backbone.layers:
             block.mixer = WithConvolution(block.mixer, WIDTH)

@@ -38,7 +38,9 @@ def measure(layers: int, way: str) -> dict:
     """One step of stage 1 in this process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    teacher = Llama(LlamaConfig(1024, WIDTH, 2 * WIDTH, layers, HEADS, HEADS, WIDTH // HEADS, tie_word_embeddings=True))
+    teacher = Llama(LlamaConfig(vocab_size=1024, hidden_size=WIDTH, intermediate_size=2 * WIDTH,
+                                num_hidden_layers=layers, num_attention_heads=HEADS, num_key_value_heads=HEADS,
+                                head_dim=WIDTH // HEADS, tie_word_embeddings=True))
     student = Llamba.from_teacher(teacher, d_state=32)
     input_ids = torch.randint(1024, (BATCH, LENGTH))
     objective, losses = LayerByLayer(teacher, student, match_matrix), []

@@ -21,60 +21,19 @@ from accelerate import Accelerator
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from .checkpoint import atomic_directory, find_checkpoint, read_config
-from .data import (Batches, StreamBatches, TokenBlocks, check_tokenizer, load_documents, load_tokenizer, pack,
-                             split_documents, train_tokenizer)
+from .data import (Batches, StreamBatches, TokenBlocks, load_documents, pack, split_documents,
+                             train_tokenizer)
 from .decoder import Decoder
 from .evaluate import Comparison, compare, draw_progress, evaluate, generate_text, prompt_tokens
-from .gateloop import GateLoopLM
-from .llama import Llama, LlamaConfig, Rope, convert_gguf
+from .llama import Llama, LlamaConfig
 from .llamba import Llamba
-from .mamba2 import Mamba2LM
+from .models import load_model, save_model
 from .mohawk import distill, draw_matrices
 from .training import Language, Run, Stage, train
 
 # %% auto #0
-__all__ = ['Command', 'load_model', 'model_of_run', 'save_model', 'at_least', 'Machine', 'Text', 'Distill', 'settings_of',
-           'describe_model', 'describe_text', 'draw_figure', 'Report', 'Generate', 'Evaluate', 'Pretrain', 'main',
-           'fail']
-
-# %% ../nbs/92_cli.ipynb #0656b1d5
-def load_model(
-    name: str,  # what `find_checkpoint` finds: a directory, a .gguf file, "tiny", a name on the hub ...
-) -> tuple[Decoder, PreTrainedTokenizerBase]:  # a Llama, Llamba, GateLoop or Mamba-2, and its tokenizer
-    """Load a checkpoint of any kind with its tokenizer. Raises FileNotFoundError, ConnectionError or ValueError."""
-    path = model_of_run(find_checkpoint(name))
-    path = convert_gguf(path) if path.is_file() else path
-    config = read_config(path)
-    name_of_kind = config.get("model_type", "mamba2" if "ssm_cfg" in config else None)  # Mamba-2's original layout has none
-    kind = {"llamba": Llamba, "gateloop": GateLoopLM, "mamba2": Mamba2LM}.get(name_of_kind, Llama)
-    model, tokenizer = kind.from_pretrained(path), load_tokenizer(path)
-    check_tokenizer(tokenizer, model.vocab_size)
-    return model, tokenizer
-
-
-def model_of_run(path: Path) -> Path:
-    """A run's directory stands for the model in it. Raises FileNotFoundError when the run has not written one yet."""
-    if not (path / "metrics.jsonl").is_file():
-        return path
-    for part in ("student", "model"):
-        if (path / part).is_dir():
-            return path / part
-    raise FileNotFoundError(f"{path}: a run that has not written its model yet: finish it with --resume")
-
-# %% ../nbs/92_cli.ipynb #29b2cb3a
-def save_model(
-    path: Path,  # a new directory
-    model: Llama | Llamba | GateLoopLM | Mamba2LM,  # each can write itself
-    tokenizer: PreTrainedTokenizerBase,  # what makes its ids
-) -> None:
-    """Write a model with its tokenizer, both or neither. Raises FileExistsError, OSError (disk full)."""
-    with atomic_directory(path) as directory:
-        model.save_pretrained(directory / "model")
-        tokenizer.save_pretrained(directory / "model")
-        for file in (directory / "model").iterdir():
-            file.rename(directory / file.name)
-        (directory / "model").rmdir()
+__all__ = ['Command', 'at_least', 'Machine', 'Text', 'Distill', 'settings_of', 'describe_model', 'describe_text', 'draw_figure',
+           'Report', 'Generate', 'Evaluate', 'Pretrain', 'main', 'fail']
 
 # %% ../nbs/92_cli.ipynb #7641ad70
 def at_least(least: float, **options: float) -> None:
@@ -365,8 +324,9 @@ class Pretrain:
         """The Llama before training: the same one for the same seed."""
         torch.manual_seed(self.seed)
         return Llama(LlamaConfig(
-            len(tokenizer), self.d_model, self.intermediate_size, self.layers, self.heads, self.kv_heads, self.d_model // self.heads,
-            max_position_embeddings=self.corpus.length, tie_word_embeddings=True,
+            vocab_size=len(tokenizer), hidden_size=self.d_model, intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+            head_dim=self.d_model // self.heads, max_position_embeddings=self.corpus.length, tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
 
     def run(self) -> None:

@@ -5,8 +5,7 @@
 # %% ../nbs/02_gateloop.ipynb #e0d13304
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +13,9 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from .checkpoint import build_model, find_checkpoint, read_config, read_part, save_checkpoint
+from .convert import LanguageModel, ModelConfig
 from .core import check_sizes, check_tensors, choose_backend, is_token, wide_dtype
-from .decoder import Backbone, Decoder
+from .decoder import Backbone
 from .scan import fade, linear_scan, split_gate, take_out
 
 # %% auto #0
@@ -275,53 +274,30 @@ class GateLoop(GateLoopParameters):
         return T.real if T.is_complex() else T
 
 # %% ../nbs/02_gateloop.ipynb #4b7c1710
-@dataclass(frozen=True)
-class GateLoopConfig:
-    """Sizes of a GateLoop language model: its config.json."""
+class GateLoopConfig(ModelConfig):
+    """Sizes of a GateLoop language model: its config.json. Raises ValueError as `ModelConfig`."""
 
+    model_type = "gateloop"
+    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "tie_word_embeddings": "tie_embeddings"}
     vocab_size: int  # number of token ids
     d_model: int  # width of the residual stream
     n_layer: int  # blocks
     n_heads: int  # heads of a mixer
     intermediate_size: int  # width of the MLPs
     d_state: int = 1  # width of a key in each head
-    gates: str = "complex"  # "complex", "real" or "fixed"
-    mode: str = "chunked"  # of `gateloop`; "scan" suits heads of width 1
+    gates: Literal["complex", "real", "fixed"] = "complex"  # from the input; "fixed": the same at every token
+    mode: Literal["recurrent", "scan", "attention", "chunked"] = "chunked"  # of `gateloop`; "scan" suits heads of width 1
     tie_embeddings: bool = True  # head and embedding share their weight
     norm_epsilon: float = 1e-5  # added under the root in RMSNorm
 
-    def __post_init__(self):
-        sizes = ("vocab_size", "d_model", "n_layer", "n_heads", "intermediate_size", "d_state")
-        check_sizes(**{name: getattr(self, name) for name in sizes})
 
-    @classmethod
-    def from_dict(cls, config: dict, where: str = "config.json") -> GateLoopConfig:
-        """Read a config.json. Raises ValueError when it is not a GateLoop's, or a size is missing or unknown."""
-        kind = config.get("model_type") if isinstance(config, dict) else config
-        if kind != "gateloop":
-            raise ValueError(f"{where}: model_type is {kind!r}: only 'gateloop' can be loaded here")
-        return read_part(cls, {name: value for name, value in config.items() if name != "model_type"}, where)
-
-
-class GateLoopLM(Decoder):
+class GateLoopLM(LanguageModel):
     """A language model of GateLoop mixers: the `Decoder` of Llama with another mixer in it."""
+
+    config_class = GateLoopConfig
 
     def __init__(self, config: GateLoopConfig):
         c = config
         mixers = [GateLoop(c.d_model, c.n_heads, c.d_state, gates=c.gates, mode=c.mode) for _ in range(c.n_layer)]
         super().__init__(Backbone(mixers, c.vocab_size, c.d_model, c.intermediate_size, c.norm_epsilon), c.tie_embeddings)
         self.config = config
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | os.PathLike,  # directory, or a name on the hub
-        dtype: torch.dtype | None = torch.float32,  # type of the weights; None: as stored
-    ) -> GateLoopLM:
-        """Load a checkpoint of ours, strictly. Raises FileNotFoundError, ConnectionError, ValueError."""
-        path = find_checkpoint(name)
-        return build_model(cls, GateLoopConfig.from_dict(read_config(path), where=str(name)), path, name, dtype)
-
-    def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors. Raises FileExistsError, OSError."""
-        save_checkpoint(path, {"model_type": "gateloop", **asdict(self.config)}, self.state_dict())

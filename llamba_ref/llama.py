@@ -5,13 +5,9 @@
 # %% ../nbs/08_llama.ipynb #a1529d23
 from __future__ import annotations
 
-import hashlib
-import os
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from math import pi
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,47 +16,31 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .checkpoint import (atomic_directory, find_checkpoint, load_strict, read_config, read_weights,
-                                   save_checkpoint, write_checkpoint)
-from .decoder import Backbone, Decoder, init_weights
+from .convert import LanguageModel, ModelConfig, check_fields
+from .decoder import Backbone, init_weights
 
 # %% auto #0
-__all__ = ['OURS_AND_THEIRS', 'Rope', 'rope_frequencies', 'apply_rope', 'KVCache', 'causal_mask', 'causal_attention',
-           'attention_matrix', 'Attention', 'LlamaConfig', 'rename', 'convert_gguf', 'Llama']
+__all__ = ['Rope', 'rope_frequencies', 'apply_rope', 'KVCache', 'causal_mask', 'causal_attention', 'attention_matrix',
+           'Attention', 'LlamaConfig', 'Llama']
 
 # %% ../nbs/08_llama.ipynb #4c3315a6
 @dataclass(frozen=True)
 class Rope:
-    """How positions are rotated: the base, and the scaling by which Llama 3 stretches slow rotations over a longer context."""
+    """How positions are rotated: the base, and a scaling that stretches rotations over a longer context.
+
+    Raises ValueError for numbers that are not positive, and for a high_freq_factor that is not above the low one."""
 
     theta: float = 10_000.0  # base of the wavelengths
-    factor: float = 1.0  # slow rotations are slowed down by this much; 1: none
+    factor: float = 1.0  # rotations are slowed down by this much: the slow ones (Llama 3), or all of them; 1: none
     low_freq_factor: float = 1.0  # wavelengths above original / low are slowed down in full
     high_freq_factor: float = 4.0  # wavelengths below original / high are left alone
     original_max_position_embeddings: int = 8192  # context before stretching
+    linear: bool = False  # all rotations are slowed down alike
 
-    @classmethod
-    def from_config(cls, config: dict) -> Rope:
-        """Read config.json's `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
-
-        Raises ValueError for a scaling other than "default" and "llama3", KeyError when one of its numbers is missing.
-        """
-        scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            raise ValueError(f"rope_type is {kind!r}: 'default' and 'llama3' are known")
-        if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(f"partial_rotary_factor is {scaling['partial_rotary_factor']}: only 1 is known")
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        return cls(theta, **{name: scaling[name] for name in names if kind == "llama3"})
-
-    def to_config(self) -> dict:
-        """The entries of config.json, as transformers reads them."""
-        numbers = asdict(self)
-        theta = numbers.pop("theta")
-        scaling = {"rope_type": "default"} if self.factor == 1 else {"rope_type": "llama3", **numbers}
-        return {"rope_theta": theta, "rope_parameters": {"rope_theta": theta, **scaling}}
+    def __post_init__(self):
+        check_fields(self)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(f"high_freq_factor is {self.high_freq_factor}: it must be above low_freq_factor, {self.low_freq_factor}")
 
 # %% ../nbs/08_llama.ipynb #24ba8074
 def rope_frequencies(
@@ -68,10 +48,10 @@ def rope_frequencies(
     head_dim: int,  # width of a head, even
     device: torch.device | str | None = None,  # where they are needed
 ) -> Float[Tensor, "half"]:  # radians a position, for each pair of channels, float32
-    """Angular frequencies of rotary positions: `theta ** (-2i / head_dim)`, then Llama 3's scaling by wavelength."""
+    """Angular frequencies of rotary positions: `theta ** (-2i / head_dim)`, then linear scaling or Llama 3's."""
     freqs = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    if rope.factor == 1:
-        return freqs
+    if rope.factor == 1 or rope.linear:
+        return freqs / rope.factor
     turns = rope.original_max_position_embeddings / (2 * pi / freqs)  # full turns over the original context
     keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
     return (1 - keep) * freqs / rope.factor + keep * freqs
@@ -236,10 +216,10 @@ class Attention(nn.Module):
         return attention_matrix(*self.queries_and_keys(u)).to(u.dtype)
 
 # %% ../nbs/08_llama.ipynb #3e39d9ce
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes of a Llama, under the names of its config.json."""
+class LlamaConfig(ModelConfig):
+    """Sizes of a Llama, under the names of its config.json. Raises ValueError as `ModelConfig`."""
 
+    model_type = "llama"
     vocab_size: int  # number of token ids
     hidden_size: int  # width of the residual stream
     intermediate_size: int  # width of the MLP
@@ -253,93 +233,12 @@ class LlamaConfig:
     tie_word_embeddings: bool = False  # head and embedding share their weight
     attention_bias: bool = False  # biases in attention
     mlp_bias: bool = False  # biases in the MLP
-    bos_token_id: int | None = None  # begins a text
-    eos_token_id: int | list[int] | None = None  # ends a text
-
-    @classmethod
-    def from_dict(cls, config: dict, where: str = "config.json") -> LlamaConfig:
-        """Read a config.json. Raises ValueError when it is not a Llama's, or a size is missing or impossible."""
-        if config.get("model_type") != "llama":
-            raise ValueError(f"{where}: model_type is {config.get('model_type')!r}: only 'llama' can be loaded here")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"{where}: hidden_act is {config['hidden_act']!r}: only 'silu' is known")
-        values = {name: config[name] for name in cls.__dataclass_fields__ if name != "rope" and config.get(name) is not None}
-        sizes = list(cls.__dataclass_fields__)[:7]
-        try:
-            values.setdefault("num_key_value_heads", values["num_attention_heads"])
-            values.setdefault("head_dim", values["hidden_size"] // max(values["num_attention_heads"], 1))
-            wrong = [name for name in sizes if not (isinstance(values[name], int) and values[name] > 0)]
-            rope = Rope.from_config(config)
-        except (KeyError, TypeError) as err:
-            raise ValueError(f"{where}: a size is missing, or is no number ({err})") from err
-        except ValueError as err:
-            raise ValueError(f"{where}: {err}") from err
-        if wrong:
-            raise ValueError(f"{where}: {wrong[0]} is {values[wrong[0]]!r}: it must be a positive whole number")
-        return cls(**values, rope=rope)
-
-    def to_dict(self) -> dict:
-        """A config.json that transformers reads as well."""
-        values = asdict(self)
-        del values["rope"]
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **self.rope.to_config(), **values}
-
-# %% ../nbs/08_llama.ipynb #22cbfa7c
-OURS_AND_THEIRS = [  # (name in Decoder, name in Hugging Face's Llama)
-    ("backbone.embedding.", "model.embed_tokens."),
-    ("backbone.final_layernorm.", "model.norm."),
-    ("backbone.layers.", "model.layers."),
-    (".mixer.", ".self_attn."),
-]
-
-
-def rename(name: str, to_ours: bool) -> str:
-    """Translate a weight's name between Hugging Face's Llama and `Decoder`."""
-    for ours, theirs in OURS_AND_THEIRS:
-        name = name.replace(theirs, ours) if to_ours else name.replace(ours, theirs)
-    return name
-
-# %% ../nbs/08_llama.ipynb #d7fdab89
-def convert_gguf(
-    file: Path,  # a .gguf of the llama architecture
-    cache: Path | None = None,  # where converted checkpoints are kept; None: $LLAMBA_CACHE or ~/.cache/llamba_ref
-) -> Path:  # directory with config.json, float32 safetensors and the tokenizer
-    """Convert a GGUF to a checkpoint directory, once: the second call finds it. Reading GGUF is left to transformers.
-
-    Raises ValueError when the file is no GGUF of a Llama, and says which package is missing where one is.
-    """
-    if file.suffix != ".gguf":
-        raise ValueError(f"{file}: a checkpoint is a directory or a .gguf file")
-    digest = hashlib.sha256()
-    with open(file, "rb") as handle:
-        while block := handle.read(2**22):
-            digest.update(block)
-    cache = Path(cache or os.environ.get("LLAMBA_CACHE") or "~/.cache/llamba_ref").expanduser()
-    out = cache / f"{file.stem}-{digest.hexdigest()[:12]}"
-    if out.exists():
-        return out
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    print(f"converting {file.name} to safetensors (once, under a minute): {out}", flush=True)
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    try:
-        config = LlamaConfig.from_dict(AutoConfig.from_pretrained(**source).to_dict(), where=file.name)
-        weights = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).state_dict()
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    except Exception as err:  # a damaged file can fail in any way
-        reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
-        raise ValueError(f"{file}: could not be read as the GGUF of a Llama ({reason})") from err
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    with suppress(FileExistsError):  # another process was faster
-        with atomic_directory(out) as directory:
-            write_checkpoint(directory, config.to_dict(), weights)
-            tokenizer.save_pretrained(directory)
-    return out
 
 # %% ../nbs/08_llama.ipynb #1eaaa9c4
-class Llama(Decoder):
+class Llama(LanguageModel):
     """Llama: a `Decoder` whose mixers are `Attention` (Touvron et al. 2023; Llama 3: Dubey et al. 2024)."""
+
+    config_class = LlamaConfig
 
     def __init__(self, config: LlamaConfig):
         c = config
@@ -350,29 +249,3 @@ class Llama(Decoder):
         self.config = config
         for block in self.backbone.layers:
             block.mixer.apply(init_weights)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | os.PathLike,  # directory, .gguf file, "tiny", "smollm2" or a hub name
-        dtype: torch.dtype | None = torch.float32,  # type of the weights; None: as stored
-    ) -> Llama:
-        """Load a checkpoint in Hugging Face format (safetensors or .bin, sharded or not) or a GGUF file.
-
-        Raises FileNotFoundError, ConnectionError or ValueError with one line that says what is wrong.
-        """
-        path = find_checkpoint(name)
-        if path.is_file():
-            path = convert_gguf(path)
-        config = LlamaConfig.from_dict(read_config(path), where=str(name))
-        weights = {rename(k, to_ours=True): v for k, v in read_weights(path).items() if not k.endswith("rotary_emb.inv_freq")}
-        if config.tie_word_embeddings:
-            weights.pop("lm_head.weight", None)  # some files store the shared weight twice
-        with torch.device("meta"):
-            model = cls(config)
-        load_strict(model, weights, name, dtype)
-        return model
-
-    def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write a checkpoint that this class and transformers read. Raises FileExistsError, OSError."""
-        save_checkpoint(path, self.config.to_dict(), {rename(k, to_ours=False): v for k, v in self.state_dict().items()})

@@ -5,18 +5,18 @@
 # %% ../nbs/09_llamba.ipynb #b79fb4b5
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .checkpoint import build_model, find_checkpoint, read_config, read_part, save_checkpoint
+from .convert import LanguageModel, ModelConfig, check_fields
 from .core import check_sizes, wide_dtype
-from .decoder import Backbone, Decoder
+from .decoder import Backbone
 from .llama import Attention, Llama, LlamaConfig, Rope
 from .mamba2 import Projected, SSDMixer, convolve
 
@@ -94,11 +94,10 @@ class SSMConfig:
     n_qk_heads: int = 32  # groups of heads that share keys and queries
     expand: int = 1  # inner width over d_model
     chunk_size: int = 128  # length of a chunk in `ssd`
-    activation: str = "identity"  # after the convolution
+    activation: Literal["identity", "silu"] = "identity"  # after the convolution
     bias: bool = False  # biases in the projections
 
-    def __post_init__(self):
-        check_sizes(**{field.name: getattr(self, field.name) for field in fields(self) if field.type == "int"})
+    __post_init__ = check_fields
 
 
 @dataclass(frozen=True)
@@ -107,12 +106,9 @@ class MLPConfig:
 
     intermediate_size: int  # width
     bias: bool = False  # biases in the projections
-    act_fn: str = "silu"  # the only one
+    act_fn: Literal["silu"] = "silu"  # the only one
 
-    def __post_init__(self):
-        check_sizes(intermediate_size=self.intermediate_size)
-        if self.act_fn != "silu":
-            raise ValueError(f"act_fn is {self.act_fn!r}: only 'silu' is known")
+    __post_init__ = check_fields
 
 
 @dataclass(frozen=True)
@@ -126,14 +122,14 @@ class AttentionConfig:
     rope: Rope = Rope()  # rotary positions
     bias: bool = False  # biases in the projections
 
-    def __post_init__(self):
-        check_sizes(n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)
+    __post_init__ = check_fields
 
 # %% ../nbs/09_llamba.ipynb #a007e204
-@dataclass(frozen=True)
-class LlambaConfig:
-    """Sizes of a Llamba, under the names of the official config.json."""
+class LlambaConfig(ModelConfig):
+    """Sizes of a Llamba, under the names of the official config.json. Raises ValueError as `ModelConfig`."""
 
+    model_type = "llamba"
+    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "tie_word_embeddings": "tie_embeddings"}
     vocab_size: int  # number of token ids
     d_model: int  # width of the residual stream
     n_layer: int  # blocks
@@ -145,39 +141,10 @@ class LlambaConfig:
     norm_epsilon: float = 1e-5  # added under the root in RMSNorm
     attn_cfg: AttentionConfig | None = None  # a hybrid's attention; None: every mixer is recurrent
 
-    def __post_init__(self):
-        check_sizes(**{field.name: getattr(self, field.name) for field in fields(self) if field.type == "int"})
+    def __post_init__(self, **unknown):
+        super().__post_init__(**unknown)
         if self.attn_cfg is not None and not set(self.attn_cfg.layers) <= set(range(self.n_layer)):
             raise ValueError(f"attn_cfg: layers is {list(self.attn_cfg.layers)}: layers are 0 to {self.n_layer - 1}")
-
-    @classmethod
-    def from_dict(cls, config: dict, where: str = "config.json") -> LlambaConfig:
-        """Read a config.json. Raises ValueError when it is not a Llamba's, or a size is missing or unknown."""
-        if not isinstance(config, dict) or config.get("model_type", "llamba") != "llamba":
-            kind = config.get("model_type") if isinstance(config, dict) else config
-            raise ValueError(f"{where}: model_type is {kind!r}: only 'llamba' can be loaded here")
-        values = {field.name: config[field.name] for field in fields(cls) if field.name in config}
-        if isinstance(values.get("ssm_cfg"), dict):
-            built_in = {"d_conv": 4, "conv_bias": True}
-            for name, only in built_in.items():
-                if values["ssm_cfg"].get(name, only) != only:
-                    raise ValueError(f"{where}: ssm_cfg: {name} is {values['ssm_cfg'][name]!r}: only {only!r} is known")
-            values["ssm_cfg"] = {k: v for k, v in values["ssm_cfg"].items() if k not in (*built_in, "layer_idx")}
-        if isinstance(values.get("attn_cfg"), dict):
-            a = values["attn_cfg"]
-            a = a | {"layers": tuple(a["layers"])} if "layers" in a else a
-            values["attn_cfg"] = a | {"rope": read_part(Rope, a["rope"], f"{where}: attn_cfg: rope")} if "rope" in a else a
-        for name, kind in (("ssm_cfg", SSMConfig), ("mlp_cfg", MLPConfig), ("attn_cfg", AttentionConfig)):
-            if name in values and not (name == "attn_cfg" and values[name] is None):
-                values[name] = read_part(kind, values[name], f"{where}: {name}")
-        return read_part(cls, values, where)
-
-    def to_dict(self) -> dict:
-        """The official config.json; a hybrid has `attn_cfg` besides."""
-        values = asdict(self)
-        if self.attn_cfg is None:
-            del values["attn_cfg"]
-        return {"model_type": "llamba", **values}
 
     def mixer(self, layer: int) -> nn.Module:
         """A new mixer for a layer."""
@@ -187,10 +154,16 @@ class LlambaConfig:
         return DiscreteMamba2(self.d_model, **asdict(self.ssm_cfg))
 
 # %% ../nbs/09_llamba.ipynb #e22cce0b
-LLAMBA_SIZES = {  # the released models
-    "llamba-1b": LlambaConfig(128256, 2048, 16, SSMConfig(n_v_heads=32, n_qk_heads=32), MLPConfig(8192), tie_embeddings=True),
-    "llamba-3b": LlambaConfig(128256, 3072, 28, SSMConfig(n_v_heads=24, n_qk_heads=24), MLPConfig(8192), tie_embeddings=True),
-    "llamba-8b": LlambaConfig(128256, 4096, 32, SSMConfig(n_v_heads=32, n_qk_heads=32), MLPConfig(14336)),
+def _released(d_model: int, layers: int, heads: int, mlp: int, tied: bool) -> LlambaConfig:
+    """A released model: the vocabulary of Llama 3, mixers with as many groups as heads."""
+    ssm = SSMConfig(n_v_heads=heads, n_qk_heads=heads)
+    return LlambaConfig(vocab_size=128256, d_model=d_model, n_layer=layers, ssm_cfg=ssm, mlp_cfg=MLPConfig(mlp), tie_embeddings=tied)
+
+
+LLAMBA_SIZES = {
+    "llamba-1b": _released(2048, 16, 32, 8192, tied=True),
+    "llamba-3b": _released(3072, 28, 24, 8192, tied=True),
+    "llamba-8b": _released(4096, 32, 32, 14336, tied=False),
 }
 
 # %% ../nbs/09_llamba.ipynb #f6504455
@@ -201,24 +174,26 @@ def student_config(
     chunk_size: int = 128,  # length of a chunk in `ssd`
 ) -> LlambaConfig:
     """The sizes of a student. Raises ValueError for a layer that does not exist, and for heads that do not divide the width."""
-    layers = tuple(sorted(set(keep_attention)))
+    layers, heads = tuple(sorted(set(keep_attention))), c.num_attention_heads
     if not set(layers) <= set(range(c.num_hidden_layers)):
         raise ValueError(f"keep_attention is {list(keep_attention)}: layers are 0 to {c.num_hidden_layers - 1}")
-    if c.hidden_size % c.num_attention_heads:
-        raise ValueError(f"the teacher's num_attention_heads is {c.num_attention_heads}: it must divide hidden_size, "
-                         f"{c.hidden_size}, for a student has one head a query head")
-    attention = AttentionConfig(layers, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rope, c.attention_bias)
+    if c.hidden_size % heads:
+        raise ValueError(f"the teacher's num_attention_heads is {heads}: it must divide hidden_size, {c.hidden_size}, "
+                         "for a student has one head a query head")
+    attention = AttentionConfig(layers, heads, c.num_key_value_heads, c.head_dim, c.rope, c.attention_bias)
     return LlambaConfig(
-        c.vocab_size, c.hidden_size, c.num_hidden_layers,
-        SSMConfig(d_state, c.num_attention_heads, c.num_attention_heads, chunk_size=chunk_size),
-        MLPConfig(c.intermediate_size, c.mlp_bias),
+        vocab_size=c.vocab_size, d_model=c.hidden_size, n_layer=c.num_hidden_layers,
+        ssm_cfg=SSMConfig(d_state, heads, heads, chunk_size=chunk_size), mlp_cfg=MLPConfig(c.intermediate_size, c.mlp_bias),
         tie_embeddings=c.tie_word_embeddings, pad_vocab_size_multiple=1, norm_epsilon=c.rms_norm_eps,
         attn_cfg=attention if layers else None,
+        bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id,
     )
 
 # %% ../nbs/09_llamba.ipynb #bb11be47
-class Llamba(Decoder):
+class Llamba(LanguageModel):
     """Llamba: a `Decoder` whose mixers are `DiscreteMamba2`, some of them `Attention` in a hybrid (Bick et al. 2025)."""
+
+    config_class = LlambaConfig
 
     def __init__(self, config: LlambaConfig):
         c, mlp = config, config.mlp_cfg
@@ -250,17 +225,3 @@ class Llamba(Decoder):
         kept = {k: v for k, v in teacher.state_dict().items() if ".mixer." not in k or int(k.split(".")[2]) in layers}
         student.load_state_dict(student.state_dict() | kept, strict=True)
         return student
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | os.PathLike,  # directory or a name on the hub, such as cartesia-ai/Llamba-1B
-        dtype: torch.dtype | None = torch.float32,  # type of the weights; None: as stored
-    ) -> Llamba:
-        """Load an official checkpoint or one of ours, strictly. Raises FileNotFoundError, ConnectionError, ValueError."""
-        path = find_checkpoint(name)
-        return build_model(cls, LlambaConfig.from_dict(read_config(path), where=str(name)), path, name, dtype)
-
-    def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors under the official names. Raises FileExistsError, OSError."""
-        save_checkpoint(path, self.config.to_dict(), self.state_dict())

@@ -6,9 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
-from dataclasses import dataclass, fields
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,17 +13,16 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
-from .checkpoint import build_model, find_checkpoint, read_config, read_part, save_checkpoint
 from .conv import causal_conv
+from .convert import LanguageModel, ModelConfig
 from .core import check_sizes, is_token, wide_dtype
-from .decoder import Backbone, Decoder
+from .decoder import Backbone
 from .ssd import ssd, ssd_matrix, ssd_step
 
 # %% auto #0
-__all__ = ['ORIGINAL', 'TRANSFORMERS', 'inverse_softplus', 'GatedRMSNorm', 'MambaState', 'Projected', 'SSDMixer', 'convolve',
-           'Mamba2', 'Layout', 'Mamba2Config', 'Mamba2LM']
+__all__ = ['inverse_softplus', 'GatedRMSNorm', 'MambaState', 'Projected', 'SSDMixer', 'convolve', 'Mamba2', 'Mamba2Config',
+           'Mamba2LM']
 
 # %% ../nbs/06_mamba2.ipynb #fd7cb9d7
 def inverse_softplus(
@@ -222,67 +218,12 @@ class Mamba2(SSDMixer):
         """Add the skip D x, gate and norm, and project back to d_model."""
         return self.out_proj(self.norm(rearrange(y + self.D[:, None] * x, "... h p -> ... (h p)"), z))
 
-# %% ../nbs/06_mamba2.ipynb #1e807d7f
-class Layout(NamedTuple):
-    """How one kind of checkpoint says what `Mamba2Config` and `Decoder` say."""
-
-    names: dict[str, str]  # our name of an entry of config.json -> theirs
-    required: frozenset[str]  # their entries that must be there, for lack of a default that we share
-    only: dict[str, object]  # their entries that choose another model, and the one value that is built here
-    ignored: frozenset[str]  # their entries that do not change what a trained model computes
-    weights: dict[str, str]  # part of our name of a weight -> theirs
-
-
-ORIGINAL = Layout(
-    names={"vocab_size": "vocab_size", "d_model": "d_model", "n_layer": "n_layer", "tie_embeddings": "tie_embeddings",
-           "pad_vocab_size_multiple": "pad_vocab_size_multiple", "n_groups": "ssm_cfg.ngroups",
-           **{name: f"ssm_cfg.{name}" for name in ("d_state", "headdim", "expand", "d_conv", "chunk_size", "dt_limit", "bias", "conv_bias")}},
-    required=frozenset(["vocab_size", "d_model", "n_layer", "ssm_cfg.layer"]),
-    only={"ssm_cfg.layer": "Mamba2", "d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "ssm_cfg.d_ssm": None,
-          "ssm_cfg.rmsnorm": True, "ssm_cfg.norm_before_gate": False, "ssm_cfg.D_has_hdim": False},
-    ignored=frozenset(["residual_in_fp32", "fused_add_norm", *(f"ssm_cfg.{name}" for name in (
-        "use_mem_eff_path", "conv_init", "A_init_range", "dt_min", "dt_max", "dt_init_floor"))]),
-    weights={"backbone.final_layernorm.": "backbone.norm_f.", ".input_layernorm.": ".norm."},
-)
-_THEIRS = {"vocab_size": "vocab_size", "d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_state": "state_size", "headdim": "head_dim",
-           "n_groups": "n_groups", "expand": "expand", "d_conv": "conv_kernel", "chunk_size": "chunk_size", "dt_limit": "time_step_limit",
-           "bias": "use_bias", "conv_bias": "use_conv_bias", "norm_epsilon": "layer_norm_epsilon", "tie_embeddings": "tie_word_embeddings"}
-TRANSFORMERS = Layout(
-    names=_THEIRS,
-    required=frozenset([*_THEIRS.values(), "num_heads"]),
-    only={"hidden_act": "silu"},
-    ignored=frozenset(["model_type", "num_heads", "residual_in_fp32", "rms_norm", "norm_before_gate", "initializer_range", "rescale_prenorm_residual",
-                       "use_cache", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id",
-                       "intermediate_size", "time_step_init_scheme", "time_step_scale",
-                       *(f"time_step_{name}" for name in ("rank", "min", "max", "floor")), *PreTrainedConfig().to_dict()]),
-    weights={**ORIGINAL.weights, "backbone.embedding.": "backbone.embeddings."},
-)
-
-# %% ../nbs/06_mamba2.ipynb #135cea0c
-def _layout(config: dict, where: str) -> tuple[Layout, dict]:
-    """Which layout a config.json has, and its entries, those of `ssm_cfg` among them as "ssm_cfg.name"."""
-    kind = config.get("model_type") if isinstance(config, dict) else config
-    if isinstance(config, dict) and kind == "mamba2":
-        return TRANSFORMERS, config
-    if kind is None and isinstance(config, dict) and isinstance(config.get("ssm_cfg"), dict):
-        inner = {f"ssm_cfg.{name}": value for name, value in config["ssm_cfg"].items()}
-        return ORIGINAL, {name: value for name, value in config.items() if name != "ssm_cfg"} | inner
-    raise ValueError(f"{where}: model_type is {kind!r}: a Mamba-2 has 'mamba2', or an entry ssm_cfg and no model_type")
-
-
-def _limits(pair, where: str) -> tuple[float, float]:
-    """The two limits of dt; transformers writes infinity as {"__float__": "Infinity"}."""
-    try:
-        low, high = (float(limit["__float__"] if isinstance(limit, dict) else limit) for limit in pair)
-    except (TypeError, ValueError, KeyError) as err:
-        raise ValueError(f"{where}: dt_limit is {pair!r}: it must be two numbers") from err
-    return low, high
-
 # %% ../nbs/06_mamba2.ipynb #d96552f1
-@dataclass(frozen=True)
-class Mamba2Config:
-    """Sizes of a Mamba-2 language model, most of them under the names of the original code."""
+class Mamba2Config(ModelConfig):
+    """Sizes of a Mamba-2 language model, most under the names of the original code. Raises ValueError as `ModelConfig`."""
 
+    model_type = "mamba2"
+    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "tie_word_embeddings": "tie_embeddings"}
     vocab_size: int  # number of token ids
     d_model: int  # width of the residual stream
     n_layer: int  # blocks
@@ -299,45 +240,11 @@ class Mamba2Config:
     tie_embeddings: bool = True  # head and embedding share their weight
     pad_vocab_size_multiple: int = 1  # the embedding has this multiple of rows
 
-    def __post_init__(self):
-        check_sizes(**{field.name: getattr(self, field.name) for field in fields(self) if field.type == "int"})
-        for name in (field.name for field in fields(self) if field.type == "bool"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be true or false")
-        if not (isinstance(self.norm_epsilon, (int, float)) and self.norm_epsilon > 0):
-            raise ValueError(f"norm_epsilon is {self.norm_epsilon!r}: it must be a positive number")
-
-    @classmethod
-    def from_dict(cls, config: dict, where: str = "config.json") -> Mamba2Config:
-        """Read a config.json, original or transformers'. Raises ValueError when it is neither, lacks an entry, or has one that is not known here."""
-        layout, flat = _layout(config, where)
-        if layout is ORIGINAL:
-            flat = {"pad_vocab_size_multiple": 8, **flat}
-        if missing := layout.required - flat.keys():
-            raise ValueError(f"{where}: missing entry {', '.join(sorted(missing))}")
-        if unknown := flat.keys() - {*layout.names.values(), *layout.only, *layout.ignored}:
-            raise ValueError(f"{where}: unknown entry {', '.join(sorted(unknown))}")
-        for name, value in layout.only.items():
-            if flat.get(name, value) != value:
-                raise ValueError(f"{where}: {name} is {flat[name]!r}: only {value!r} is built here")
-        values = {ours: flat[theirs] for ours, theirs in layout.names.items() if theirs in flat}
-        if "dt_limit" in values:
-            values["dt_limit"] = _limits(values["dt_limit"], where)
-        found = read_part(cls, values, where)
-        if layout is TRANSFORMERS and flat["num_heads"] != found.expand * found.d_model / found.headdim:
-            raise ValueError(f"{where}: num_heads is {flat['num_heads']}: num_heads * head_dim must be expand * hidden_size")
-        return found
-
-    def to_dict(self) -> dict:
-        """A config.json that transformers reads as well."""
-        values = {theirs: getattr(self, ours) for ours, theirs in TRANSFORMERS.names.items()}
-        heads = self.expand * self.d_model // self.headdim
-        tokens = {f"{kind}_token_id": None for kind in ("bos", "eos", "pad")}  # unknown here; transformers' defaults would end texts at id 2
-        return {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", **values, "num_heads": heads, "hidden_act": "silu", **tokens}
-
 # %% ../nbs/06_mamba2.ipynb #45e69452
-class Mamba2LM(Decoder):
+class Mamba2LM(LanguageModel):
     """A language model of Mamba-2 mixers: the `Decoder` without MLPs (Dao and Gu 2024)."""
+
+    config_class = Mamba2Config
 
     def __init__(self, config: Mamba2Config):
         c = config
@@ -348,28 +255,3 @@ class Mamba2LM(Decoder):
         self.config = config
         for mixer in mixers:  # as many sums in the residual stream as there are layers: keep their variance
             mixer.out_proj.weight.data.div_(math.sqrt(c.n_layer))
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | os.PathLike,  # directory, or a name on the hub, such as state-spaces/mamba2-130m
-        dtype: torch.dtype | None = torch.float32,  # type of the weights; None: as stored
-    ) -> Mamba2LM:
-        """Load a checkpoint in the original or in transformers' layout, strictly. Raises FileNotFoundError, ConnectionError, ValueError."""
-        path = find_checkpoint(name)
-        config = read_config(path)
-        layout, _ = _layout(config, str(name))
-        return build_model(cls, Mamba2Config.from_dict(config, str(name)), path, name, dtype, stored_as=partial(_stored_as, layout=layout))
-
-    def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write a checkpoint that transformers reads as well, without rows that pad the vocabulary. Raises FileExistsError, OSError."""
-        weights = {_stored_as(name, TRANSFORMERS): tensor for name, tensor in self.state_dict().items()}
-        rows = {name: weights[name][: self.vocab_size] for name in ("backbone.embeddings.weight", "lm_head.weight") if name in weights}
-        save_checkpoint(path, self.config.to_dict(), weights | rows)
-
-
-def _stored_as(name: str, layout: Layout) -> str:
-    """What a layout calls a weight of ours."""
-    for ours, theirs in layout.weights.items():
-        name = name.replace(ours, theirs)
-    return name

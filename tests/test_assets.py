@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llamba_ref.checkpoint import EMBEDDED, find_checkpoint
-from llamba_ref.cli import load_model
+from llamba_ref.models import load_model
 from llamba_ref.core import load_result, relative_error
 from llamba_ref.data import load_documents, pack, split_documents
 from llamba_ref.evaluate import evaluate

@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,8 +23,8 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 from llamba_ref import checkpoint
-from llamba_ref.checkpoint import (atomic_directory, build_model, drop_tied_head, find_checkpoint, load_strict, read_config,
-                                   read_part, read_tensors, read_weights, save_checkpoint, write_tensors)
+from llamba_ref.checkpoint import (atomic_directory, find_checkpoint, hub_problem, load_strict, read_config, read_tensors,
+                                   read_weights, write_checkpoint, write_tensors)
 
 
 def model():
@@ -35,6 +34,11 @@ def model():
 @pytest.fixture
 def weights():
     return model().state_dict()
+
+
+def save_checkpoint(path, config, weights):
+    with atomic_directory(path) as directory:
+        write_checkpoint(directory, config, weights)
 
 
 def same(one, other):
@@ -323,91 +327,41 @@ def test_load_strict_into_meta(dtype, weights):
     assert all(p.requires_grad and not p.is_meta for p in target.parameters())
 
 
-# From a config and weights to a model
-
-
-@dataclass(frozen=True)
-class Sizes:
-    vocab_size: int
-    width: int
-    tie_embeddings: bool = True
-
-    def __post_init__(self):
-        if self.width % 2:
-            raise ValueError(f"width is {self.width}: it must be even")
+# A tied head that is stored twice
 
 
 class Tied(nn.Module):
     """An embedding that is its own head, or a head besides."""
 
-    def __init__(self, config):
+    def __init__(self, tied=True):
         super().__init__()
-        self.backbone = nn.ModuleDict({"embedding": nn.Embedding(config.vocab_size, config.width)})
-        if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.backbone = nn.ModuleDict({"embedding": nn.Embedding(5, 4)})
+        if not tied:
+            self.lm_head = nn.Linear(4, 5, bias=False)
 
 
-def test_read_part():
-    assert read_part(Sizes, {"vocab_size": 5, "width": 4}, "here") == Sizes(5, 4)
-    assert read_part(Sizes, {"tie_embeddings": False, "width": 4, "vocab_size": 5}, "here") == Sizes(5, 4, False)
-
-
-@pytest.mark.parametrize("values, message", [
-    ({"width": 4}, "here: missing entry vocab_size; known are vocab_size, width, tie_embeddings"),
-    ({}, "here: missing entry vocab_size, width; known are vocab_size, width, tie_embeddings"),
-    ({"vocab_size": 5, "width": 4, "z": 1, "a": 2}, "here: unknown entry a, z; known are vocab_size, width, tie_embeddings"),
-    ({"width": 4, "a": 2}, "here: unknown entry a; known are vocab_size, width, tie_embeddings"),
-    ({"vocab_size": 5, "width": 3}, "here: width is 3: it must be even"),
-    (None, "here is None: it must be a table of sizes"),
-    ([5, 4], "here is [5, 4]: it must be a table of sizes"),
-])
-def test_read_part_names_what_is_wrong(values, message):
-    with pytest.raises(ValueError) as error:
-        read_part(Sizes, values, "here")
-    assert str(error.value) == message
-
-
-def test_drop_tied_head():
-    embedding, other = torch.randn(5, 4), torch.randn(5, 4)
-    name, head = "backbone.embedding.weight", "lm_head.weight"
-    weights = {name: embedding, "x": other}
-    drop_tied_head(weights, "here")
-    assert weights == {name: embedding, "x": other}
-    for value in (embedding, embedding.clone()):
-        weights[head] = value
-        drop_tied_head(weights, "here")
-        assert weights.keys() == {name, "x"}
-    for value in (other, embedding[:4]):
+@pytest.mark.parametrize("names", ["ours", "theirs"])
+def test_a_tied_head_is_a_copy_or_refused(names):
+    words = {"lm_head.weight": "head", "backbone.embedding.weight": "wte"} if names == "theirs" else {}
+    head, embedding = words.get("lm_head.weight", "lm_head.weight"), words.get("backbone.embedding.weight", "backbone.embedding.weight")
+    weights = {embedding: torch.randn(5, 4)}
+    for copy in ({}, {head: weights[embedding]}, {head: weights[embedding].clone()}):
+        target, given = Tied(), weights | copy
+        load_strict(target, given, "here", stored_as=lambda name: words.get(name, name))
+        assert torch.equal(target.backbone.embedding.weight, weights[embedding]) and given.keys() == (weights | copy).keys()
+    for other in (torch.randn(5, 4), weights[embedding][:4]):
         with pytest.raises(ValueError) as error:
-            drop_tied_head(weights | {head: value}, "here")
-        assert str(error.value) == "here: config.json says tie_embeddings, but lm_head.weight is not backbone.embedding.weight"
+            load_strict(Tied(), weights | {head: other}, "here", stored_as=lambda name: words.get(name, name))
+        assert one_line(error) == f"here: {head} is not {embedding}, and config.json says that the two are tied"
+    with pytest.raises(ValueError, match="1 missing .lm_head.weight"):
+        load_strict(Tied(tied=False), {"backbone.embedding.weight": torch.randn(5, 4)}, "here")
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
-def test_build_model(tied, dtype, tmp_path):
-    config = Sizes(5, 4, tied)
-    weights = {name: weight.half() for name, weight in Tied(config).state_dict().items()}
-    copy = {"lm_head.weight": weights["backbone.embedding.weight"].clone()} if tied else {}
-    save_checkpoint(tmp_path / "a", {}, weights | copy)
-    seen = []
-
-    def kind(config):
-        seen.append(torch.empty(1).device.type)  # on the meta device, a large model takes no memory before its weights come
-        return Tied(config)
-
-    model = build_model(kind, config, tmp_path / "a", "here", dtype)
-    assert seen == ["meta"] and torch.empty(1).device.type == "cpu"
-    assert same(model.state_dict(), {name: weight.to(dtype or torch.float16) for name, weight in weights.items()})
-
-
-def test_build_model_is_strict(tmp_path):
-    save_checkpoint(tmp_path / "a", {}, Tied(Sizes(5, 4)).state_dict())
-    for config, message in ((Sizes(5, 4, False), "1 missing .lm_head.weight"), (Sizes(5, 6), r"has shape \(5, 4\) instead of \(5, 6\)")):
-        with pytest.raises(ValueError, match=f"^here: the weights do not fit the model: .*{message}"):
-            build_model(Tied, config, tmp_path / "a", "here")
-    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor pytorch_model.bin"):
-        build_model(Tied, Sizes(5, 4), tmp_path, "here")
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_numbers_that_are_no_floating_point_are_refused(dtype, weights):
+    with pytest.raises(ValueError) as error:
+        load_strict(model(), weights | {"0.bias": torch.zeros(4).to(dtype)}, "here")
+    assert f"0.bias is {dtype}: it must be float16" in one_line(error)
 
 
 # Writing
@@ -473,7 +427,7 @@ def full_disk_in_rust(*args, **kwargs):
 
 
 @pytest.mark.parametrize("where, failure", [
-    ((checkpoint, "save_file"), full_disk_in_rust), ((checkpoint, "save_file"), full_disk), ((Path, "write_text"), full_disk),
+    ((checkpoint, "save_torch_state_dict"), full_disk_in_rust), ((checkpoint, "save_torch_state_dict"), full_disk), ((Path, "write_text"), full_disk),
     ((os, "fsync"), full_disk), ((Path, "rename"), full_disk), ((Path, "touch"), full_disk)])
 def test_full_disk_leaves_nothing(where, failure, monkeypatch, tmp_path, weights):
     save_checkpoint(tmp_path / "old", {"n": 1}, weights)
@@ -490,10 +444,12 @@ def test_a_write_that_the_system_stops(tmp_path):
     """A real failing write: the process may not make files over 100 kB."""
     program = f"""
 import resource, torch
-from llamba_ref.checkpoint import save_checkpoint
+from pathlib import Path
+from llamba_ref.checkpoint import atomic_directory, write_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    save_checkpoint({str(tmp_path / "a")!r}, {{}}, {{"w": torch.zeros(1_000_000)}})
+    with atomic_directory({str(tmp_path / "a")!r}) as directory:
+        write_checkpoint(directory, {{}}, {{"w": torch.zeros(1_000_000)}})
 except OSError as err:
     print("OSError", err)
 """

@@ -21,7 +21,9 @@ V = len(TOKENIZER)
 def llama(seed: int = 0, scale: float = 8.0, vocab_size: int = V) -> Llama:
     """A random Llama with predictions that are far from uniform."""
     torch.manual_seed(seed)
-    model = Llama(LlamaConfig(vocab_size, 32, 64, 2, 4, 2, 8, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0))
+    model = Llama(LlamaConfig(vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                              num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
+                              bos_token_id=0, eos_token_id=0))
     with torch.no_grad():
         model.backbone.final_layernorm.weight *= scale
     return model.requires_grad_(False)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llamba_ref.cli import load_model, main, save_model
+from llamba_ref.cli import main
+from llamba_ref.models import load_model, save_model
 from llamba_ref.core import relative_error
 from llamba_ref.data import train_tokenizer
 from llamba_ref.decoder import RMSNorm
@@ -943,7 +944,8 @@ def test_the_state_does_not_grow():
 @pytest.mark.parametrize("gates", OF_INPUT)
 def test_a_student_of_mohawk(gates):
     """A Transformer whose attention is replaced by GateLoop: nothing in the distillation knows what mixer it is."""
-    teacher = Llama(LlamaConfig(40, 24, 40, 2, 4, 2, 6, tie_word_embeddings=True))
+    teacher = Llama(LlamaConfig(vocab_size=40, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                                num_attention_heads=4, num_key_value_heads=2, head_dim=6, tie_word_embeddings=True))
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -24,7 +24,8 @@ def by_hand(row, modulus):
 
 
 def small_model():
-    return GateLoopLM(GateLoopConfig(6, 8, 2, 8, 16, mode="scan", tie_embeddings=False))
+    return GateLoopLM(GateLoopConfig(vocab_size=6, d_model=8, n_layer=2, n_heads=8, intermediate_size=16, mode="scan",
+                                     tie_embeddings=False))
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,7 +8,8 @@ pytest.importorskip("triton")
 
 from llamba_ref.core import relative_error
 from llamba_ref.kernels.conv import conv_backward_op, conv_op, conv_step_op
-from llamba_ref.mamba2 import Mamba2, causal_conv, causal_conv_step
+from llamba_ref.conv import causal_conv, causal_conv_step
+from llamba_ref.mamba2 import Mamba2
 
 NAMES = ("x", "weight", "bias", "window")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

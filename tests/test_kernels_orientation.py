@@ -176,7 +176,9 @@ def test_memory_grows_with_the_length():
 
 def models(mixer=None, **sizes):
     """A teacher whose heads are 16 wide, and its student."""
-    teacher = Llama(LlamaConfig(40, 64, 40, 2, 4, 2, 16, tie_word_embeddings=True)).to(DEVICE)
+    teacher = Llama(LlamaConfig(vocab_size=40, hidden_size=64, intermediate_size=40, num_hidden_layers=2,
+                                num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                                tie_word_embeddings=True)).to(DEVICE)
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

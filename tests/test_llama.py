@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from llamba_ref.checkpoint import find_checkpoint, read_weights
+from llamba_ref.convert import LLAMA, convert_gguf
 from llamba_ref.core import peak_bytes, relative_error
-from llamba_ref.llama import (Attention, KVCache, Llama, LlamaConfig, Rope, apply_rope, causal_attention, causal_mask, convert_gguf,
-                              rename, rope_frequencies)
+from llamba_ref.llama import (
+    Attention, KVCache, Llama, LlamaConfig, Rope, apply_rope, causal_attention, causal_mask, rope_frequencies,
+)
 from llamba_ref.llamba import Llamba
 
 transformers.logging.set_verbosity_error()
@@ -75,7 +77,7 @@ def test_logits_and_gradients_equal_transformers(kind, tmp_path):
     (ref * weight).sum().backward()
     grads = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
-        assert relative_error(parameter.grad, grads[rename(name, to_ours=False)].grad) < 1e-4, name
+        assert relative_error(parameter.grad, grads[LLAMA.stored_as(name)].grad) < 1e-4, name
 
 
 def test_hidden_states_and_attention_equal_transformers(tmp_path):
@@ -153,9 +155,15 @@ def test_rope_config_of_both_generations():
     new = {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", **numbers}}
     old = {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **numbers}}
     older = {"rope_theta": 500000.0, "rope_scaling": {"type": "llama3", **numbers}}
-    assert Rope.from_config(new) == Rope.from_config(old) == Rope.from_config(older) == LLAMA3
-    assert Rope.from_config({}) == Rope.from_config({"rope_scaling": None}) == Rope() == Rope.from_config({"rope_theta": 10000})
-    assert Rope.from_config(LLAMA3.to_config()) == LLAMA3 and Rope.from_config(Rope(7.0).to_config()) == Rope(7.0)
+    bare = {name: value for name, value in SMALL.to_dict().items() if not name.startswith("rope")}
+
+    def rope(entries):
+        return LlamaConfig.from_dict(bare | entries).rope
+
+    assert rope(new) == rope(old) == rope(older) == LLAMA3
+    assert rope({}) == rope({"rope_scaling": None}) == Rope() == rope({"rope_theta": 10000})
+    for other in (LLAMA3, Rope(7.0), Rope(7.0, 3.0, linear=True)):
+        assert LlamaConfig.from_dict(replace(SMALL, rope=other).to_dict()).rope == other
 
 
 # The mixer
@@ -378,7 +386,7 @@ def test_save_and_reload_bit_exactly(kind, tmp_path):
     reference = theirs.state_dict()
     assert again.config == model.config
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]) and torch.equal(tensor, reference[rename(name, to_ours=False)])
+        assert torch.equal(tensor, again.state_dict()[name]) and torch.equal(tensor, reference[LLAMA.stored_as(name)])
     theirs.save_pretrained(tmp_path / "b")  # and back from there
     back = Llama.from_pretrained(tmp_path / "b")
     assert back.config == model.config
@@ -441,10 +449,10 @@ def rewrite(path, change_weights=None, change_config=None):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "1 missing (backbone.layers.1.mlp.up_proj.weight)"),
+    (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "1 missing (model.layers.1.mlp.up_proj.weight)"),
     (lambda w: w.pop("lm_head.weight"), "1 missing (lm_head.weight)"),
-    (lambda w: w.update({"model.layers.2.input_layernorm.weight": torch.ones(32)}), "1 unexpected (backbone.layers.2.input_layernorm.weight)"),
-    (lambda w: w.update({"model.norm.weight": torch.ones(31)}), "backbone.final_layernorm.weight has shape (31,) instead of (32,)")])
+    (lambda w: w.update({"model.layers.2.input_layernorm.weight": torch.ones(32)}), "1 unexpected (model.layers.2.input_layernorm.weight)"),
+    (lambda w: w.update({"model.norm.weight": torch.ones(31)}), "model.norm.weight has shape (31,) instead of (32,)")])
 def test_misfits_are_named(change, message, saved):
     rewrite(saved, change_weights=change)
     with pytest.raises(ValueError) as error:
@@ -453,9 +461,10 @@ def test_misfits_are_named(change, message, saved):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model_type": "gpt2"}, "model_type is 'gpt2': only 'llama'"), ({"model_type": None}, "model_type is None"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"vocab_size": None}, "missing"), ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-    ({"hidden_size": "32"}, "hidden_size is '32'|no number"), ({"head_dim": -8}, "head_dim is -8"), ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"model_type": "gpt2"}, "model_type is 'gpt2': it must be 'llama'"), ({"model_type": None}, "model_type is None"),
+    ({"model_type": "gateloop"}, "model_type is 'gateloop': only 'llama'"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"vocab_size": None}, "vocab_size is None"), ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    ({"hidden_size": "32"}, "hidden_size is '32': it must be an integer from 1"), ({"head_dim": -8}, "head_dim is -8"), ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"), ({"rope_parameters": {"rope_type": "llama3"}}, "missing.*factor"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5")])
 def test_configs_that_do_not_fit(change, message, saved):
@@ -468,7 +477,7 @@ def test_configs_that_do_not_fit(change, message, saved):
 def test_a_teacher_that_is_no_llama(tmp_path):
     config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model_type is 'gpt2': only 'llama' can be loaded"):
+    with pytest.raises(ValueError, match="config.json: model_type is 'gpt2': it must be 'llama' or 'mamba2' or 'llamba' or 'gateloop'"):
         Llama.from_pretrained(tmp_path)
 
 
@@ -492,7 +501,9 @@ def test_parameters_of_the_released_sizes():
     sizes = {(2048, 8192, 16, 32, 64, True): 1_235_814_400, (3072, 8192, 28, 24, 128, True): 3_212_749_824, (4096, 14336, 32, 32, 128, False): 8_030_261_248}
     for (width, mlp, layers, heads, head_dim, tied), count in sizes.items():
         with torch.device("meta"):
-            model = Llama(LlamaConfig(128256, width, mlp, layers, heads, 8, head_dim, tie_word_embeddings=tied))
+            model = Llama(LlamaConfig(vocab_size=128256, hidden_size=width, intermediate_size=mlp,
+                                      num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8,
+                                      head_dim=head_dim, tie_word_embeddings=tied))
         assert sum(p.numel() for p in model.parameters()) == count
 
 
@@ -553,7 +564,7 @@ def test_gguf(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMBA_CACHE", str(tmp_path / "cache"))
     config = replace(CONFIGS[kind], rope=Rope(5000.0))
     model = random_llama(config)
-    weights = {rename(k, to_ours=False): v for k, v in model.state_dict().items()}
+    weights = {LLAMA.stored_as(k): v for k, v in model.state_dict().items()}
     write_gguf(tmp_path / "little.gguf", config, weights)
     loaded, ids = Llama.from_pretrained(tmp_path / "little.gguf"), torch.randint(96, (2, 40))
     assert relative_error(loaded(ids), model(ids)) < 1e-5
@@ -577,7 +588,7 @@ def test_gguf(kind, tmp_path, monkeypatch):
 def test_gguf_that_cannot_be_read(tmp_path):
     pytest.importorskip("gguf")
     (tmp_path / "bad.gguf").write_bytes(b"not a gguf at all" * 10)
-    weights = {rename(k, to_ours=False): v for k, v in random_llama(SMALL).state_dict().items()}
+    weights = {LLAMA.stored_as(k): v for k, v in random_llama(SMALL).state_dict().items()}
     write_gguf(tmp_path / "other.gguf", SMALL, weights, architecture="gpt2")
     write_gguf(tmp_path / "whole.gguf", SMALL, weights)
     content = (tmp_path / "whole.gguf").read_bytes()

@@ -308,11 +308,11 @@ def test_configs_make_the_round_trip_through_json():
 @pytest.mark.parametrize("change, message", [
     ({"model_type": "mamba2"}, "only 'llamba'"),
     ({"ssm_cfg": {"d_state": 64, "dt_min": 0.001}}, "ssm_cfg: unknown entry dt_min"),
-    ({"ssm_cfg": {"d_conv": 3}}, "d_conv is 3: only 4"),
+    ({"ssm_cfg": {"d_conv": 3}}, "d_conv is 3: only 4"), ({"d_modle": 3}, "unknown entry d_modle"),
     ({"ssm_cfg": {"conv_bias": False}}, "conv_bias is False: only True"),
     ({"ssm_cfg": {"d_state": "64"}}, "d_state is '64'"),
     ({"ssm_cfg": None}, "ssm_cfg is None"),
-    ({"mlp_cfg": {"intermediate_size": 10, "act_fn": "gelu"}}, "act_fn is 'gelu': only 'silu'"),
+    ({"mlp_cfg": {"intermediate_size": 10, "act_fn": "gelu"}}, "mlp_cfg: act_fn is 'gelu': it must be 'silu'"),
     ({"mlp_cfg": {}}, "mlp_cfg: missing entry intermediate_size"),
     ({"d_model": 0}, "d_model is 0"),
     ({"attn_cfg": {"layers": [16], "n_heads": 32, "n_kv_heads": 8, "head_dim": 64}}, "layers are 0 to 15"),
@@ -328,8 +328,6 @@ def test_a_config_with_a_size_missing_is_named():
     for name in ("vocab_size", "d_model", "n_layer", "ssm_cfg", "mlp_cfg"):
         with pytest.raises(ValueError, match=f"missing entry {name}"):
             LlambaConfig.from_dict({k: v for k, v in OFFICIAL_1B.items() if k != name})
-    with pytest.raises(ValueError, match="only 'llamba'"):
-        LlambaConfig.from_dict(["a", "list"])
 
 
 @pytest.mark.parametrize("keep, tied", [((), False), ((), True), ((1,), False)])
@@ -356,7 +354,8 @@ def files(tmp_path):
 
 
 def test_official_pytorch_file_is_loaded(files):
-    config = LlambaConfig(VOCAB, 24, 2, SSMConfig(4, 4, 4), MLPConfig(40), tie_embeddings=True)
+    config = LlambaConfig(vocab_size=VOCAB, d_model=24, n_layer=2, ssm_cfg=SSMConfig(4, 4, 4), mlp_cfg=MLPConfig(40),
+                          tie_embeddings=True)
     model = shaken(Llamba(config))
     assert model.backbone.embedding.weight.shape[0] == 56
     official = config.to_dict() | {"vocab_size": 56, "resid_dropout": 0.0, "architectures": ["LlambaLMHeadModel"]}
@@ -369,7 +368,8 @@ def test_official_pytorch_file_is_loaded(files):
 
 
 def test_loading_is_strict(files):
-    model = Llamba(LlambaConfig(VOCAB, 24, 2, SSMConfig(4, 4, 4), MLPConfig(40)))
+    model = Llamba(LlambaConfig(vocab_size=VOCAB, d_model=24, n_layer=2, ssm_cfg=SSMConfig(4, 4, 4),
+                                mlp_cfg=MLPConfig(40)))
     good, config = dict(model.state_dict()), model.config.to_dict()
     z_bias = "backbone.layers.1.mixer.z_bias"
     with pytest.raises(ValueError, match=f"1 missing .{z_bias}"):
@@ -481,7 +481,8 @@ def test_a_padded_batch_generates_what_single_prompts_do(keep):
 
 
 def test_rows_that_pad_the_vocabulary_are_never_seen():
-    model = Llamba(LlambaConfig(VOCAB, 16, 1, SSMConfig(4, 2, 2), MLPConfig(20), lm_head_bias=True))
+    model = Llamba(LlambaConfig(vocab_size=VOCAB, d_model=16, n_layer=1, ssm_cfg=SSMConfig(4, 2, 2),
+                                mlp_cfg=MLPConfig(20), lm_head_bias=True))
     with torch.no_grad():
         model.lm_head.bias[VOCAB:] = 100.0  # were they seen, they would be chosen
     ids = torch.randint(VOCAB, (2, 4))

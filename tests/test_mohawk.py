@@ -18,19 +18,10 @@ from llamba_ref.decoder import Backbone, Decoder
 from llamba_ref.llama import Attention, Llama, LlamaConfig
 from llamba_ref.llamba import DiscreteMamba2, Llamba
 from llamba_ref.mohawk import (
-    OBJECTIVES,
-    EndToEnd,
-    LayerByLayer,
-    Stage,
-    alignment_loss,
-    comparable,
-    distill,
-    distillation_loss,
-    draw_matrices,
-    match_matrix,
-    match_output,
-    orientation_loss,
+    EndToEnd, LayerByLayer, OBJECTIVES, alignment_loss, comparable, distill, distillation_loss, draw_matrices,
+    match_matrix, match_output, orientation_loss,
 )
+from llamba_ref.training import Stage
 from llamba_ref.training import reached
 
 VOCAB, LENGTH, BATCH = 40, 20, 4
@@ -40,7 +31,9 @@ NAMES = ["orientation", "alignment", "distillation"]
 def make_teacher(layers=3, heads=4, kv_heads=2, width=24, vocab=VOCAB, seed=0):
     """A small Llama with grouped queries whose weights are large enough that its layers do something."""
     torch.manual_seed(seed)
-    teacher = Llama(LlamaConfig(vocab, width, 40, layers, heads, kv_heads, width // heads, tie_word_embeddings=True))
+    teacher = Llama(LlamaConfig(vocab_size=vocab, hidden_size=width, intermediate_size=40, num_hidden_layers=layers,
+                                num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width // heads,
+                                tie_word_embeddings=True))
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -18,7 +18,8 @@ from llamba_ref.training import Run, Stage, train
 
 
 def small_model():
-    return Llama(LlamaConfig(64, 16, 16, 1, 2, 2, 8))
+    return Llama(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                             num_attention_heads=2, num_key_value_heads=2, head_dim=8))
 
 
 def convolved(gates="real", heads=2):

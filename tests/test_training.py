@@ -51,7 +51,8 @@ PART = "backbone.layers.1.mlp.up_proj.weight"
 def toy(seed=0, layers=2):
     """A tiny Llama, the same one for the same seed."""
     torch.manual_seed(seed)
-    return Llama(LlamaConfig(VOCAB, 16, 32, layers, 2, 1, 8, tie_word_embeddings=True))
+    return Llama(LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=layers,
+                             num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True))
 
 
 def rows(number=20):
