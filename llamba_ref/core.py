@@ -6,21 +6,25 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import wraps
 from importlib.resources import files
+from types import ModuleType
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import AbstractArray, Bool, Float, Int
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # %% auto #0
-__all__ = ['relative_error', 'check_tensors', 'check_sizes', 'wide_dtype', 'choose_backend', 'load_result', 'peak_bytes',
-           'is_token']
+__all__ = ['Backend', 'relative_error', 'check_tensors', 'check_sizes', 'check_option', 'checked', 'wide_dtype', 'choose_backend',
+           'wrong_widths', 'find_kernel', 'load_result', 'peak_bytes', 'is_token']
 
 # %% ../nbs/00_core.ipynb #c0306d32
 def relative_error(
@@ -36,26 +40,44 @@ def relative_error(
     return gap / size if size > 0 else gap
 
 # %% ../nbs/00_core.ipynb #98f101b4
+def _axis_names(axes: str, ndim: int, several: dict[str, list[str]]) -> list[tuple[str, bool]]:
+    """The axes one by one, each with whether it may be 1; what a *name stands for is kept in `several`."""
+    names, words = [], axes.split()
+    for word in words:
+        name = word.lstrip("#*")
+        if "*" in word and name not in several:
+            several[name] = [f"axis{i}" for i in range(len(names), len(names) + ndim - len(words) + 1)]
+        names += [(each, "#" in word) for each in (several[name] if "*" in word else [name])]
+    return names
+
+
 def check_tensors(
-    inputs: dict[str, tuple[Tensor, str]],  # name of the argument -> the tensor, and its axes: "batch len key"; "key|1" may also be 1
-    complex_too: bool = False,  # complex numbers are fine, but never for log_a and phase
+    inputs: dict[str, tuple[Tensor, str]],  # name of the argument -> the tensor and its axes, "batch len #key"
+    complex_too: Collection[str] = (),  # names of the arguments that may be complex
 ) -> dict[str, int]:  # size of each axis
-    """Raise ValueError unless the tensors fit together: one size an axis, at least one token, floating point, log_a at most 0."""
+    """Raise ValueError unless the tensors fit together.
+
+    That is: one size an axis, at least one token, floating point, and what is named log_a... is at most 0."""
     sizes: dict[str, int] = {}
+    several: dict[str, list[str]] = {}
     for name, (tensor, axes) in inputs.items():
-        real = not complex_too or name.startswith(("log_a", "phase"))
+        real = name not in complex_too
         if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex() and not real):
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name} is {kind}: it must be a tensor of {'real ' if real else ''}floating-point numbers")
-        names = [axis.partition("|") for axis in axes.split()]
-        fits = [size == sizes.get(axis, size) or one and size == 1 for (axis, one, _), size in zip(names, tensor.shape)]
+            numbers = "real floating-point numbers" if real else "floating-point numbers"
+            raise ValueError(f"{name} is {kind}: it must be a tensor of {numbers}")
+        names = _axis_names(axes, tensor.ndim, several)
+        known = sizes | {axis: int(axis) for axis, _ in names if axis.isdigit()}
+        fits = (size == known.get(axis, size) or one and size == 1 for (axis, one), size in zip(names, tensor.shape))
         if tensor.ndim != len(names) or not all(fits):
-            wanted = [(f"{axis} = {sizes[axis]}" if axis in sizes else axis) + (" or 1" if one else "") for axis, one, _ in names]
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be ({', '.join(wanted)})")
-        sizes |= {axis: size for (axis, one, _), size in zip(names, tensor.shape) if not one}
-        unseen = torch.compiler.is_compiling() or tensor.is_cuda and torch.cuda.is_current_stream_capturing()  # values cannot be looked at
-        if name.startswith("log_a") and not unseen and (tensor > 0).any():
-            raise ValueError(f"{name} reaches {tensor.max().item():.4g}: it is the log of a decay and must be at most 0")
+            wanted = [f"{axis} = {sizes[axis]}" if axis in sizes else axis for axis, _ in names]
+            wanted = ", ".join(axis + " or 1" * one for axis, (_, one) in zip(wanted, names))
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be ({wanted})")
+        sizes |= {axis: size for (axis, one), size in zip(names, tensor.shape) if not one}
+        unseen = torch.compiler.is_compiling() or tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+        if name.startswith("log_a") and not unseen and (tensor > 0).any():  # unseen: values cannot be looked at
+            top = tensor.max().item()
+            raise ValueError(f"{name} reaches {top:.4g}: it is the log of a decay and must be at most 0")
     if sizes.get("len") == 0:
         raise ValueError(f"{next(iter(inputs))} has len = 0: it must hold at least one token")
     return sizes
@@ -67,6 +89,86 @@ def check_sizes(**sizes: int) -> None:
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} is {size!r}: it must be an integer of at least 1")
 
+
+def check_option(
+    name: str,  # of the argument
+    value: str,  # what was given
+    known: tuple[str, ...],  # what it may be, two words at least
+) -> None:
+    """Raise ValueError that names the argument unless its value is one of the known words."""
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}: it must be {', '.join(map(repr, known[:-1]))} or {known[-1]!r}")
+
+# %% ../nbs/00_core.ipynb #b9db5536
+def _is_array(kind) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, AbstractArray)
+
+
+def _kinds(function: Callable) -> dict[str, tuple[type, bool]]:
+    """What each argument must be by its annotation, and whether it may be None."""
+    kinds, nothing = {}, type(None)
+    for name, hint in get_type_hints(function).items():
+        optional = nothing in get_args(hint)
+        kinds[name] = next(kind for kind in get_args(hint) if kind is not nothing) if optional else hint, optional
+    return {name: kind for name, kind in kinds.items() if name != "return"}
+
+
+def _in_order(tensors: dict[str, str]) -> dict[str, str]:
+    """Arguments and axes; "#key" is compared with the size that another argument gives to "key", which goes first."""
+    waiting, ordered, seen = dict(tensors), {}, set()
+    while waiting:
+        shared = {name: {w.strip("#*") for w in axes.split() if "#" in w} for name, axes in waiting.items()}
+        name = next((name for name in waiting if shared[name] <= seen), next(iter(waiting)))
+        ordered[name] = waiting.pop(name)
+        seen |= {w.strip("*") for w in ordered[name].split() if "#" not in w}
+    return ordered
+
+
+def checked(
+    same: str = "",  # names of the arguments that have one precision: "x B C"
+    **divisors: str,  # groups="heads": the size of axis groups divides that of axis heads
+) -> Callable[[Callable], Callable]:
+    """Make an operator keep what its signature says: ValueError names what is wrong. Autocast is off inside."""
+
+    def decorate(function: Callable) -> Callable:
+        kinds = _kinds(function)
+        tensors = {name: kind for name, (kind, _) in kinds.items() if _is_array(kind)}
+        axes = _in_order({name: kind.dim_str for name, kind in tensors.items()})
+        complex_too = {name for name, kind in tensors.items() if kind.dtype is not Float}
+        options = {name: get_args(kind) for name, (kind, _) in kinds.items() if get_origin(kind) is Literal}
+        counts = [name for name, (kind, _) in kinds.items() if kind is int]
+        parameters = inspect.signature(function).parameters
+        needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+
+        @wraps(function)
+        def checking(*args, **kwargs):
+            given = dict(zip(parameters, args)) | kwargs
+            if not all(name in given for name in needed):
+                return function(*args, **kwargs)  # Python says what is missing
+            inputs = {name: (given[name], axes[name]) for name in axes if name in given}
+            inputs = {name: z for name, z in inputs.items() if not (z[0] is None and kinds[name][1])}
+            sizes = check_tensors(inputs, complex_too)
+            for part, whole in divisors.items():
+                if sizes[part] < 1 or sizes[whole] % sizes[part]:
+                    name = next(name for name in inputs if part in axes[name].split())
+                    raise ValueError(
+                        f"{name} has {part} = {sizes[part]}: it must be a divisor of {whole} = {sizes[whole]}"
+                    )
+            types = [(name, given[name].dtype) for name in same.split()]
+            for name, dtype in types[1:]:
+                if torch.finfo(dtype).dtype != torch.finfo(types[0][1]).dtype:
+                    raise ValueError(f"{name} is {dtype}: it must have the precision of {types[0][0]}, {types[0][1]}")
+            for name in options:
+                if name in given:
+                    check_option(name, given[name], options[name])
+            check_sizes(**{name: given[name] for name in counts if name in given})
+            with torch.autocast(next(iter(inputs.values()))[0].device.type, enabled=False):
+                return function(*args, **kwargs)
+
+        return checking
+
+    return decorate
+
 # %% ../nbs/00_core.ipynb #c85c56a8
 def wide_dtype(
     *tensors: Tensor | None,  # what goes in; None stands for an argument that was not given
@@ -76,6 +178,9 @@ def wide_dtype(
     return torch.float64 if any(tensor is not None and tensor.dtype in doubles for tensor in tensors) else torch.float32
 
 # %% ../nbs/00_core.ipynb #50b5500d
+Backend = Literal["naive", "triton", "auto"]
+
+
 def _obstacle(tensors: list[Tensor], kernel: str | None) -> str | None:
     """Why a kernel cannot work on these tensors here, or None."""
     if kernel is None:
@@ -91,7 +196,7 @@ def _obstacle(tensors: list[Tensor], kernel: str | None) -> str | None:
 
 
 def choose_backend(
-    backend: str,  # "naive", "triton" or "auto"
+    backend: Backend,
     *tensors: Tensor | None,  # what the operation works on, the device of the first one decides; None: not given
     kernel: str | None = None,  # name of the operation's Triton kernel, None when it has none
     obstacle: str | None = None,  # why the kernel cannot compute what is asked for, None when it can
@@ -99,8 +204,7 @@ def choose_backend(
     """Decide which path an operation takes: "auto" is Triton for CUDA tensors when it can, else naive.
 
     Raises ValueError for an unknown name, RuntimeError that says why when backend is "triton" and Triton cannot run."""
-    if backend not in ("naive", "triton", "auto"):
-        raise ValueError(f"backend is {backend!r}: it must be 'naive', 'triton' or 'auto'")
+    check_option("backend", backend, get_args(Backend))
     given = [tensor for tensor in tensors if tensor is not None]
     if backend == "naive" or backend == "auto" and not given[0].is_cuda:
         return "naive"
@@ -108,6 +212,39 @@ def choose_backend(
     if obstacle and backend == "triton":
         raise RuntimeError(f"backend='triton': {obstacle}; use backend='naive' or 'auto'")
     return "naive" if obstacle else "triton"
+
+# %% ../nbs/00_core.ipynb #31186d57
+def wrong_widths(
+    kernel: str,  # its name
+    least: int,  # what each width must be at least
+    most: int | None = None,  # and at most; None: any
+    **widths: int,  # by their names
+) -> str | None:
+    """Why a kernel cannot compute with these widths, or None: an `obstacle`."""
+    wrong = [f"{name} = {width}" for name, width in widths.items() if not least <= width <= (most or width)]
+    limits = f"at least {least}" if most is None else f"{least} to {most}"
+    return f"kernel {kernel} needs widths of {limits}, here {' and '.join(wrong)}" if wrong else None
+
+
+def _kernels(module: str) -> ModuleType:
+    return importlib.import_module(f"llamba_ref.kernels.{module}")
+
+
+# torch.compile does not trace imports. torch.compiler.assume_constant_result says so, but takes seconds to be imported.
+_kernels._dynamo_marked_constant = True
+
+
+def find_kernel(
+    name: str,  # "ssd.ssd_op": a module of llamba_ref.kernels, and a function in it
+    backend: Backend,  # what the caller of the operator wants
+    *tensors: Tensor | None,  # what the operator works on, as in `choose_backend`
+    obstacle: str | None = None,  # why the kernel cannot compute what is asked for, None when it can
+) -> Callable | None:  # the kernel's function; None: PyTorch computes
+    """The kernel that an operator is to call, by `choose_backend`. Without numbers there is nothing to launch: None."""
+    module, function = name.split(".")
+    if choose_backend(backend, *tensors, kernel=module, obstacle=obstacle) == "naive" or not tensors[0].numel():
+        return None
+    return getattr(_kernels(module), function)
 
 # %% ../nbs/00_core.ipynb #1a8a880c
 def load_result(
