@@ -127,6 +127,8 @@ def text_column(
         raise ValueError(f"{name} holds no text: it has no rows")
     if text_field not in first:
         raise ValueError(f"{name} has no column {text_field!r}: text_field must be one of {sorted(first)}")
+    if not isinstance(first[text_field], (str, type(None))):
+        raise ValueError(f"column {text_field!r} of {name} holds {type(first[text_field]).__name__}, not text")
     rows = rows.select_columns([text_field])
     if text_field != "text":
         rows = rows.rename_column(text_field, "text")
@@ -155,7 +157,7 @@ def digest(data: bytes | np.ndarray) -> str:
     """A checksum of 32 hexadecimal digits."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
-# %% ../nbs/10_data.ipynb #247087ca
+
 def load_files(
     path: Path,  # a file, or a directory of files of one kind
     text_field: str,  # the column of a table that holds the text
@@ -208,11 +210,11 @@ def load_hub(
         rows = builder.as_streaming_dataset("train") if streaming else builder.as_dataset("train")
         rows.info.download_checksums = {  # the addresses hold the revision
             file: {"num_bytes": None, "checksum": file, "column": None} for file in builder.config.data_files["train"]}
-        return text_column(rows, text_field, name)
     except Exception as error:
         kind = next((kind for kind in (ConnectionError, FileNotFoundError) if isinstance(error, kind)), ValueError)
         problem = one_line(error.__cause__ or error)
         raise kind(f"{name} is no local path, and cannot be read from the Hugging Face hub: {problem}") from error
+    return text_column(rows, text_field, name)
 
 # %% ../nbs/10_data.ipynb #8ba187e3
 def sotu_texts() -> list[str]:
@@ -507,7 +509,7 @@ class Batches(EndlessBatches):
         self.step += 1
         return self.blocks[torch.stack(rows)]
 
-# %% ../nbs/10_data.ipynb #5b8c16c2
+# %% ../nbs/10_data.ipynb #3c289398
 def read_windows(
     documents: IterableDataset,  # one column "text"
     tokenizer: PreTrainedTokenizerBase,  # what makes the ids
