@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from bench.common import save
+from llamba_ref.kernels.ahead import Launch, compile_for, recording
 from llamba_ref.kernels.conv import conv_backward, conv_forward, conv_step
-from llamba_ref.kernels.device import GPU, GPUS, Launch, compile_for, recording
 from llamba_ref.kernels.gateloop import gateloop_backward, gateloop_forward
-from llamba_ref.kernels.orientation import orientation_backward, orientation_forward
+from llamba_ref.kernels.launch import GPU, GPUS
+from llamba_ref.kernels.matrix_distance import matrix_distance_backward, matrix_distance_forward
 from llamba_ref.kernels.scan import scan_backward, scan_forward
 from llamba_ref.kernels.ssd import ssd_backward, ssd_forward, step_forward
 
@@ -58,13 +59,13 @@ def call_step(dtype: torch.dtype) -> None:
         step_forward(empty(32, 32, headdim, dtype=dtype), empty(32, 32), keys, keys, empty(32, 32, headdim, state))
 
 
-def call_orientation(dtype: torch.dtype) -> None:
+def call_distance(dtype: torch.dtype) -> None:
     """Stage 1 for a student like Llamba-8B: 32 heads, of which 8 of the teacher's have keys, 128 wide; states of 64."""
     log_a, D, lse = empty(1, 8192, 32), empty(32), empty(1, 32, 8192)
     B = C = empty(1, 8192, 32, 64, dtype=dtype)
     inputs = (empty(1, 8192, 32, 128, dtype=dtype), empty(1, 8192, 8, 128, dtype=dtype), log_a, B, C, D)
-    distance, _ = orientation_forward(*inputs, 128**-0.5)
-    orientation_backward(distance, distance, lse, *inputs, 128**-0.5)
+    distance, _ = matrix_distance_forward(*inputs, 128**-0.5)
+    matrix_distance_backward(distance, distance, lse, *inputs, 128**-0.5)
 
 
 def call_conv(dtype: torch.dtype) -> None:
@@ -92,7 +93,7 @@ CALLS: dict[str, tuple[Callable, tuple[str, ...]]] = {  # what launches kernels 
     "scan": (call_scan, (*FLOATS, "complex64")),
     "ssd": (call_ssd, FLOATS),
     "step": (call_step, FLOATS),
-    "orientation": (call_orientation, FLOATS),
+    "matrix_distance": (call_distance, FLOATS),
     "conv": (call_conv, FLOATS),
     "gateloop": (call_gateloop, FLOATS),
 }

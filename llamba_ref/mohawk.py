@@ -112,10 +112,10 @@ def matrix_distance(
     if not isinstance(scale, (int, float, type(None))) or scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale is {scale!r}: it must be a finite number or None")
     obstacle = _wrong_width(sizes["width"], sizes["state"])
-    path = choose_backend(backend, q, k, log_a, B, C, D, kernel="orientation", obstacle=obstacle)
+    path = choose_backend(backend, q, k, log_a, B, C, D, kernel="matrix_distance", obstacle=obstacle)
     with torch.autocast(q.device.type, enabled=False):
         if path == "triton":
-            from llamba_ref.kernels.orientation import triton_distance
+            from llamba_ref.kernels.matrix_distance import triton_distance
 
             return triton_distance(q, k, log_a, B, C, D, sizes["width"] ** -0.5 if scale is None else float(scale))
         wide = wide_dtype(q, k, log_a, B, C, D)
@@ -126,7 +126,7 @@ def matrix_distance(
 def _wrong_width(width: int, state: int) -> str | None:
     """Why the kernel cannot work with queries of this width and a state of this size, or None."""
     wrong = [f"{name} = {size}" for name, size in (("width", width), ("state", state)) if not 16 <= size <= 128]
-    return f"kernel orientation multiplies tiles of 16 to 128 columns, but {wrong[0]}" if wrong else None
+    return f"kernel matrix_distance multiplies tiles of 16 to 128 columns, but {wrong[0]}" if wrong else None
 
 # %% ../nbs/11_mohawk.ipynb #56f8d0cf
 def match_matrix(
@@ -138,7 +138,7 @@ def match_matrix(
 
     Raises ValueError when the matrices have different shapes, RuntimeError when backend="triton" cannot run here."""
     ours, theirs, u = block.mixer, layer.block.mixer, block.input_layernorm(layer.input)
-    if choose_backend(backend, u, kernel="orientation", obstacle=_needs_matrices(ours, theirs)) == "naive":
+    if choose_backend(backend, u, kernel="matrix_distance", obstacle=_needs_matrices(ours, theirs)) == "naive":
         return orientation_loss(ours.matrix(u), layer.matrix())
     with torch.no_grad():
         q, k = theirs.queries_and_keys(layer.mixer_input)
@@ -149,9 +149,9 @@ def _needs_matrices(ours: nn.Module, theirs: nn.Module) -> str | None:
     """Why the matrices of these two mixers have to be formed, or None."""
     for mixer, kind in ((ours, SSDMixer), (theirs, Attention)):
         if getattr(type(mixer), "matrix", None) is not kind.matrix:
-            return f"kernel orientation compares an SSDMixer with Attention, but {type(mixer).__name__} has a matrix of its own"
+            return f"kernel matrix_distance compares an SSDMixer with Attention, but {type(mixer).__name__} has a matrix of its own"
     if ours.n_heads != theirs.n_heads:
-        return f"kernel orientation compares head by head, but the student has {ours.n_heads} heads, the teacher {theirs.n_heads}"
+        return f"kernel matrix_distance compares head by head, but the student has {ours.n_heads} heads, the teacher {theirs.n_heads}"
     return _wrong_width(theirs.head_dim, ours.d_state)
 
 # %% ../nbs/11_mohawk.ipynb #3aaddb60

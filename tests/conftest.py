@@ -29,7 +29,7 @@ if not GPU:
 if not importlib.util.find_spec("triton"):  # there is none for macOS
     collect_ignore_glob = ["test_kernels_*.py", "test_ahead.py", "test_bench_kernels.py"]
 elif not GPU:
-    from llamba_ref.kernels.device import scan_as_tree
+    from llamba_ref.kernels.ahead import scan_as_tree
 
     scan_as_tree()
 

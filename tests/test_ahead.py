@@ -3,7 +3,7 @@
 import pytest
 
 from bench.resources import CALLS, jobs
-from llamba_ref.kernels.device import GPUS
+from llamba_ref.kernels.launch import GPUS
 
 
 def test_all_are_there(compiled):

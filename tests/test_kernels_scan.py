@@ -15,8 +15,8 @@ from triton.runtime import interpreter  # noqa: E402
 
 from llamba_ref.core import relative_error  # noqa: E402
 from llamba_ref.kernels import scan as kernels  # noqa: E402
-from llamba_ref.kernels.device import GPUS, launch  # noqa: E402
-from llamba_ref.kernels.scan import combine, combine_complex, expm1, last_row, scan_backward_op, scan_op, triton_scan, unit  # noqa: E402
+from llamba_ref.kernels.launch import GPUS, launch  # noqa: E402
+from llamba_ref.kernels.scan import combine, combine_complex, expm1, last_row, scan_backward_op, scan_op, triton_scan, cos_sin  # noqa: E402
 from llamba_ref.scan import linear_scan  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -493,10 +493,10 @@ def test_only_the_combines_of_the_scan_are_associative():
 
 @triton.jit
 def small_functions(x_ptr, angle_ptr, expm1_ptr, cos_ptr, sin_ptr, size, BLOCK: tl.constexpr):
-    """expm1 of float32, unit of float64, number by number."""
+    """expm1 of float32, cos_sin of float64, number by number."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(expm1_ptr + i, expm1(tl.load(x_ptr + i, i < size, other=0.0)), i < size)
-    c, s = unit(tl.load(angle_ptr + i, i < size, other=0.0))
+    c, s = cos_sin(tl.load(angle_ptr + i, i < size, other=0.0))
     tl.store(cos_ptr + i, c, i < size)
     tl.store(sin_ptr + i, s, i < size)
 

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from llamba_ref.kernels import scan as scan_kernels  # noqa: E402
 from llamba_ref.kernels import ssd as kernels  # noqa: E402
-from llamba_ref.kernels.device import GPUS, INTERPRETED  # noqa: E402
+from llamba_ref.kernels.launch import GPUS, INTERPRETED  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = 1e-5 if DEVICE == "cuda" else 2e-6

@@ -11,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from .device import as_operation, launch
+from .launch import as_operation, launch, set_gradient
 
 # %% auto #0
 __all__ = ['FORWARD', 'BACKWARD', 'conv_op', 'conv_backward_op', 'conv_step_op', 'load_inputs', 'load_taps', 'filtered',
@@ -21,17 +21,20 @@ __all__ = ['FORWARD', 'BACKWARD', 'conv_op', 'conv_backward_op', 'conv_step_op',
 # %% ../../nbs/07_conv_kernel.ipynb #de3eaf37
 @triton.jit
 def load_inputs(
-    x_ptr, window_ptr, t, begin, d, length, channels, x_row, window_channel, window_tap, W: tl.constexpr, WINDOW: tl.constexpr
+    x_ptr, window_ptr, t, begin, d, length, channels, x_row, window_channel, window_tap,
+    W: tl.constexpr, WINDOW: tl.constexpr,
 ):
-    """Inputs at the tokens begin + t of one sequence, in float32; before its first token those of the window, zeros without one.
+    """Inputs at the tokens begin + t of one sequence, in float32; before its first token those of the window, or zeros.
 
     `x_ptr` points at token `begin`."""
     token, inside = begin + t, (d < channels)[None, :]
-    x = tl.load(x_ptr + t[:, None] * x_row + d[None, :], ((token >= 0) & (token < length))[:, None] & inside, other=0.0).to(tl.float32)
+    there = ((token >= 0) & (token < length))[:, None] & inside
+    x = tl.load(x_ptr + t[:, None] * x_row + d[None, :], there, other=0.0).to(tl.float32)
     if WINDOW:
         if begin < W:
             early = ((token < 0) & (token >= -W))[:, None] & inside
-            x += tl.load(window_ptr + (token + W)[:, None] * window_tap + d[None, :] * window_channel, early, other=0.0).to(tl.float32)
+            place = (token + W)[:, None] * window_tap + d[None, :] * window_channel
+            x += tl.load(window_ptr + place, early, other=0.0).to(tl.float32)
     return x
 
 
@@ -52,7 +55,8 @@ def filtered(
         y = tl.load(bias_ptr + d, d < channels, other=0.0).to(tl.float32)[None, :]
     for k in tl.static_range(W):
         y += load_taps(weight_ptr, k, d, channels, W) * load_inputs(
-            x_ptr, window_ptr, t - (W - 1 - k), begin, d, length, channels, x_row, window_channel, window_tap, W, WINDOW)
+            x_ptr, window_ptr, t - (W - 1 - k), begin, d, length, channels,
+            x_row, window_channel, window_tap, W, WINDOW)
     return y
 
 # %% ../../nbs/07_conv_kernel.ipynb #7602a18a
@@ -68,7 +72,8 @@ def conv_kernel(
     x_ptr += row * x_batch + begin.to(tl.int64) * x_row
     if WINDOW:
         window_ptr += row * window_batch
-    y = filtered(x_ptr, weight_ptr, bias_ptr, window_ptr, t, begin, d, length, channels, x_row, window_channel, window_tap, W, BIAS, WINDOW)
+    y = filtered(x_ptr, weight_ptr, bias_ptr, window_ptr, t, begin, d, length, channels,
+                 x_row, window_channel, window_tap, W, BIAS, WINDOW)
     if SILU:
         y = y * tl.sigmoid(y)
     y_ptr += (row * length + begin) * channels
@@ -78,7 +83,8 @@ def conv_kernel(
 # %% ../../nbs/07_conv_kernel.ipynb #22b258c7
 @triton.jit
 def load_gradient(
-    grad_ptr, x_ptr, weight_ptr, bias_ptr, window_ptr, t, begin, d, length, channels, grad_row, x_row, window_channel, window_tap,
+    grad_ptr, x_ptr, weight_ptr, bias_ptr, window_ptr, t, begin, d, length, channels,
+    grad_row, x_row, window_channel, window_tap,
     W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, SILU: tl.constexpr,
 ):
     """The gradient of the filtered inputs at the tokens begin + t, zero outside the sequence."""
@@ -86,7 +92,8 @@ def load_gradient(
     mask = ((token >= 0) & (token < length))[:, None] & (d < channels)[None, :]
     g = tl.load(grad_ptr + t[:, None] * grad_row + d[None, :], mask, other=0.0).to(tl.float32)
     if SILU:
-        y = filtered(x_ptr, weight_ptr, bias_ptr, window_ptr, t, begin, d, length, channels, x_row, window_channel, window_tap, W, BIAS, WINDOW)
+        y = filtered(x_ptr, weight_ptr, bias_ptr, window_ptr, t, begin, d, length, channels,
+                     x_row, window_channel, window_tap, W, BIAS, WINDOW)
         s = tl.sigmoid(y)
         g = g * (s * (1.0 + y * (1.0 - s)))
     return g
@@ -104,11 +111,13 @@ def add_tap(dx, g, weight_ptr, k: tl.constexpr, d, channels, W: tl.constexpr):
 def store_gradient(dx_ptr, dwindow_ptr, dx, t, begin, d, length, channels, W: tl.constexpr, WINDOW: tl.constexpr):
     """Gradients of the inputs at the tokens begin + t; `dx_ptr` points at token `begin`."""
     token, inside = begin + t, (d < channels)[None, :]
-    tl.store(dx_ptr + t[:, None] * channels + d[None, :], dx.to(dx_ptr.dtype.element_ty), ((token >= 0) & (token < length))[:, None] & inside)
+    there = ((token >= 0) & (token < length))[:, None] & inside
+    tl.store(dx_ptr + t[:, None] * channels + d[None, :], dx.to(dx_ptr.dtype.element_ty), there)
     if WINDOW:
         if begin < 0:
             early = (token < 0)[:, None] & inside
-            tl.store(dwindow_ptr + (token + W)[:, None] + d[None, :] * W, dx.to(dwindow_ptr.dtype.element_ty), early)
+            place = (token + W)[:, None] + d[None, :] * W
+            tl.store(dwindow_ptr + place, dx.to(dwindow_ptr.dtype.element_ty), early)
 
 # %% ../../nbs/07_conv_kernel.ipynb #d19586bd
 @triton.jit
@@ -117,7 +126,7 @@ def conv_backward_kernel(
     length, channels, grad_batch, grad_row, x_batch, x_row, window_batch, window_channel, window_tap,
     W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, SILU: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
 ):
-    """Program (tile, block, row): of one sequence BL times four tokens of BD channels; with a window the tiles begin W tokens earlier."""
+    """Program (tile, block, row): of one sequence 4 BL tokens of BD channels; with a window, W tokens earlier."""
     row, begin = tl.program_id(2).to(tl.int64), tl.program_id(0) * (4 * BL) - (W if WINDOW else 0)
     t, d = 4 * tl.arange(0, BL), tl.program_id(1) * BD + tl.arange(0, BD)
     inside, first = d < channels, begin.to(tl.int64)
@@ -130,6 +139,7 @@ def conv_backward_kernel(
     sums_ptr += (row * tl.num_programs(0) + tl.program_id(0)) * (W + 1) * channels
     zeros = tl.zeros((BL, BD), tl.float32)
     dx0, dx1, dx2, dx3 = zeros, zeros, zeros, zeros
+    g0, g1, g2, g3 = zeros, zeros, zeros, zeros
     for j in tl.static_range(W + 3):
         g = load_gradient(grad_ptr, x_ptr, weight_ptr, bias_ptr, window_ptr, t + j, begin, d, length, channels,
                           grad_row, x_row, window_channel, window_tap, W, BIAS, WINDOW, SILU)
@@ -137,34 +147,32 @@ def conv_backward_kernel(
         dx1 = add_tap(dx1, g, weight_ptr, W - j, d, channels, W)
         dx2 = add_tap(dx2, g, weight_ptr, W + 1 - j, d, channels, W)
         dx3 = add_tap(dx3, g, weight_ptr, W + 2 - j, d, channels, W)
-        if j == 0:
-            g0 = g
-        if j == 1:
-            g1 = g
-        if j == 2:
-            g2 = g
-        if j == 3:
-            g3 = g
+        g0, g1 = g if j == 0 else g0, g if j == 1 else g1
+        g2, g3 = g if j == 2 else g2, g if j == 3 else g3
     store_gradient(dx_ptr, dwindow_ptr, dx0, t, begin, d, length, channels, W, WINDOW)
     store_gradient(dx_ptr, dwindow_ptr, dx1, t + 1, begin, d, length, channels, W, WINDOW)
     store_gradient(dx_ptr, dwindow_ptr, dx2, t + 2, begin, d, length, channels, W, WINDOW)
     store_gradient(dx_ptr, dwindow_ptr, dx3, t + 3, begin, d, length, channels, W, WINDOW)
     for k in tl.static_range(W):
         s = t - (W - 1 - k)
-        products = g0 * load_inputs(x_ptr, window_ptr, s, begin, d, length, channels, x_row, window_channel, window_tap, W, WINDOW)
-        products += g1 * load_inputs(x_ptr, window_ptr, s + 1, begin, d, length, channels, x_row, window_channel, window_tap, W, WINDOW)
-        products += g2 * load_inputs(x_ptr, window_ptr, s + 2, begin, d, length, channels, x_row, window_channel, window_tap, W, WINDOW)
-        products += g3 * load_inputs(x_ptr, window_ptr, s + 3, begin, d, length, channels, x_row, window_channel, window_tap, W, WINDOW)
+        products = g0 * load_inputs(x_ptr, window_ptr, s, begin, d, length, channels,
+                                    x_row, window_channel, window_tap, W, WINDOW)
+        products += g1 * load_inputs(x_ptr, window_ptr, s + 1, begin, d, length, channels,
+                                     x_row, window_channel, window_tap, W, WINDOW)
+        products += g2 * load_inputs(x_ptr, window_ptr, s + 2, begin, d, length, channels,
+                                     x_row, window_channel, window_tap, W, WINDOW)
+        products += g3 * load_inputs(x_ptr, window_ptr, s + 3, begin, d, length, channels,
+                                     x_row, window_channel, window_tap, W, WINDOW)
         tl.store(sums_ptr + k * channels + d, tl.sum(products, 0), inside)
     tl.store(sums_ptr + W * channels + d, tl.sum(g0 + g1 + g2 + g3, 0), inside)
 
 # %% ../../nbs/07_conv_kernel.ipynb #1ff35584
 FORWARD = {"BL": 32, "BD": 64, "num_warps": 8}  # a tile of 32 tokens and 64 channels: 8 numbers a thread
-BACKWARD = {"BL": 16, "BD": 32, "num_warps": 8}  # 16 rows of 4 tokens and 32 channels: 2 rows a thread, more do not fit its registers
+BACKWARD = {"BL": 16, "BD": 32, "num_warps": 8}  # 16 rows of 4 tokens and 32 channels: 2 rows a thread, no more fit
 
 
 def _rows(z: Tensor) -> Tensor:
-    """As it is when the channels of a token are neighbours in memory, which is all that the kernels ask for; else a copy."""
+    """As it is when the channels of a token are neighbours in memory, as the kernels need it; else a copy."""
     return z if z.stride(-1) == 1 else z.contiguous()
 
 
@@ -179,12 +187,12 @@ def conv_forward(
     window: Float[Tensor, "batch channels width"] | None,  # the last inputs before `x`; None: zeros
     silu: bool,  # whether SiLU follows
 ) -> Float[Tensor, "batch len channels"]:  # output, dtype of x
-    """The causal depthwise convolution on the device of x. Rows of x may lie apart, as in a slice of a wider projection."""
+    """The causal depthwise convolution on the device of x. Rows of x may lie apart, as in a slice of a projection."""
     x, weight = _rows(x), weight.contiguous()
     batch, length, channels = x.shape
     y = x.new_empty(x.shape)
-    launch(conv_kernel, (triton.cdiv(length, FORWARD["BL"]), triton.cdiv(channels, FORWARD["BD"]), batch), x, weight, bias, window, y,
-           length, channels, *x.stride()[:2], *_strides(window),
+    launch(conv_kernel, (triton.cdiv(length, FORWARD["BL"]), triton.cdiv(channels, FORWARD["BD"]), batch),
+           x, weight, bias, window, y, length, channels, *x.stride()[:2], *_strides(window),
            W=weight.shape[-1], BIAS=bias is not None, WINDOW=window is not None, SILU=silu, **FORWARD)
     return y
 
@@ -197,15 +205,16 @@ def conv_backward(
     window: Float[Tensor, "batch channels width"] | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # gradients of x, weight, bias and window; empty where there is none
-    """The convolution the other way round, and the sums that are the gradients of filters and bias, tile by tile and then added."""
+    """The convolution the other way round; gradients of filters and bias are sums of each tile, then added up."""
     grad, x, weight = _rows(grad), _rows(x), weight.contiguous()
     (batch, length, channels), width = x.shape, weight.shape[-1]
     tiles = triton.cdiv(length + (0 if window is None else width), 4 * BACKWARD["BL"])
     dx = x.new_empty(x.shape)
     dwindow = None if window is None else window.new_empty(window.shape)
     sums = x.new_empty(batch, tiles, width + 1, channels, dtype=torch.float32)
-    launch(conv_backward_kernel, (tiles, triton.cdiv(channels, BACKWARD["BD"]), batch), grad, x, weight, bias, window, dx, dwindow, sums,
-           length, channels, *grad.stride()[:2], *x.stride()[:2], *_strides(window),
+    launch(conv_backward_kernel, (tiles, triton.cdiv(channels, BACKWARD["BD"]), batch),
+           grad, x, weight, bias, window, dx, dwindow, sums, length, channels,
+           *grad.stride()[:2], *x.stride()[:2], *_strides(window),
            W=width, BIAS=bias is not None, WINDOW=window is not None, SILU=silu, **BACKWARD)
     sums = sums.sum((0, 1))
     dweight = sums[:width].t().to(weight.dtype, copy=True, memory_format=torch.contiguous_format).unsqueeze(1)
@@ -213,31 +222,18 @@ def conv_backward(
     return dx, dweight, dbias, x.new_empty(0) if window is None else dwindow
 
 # %% ../../nbs/07_conv_kernel.ipynb #c486e5b9
-conv_op = as_operation("causal_conv", conv_forward, mutates_args=(),
-                                  schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? window, bool silu) -> Tensor")
+def _shapes(grad, x, weight, bias, window, silu):
+    return tuple(x.new_empty(0) if z is None else z.new_empty(z.shape) for z in (x, weight, bias, window))
+
+
+conv_op = as_operation(
+    "causal_conv", conv_forward, lambda x, *_: x.new_empty(x.shape),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? window, bool silu) -> Tensor")
 conv_backward_op = as_operation(
-    "causal_conv_backward", conv_backward, mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? window, bool silu) -> (Tensor, Tensor, Tensor, Tensor)")
-conv_op.register_fake(lambda x, weight, bias, window, silu: x.new_empty(x.shape))
-
-
-@conv_backward_op.register_fake
-def _(grad, x, weight, bias, window, silu):
-    empty = x.new_empty(0)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), *(empty.clone() if z is None else z.new_empty(z.shape) for z in (bias, window))
-
-
-def _save(ctx, inputs, output):
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx, grad):
-    gradients = conv_backward_op(grad, *ctx.saved_tensors, ctx.silu)
-    return *(None if z is None else gradient for z, gradient in zip(ctx.saved_tensors, gradients)), None
-
-
-conv_op.register_autograd(_gradients, setup_context=_save)
+    "causal_conv_backward", conv_backward, _shapes,
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? window, bool silu) "
+           "-> (Tensor, Tensor, Tensor, Tensor)")
+set_gradient(conv_op, lambda grad, *inputs: (*conv_backward_op(grad, *inputs), None))
 
 # %% ../../nbs/07_conv_kernel.ipynb #7f293bec
 @triton.jit
@@ -275,15 +271,12 @@ def conv_step(
     x_t, weight = _rows(x_t), weight.contiguous()
     batch, channels = x_t.shape
     y_t = x_t.new_empty(x_t.shape)
-    launch(conv_step_kernel, (triton.cdiv(channels, 128), batch), x_t, weight, bias, window, y_t, channels, x_t.stride(0), *window.stride(),
+    launch(conv_step_kernel, (triton.cdiv(channels, 128), batch),
+           x_t, weight, bias, window, y_t, channels, x_t.stride(0), *window.stride(),
            W=weight.shape[-1], BIAS=bias is not None, SILU=silu, BD=128)
     return y_t
 
 
-conv_step_op = as_operation("causal_conv_step", conv_step, mutates_args=("window",),
-                                       schema="(Tensor x_t, Tensor weight, Tensor? bias, Tensor(a!) window, bool silu) -> Tensor")
-
-
-@conv_step_op.register_fake
-def _(x_t, weight, bias, window, silu):
-    return x_t.new_empty(x_t.shape)
+conv_step_op = as_operation(
+    "causal_conv_step", conv_step, lambda x_t, *_: x_t.new_empty(x_t.shape), mutates_args=("window",),
+    schema="(Tensor x_t, Tensor weight, Tensor? bias, Tensor(a!) window, bool silu) -> Tensor")

@@ -11,16 +11,15 @@ import triton.language as tl
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from .device import as_operation, gpu_of, launch, precision_of
+from .launch import as_operation, gpu_of, launch, load_rows, precision_of, set_gradient, store_rows
 from .scan import scan_backward, scan_forward
 from .ssd import ssd_op
 from ..scan import rotor
 
 # %% auto #0
-__all__ = ['CHUNK', 'SUB', 'gateloop_op', 'gateloop_backward_op', 'load_rows', 'store_rows', 'gates_until', 'gates_after',
-           'gates_between', 'update_kernel', 'score_kernel', 'load_state', 'read_kernel', 'gateloop_forward',
-           'matrix_gradient_kernel', 'partner', 'through_states_kernel', 'inside_kernel', 'gateloop_backward',
-           'triton_gateloop']
+__all__ = ['CHUNK', 'SUB', 'gateloop_op', 'gateloop_backward_op', 'gates_until', 'gates_after', 'gates_between', 'update_kernel',
+           'score_kernel', 'load_state', 'read_kernel', 'gateloop_forward', 'matrix_gradient_kernel', 'partner',
+           'through_states_kernel', 'add_sums_from', 'inside_kernel', 'gateloop_backward', 'triton_gateloop']
 
 # %% ../../nbs/07_gateloop_kernel.ipynb #191fb799
 CHUNK = 64  # tokens in a chunk
@@ -28,28 +27,16 @@ SUB = 16  # tokens in a sub-block, the fewest that `tl.dot` takes
 
 
 @triton.jit
-def load_rows(pointer, place, there, d, width):
-    """Rows that begin at `place`, columns d, in float32; zeros where a row is not `there` and beyond `width`."""
-    return tl.load(pointer + place[:, None] + d[None, :], there[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_rows(pointer, place, there, d, width, x):
-    """The other way, in the type of the array."""
-    tl.store(pointer + place[:, None] + d[None, :], x.to(pointer.dtype.element_ty), there[:, None] & (d < width)[None, :])
-
-
-@triton.jit
 def gates_until(log_a_ptr, t, begin, end, stride, gate, gates):
-    """For rows t: the product of the gates from `begin` to t, both included; 1 before `begin`. For each t a sum that only adds."""
-    logs = load_rows(log_a_ptr, t.to(tl.int64) * stride, (t >= begin) & (t < end), gate, gates)
+    """For rows t: the product of the gates from `begin` to t, both included; 1 before. Their logs are only added."""
+    logs = load_rows(log_a_ptr, t, stride, (t >= begin) & (t < end), gate, gates)
     return tl.exp(tl.cumsum(logs, 0))
 
 
 @triton.jit
 def gates_after(log_a_ptr, t, end, stride, gate, gates):
     """For rows t: the product of the gates after t and before `end`; 1 for the last one."""
-    logs = load_rows(log_a_ptr, (t + 1).to(tl.int64) * stride, t + 1 < end, gate, gates)
+    logs = load_rows(log_a_ptr, t + 1, stride, t + 1 < end, gate, gates)
     return tl.exp(tl.cumsum(logs, 0, reverse=True))
 
 # %% ../../nbs/07_gateloop_kernel.ipynb #de9dabd0
@@ -57,7 +44,7 @@ def gates_after(log_a_ptr, t, end, stride, gate, gates):
 def gates_between(log_a_ptr, begin, end, stride, gate, gates, SUB: tl.constexpr):
     """Entry (t, s, channel) for tokens of one sub-block: the product of the gates after s up to t; 1 for t <= s."""
     one = tl.arange(0, SUB)
-    logs = load_rows(log_a_ptr, (begin + one).to(tl.int64) * stride, begin + one < end, gate, gates)
+    logs = load_rows(log_a_ptr, begin + one, stride, begin + one < end, gate, gates)
     later = (one[:, None] > one[None, :])[:, :, None]
     return tl.exp(tl.cumsum(tl.where(later, logs[:, None, :], 0.0), 0))
 
@@ -68,9 +55,10 @@ def update_kernel(
     R: tl.constexpr, REPEAT: tl.constexpr, ADJOINT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
 ):
-    """Program (row, chunk, block): these BK x BP numbers of what a chunk writes. ADJOINT: of the gradient of the state that enters it."""
+    """Program (row, chunk, block): BK x BP numbers of what a chunk writes; ADJOINT: of the gradient of what enters."""
     row, chunk, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.cdiv(value, BP)
-    d, p = tl.program_id(2) // blocks * BK + tl.arange(0, BK), tl.program_id(2) % blocks * BP + tl.arange(0, BP)
+    d = tl.program_id(2) // blocks * BK + tl.arange(0, BK)
+    p = tl.program_id(2) % blocks * BP + tl.arange(0, BP)
     batch, head, gates, begin = row // heads, row % heads, key // REPEAT, chunk * Q
     end, t = tl.minimum(begin + Q, length), begin + tl.arange(0, Q)
     token, own = t.to(tl.int64) * heads * R, batch * length * heads + head
@@ -81,26 +69,29 @@ def update_kernel(
         a = gates_after(log_a_ptr, t, end, heads * gates, d // REPEAT, gates)
     sums = tl.zeros((BK, BP), tl.float32)
     for r in tl.static_range(R):
-        k = load_rows(k_ptr + (own * R + r) * key, token * key, t < end, d, key) * a
-        v = load_rows(v_ptr + (own * R + r) * value, token * value, t < end, p, value)
+        k = load_rows(k_ptr + (own * R + r) * key, token, key, t < end, d, key) * a
+        v = load_rows(v_ptr + (own * R + r) * value, token, value, t < end, p, value)
         sums += tl.dot(tl.trans(k).to(TYPE), v.to(TYPE), input_precision=PRECISION)
-    place, size = d.to(tl.int64) * value, heads * key * value
+    out_ptr += ((batch * chunks + (chunk - 1 if ADJOINT else chunk)) * heads + head) * key * value
     if ADJOINT:  # the state that enters a chunk is what left the one before
-        store_rows(out_ptr + (batch * chunks + chunk - 1) * size + head * key * value, place, (d < key) & (chunk > 0), p, value, sums)
-        store_rows(first_ptr + batch * size + head * key * value, place, (d < key) & (chunk == 0), p, value, sums)
+        store_rows(out_ptr, d, value, (d < key) & (chunk > 0), p, value, sums)
+        store_rows(first_ptr + row * key * value, d, value, (d < key) & (chunk == 0), p, value, sums)
     else:
-        store_rows(out_ptr + (batch * chunks + chunk) * size + head * key * value, place, d < key, p, value, sums)
-        logs = load_rows(log_a_ptr, t.to(tl.int64) * heads * gates, t < end, d // REPEAT, gates)
-        tl.store(total_ptr + ((batch * chunks + chunk) * heads + head) * gates + d // REPEAT, tl.sum(logs, 0), (d < key) & (tl.program_id(2) % blocks == 0))
+        store_rows(out_ptr, d, value, d < key, p, value, sums)
+        logs = load_rows(log_a_ptr, t, heads * gates, t < end, d // REPEAT, gates)
+        place = ((batch * chunks + chunk) * heads + head) * gates + d // REPEAT
+        tl.store(total_ptr + place, tl.sum(logs, 0), (d < key) & (tl.program_id(2) % blocks == 0))
 
 # %% ../../nbs/07_gateloop_kernel.ipynb #08bbba31
 @triton.jit
 def score_kernel(
     q_ptr, k_ptr, log_a_ptr, out_ptr, length, heads, key,
-    R: tl.constexpr, REPEAT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, SUB: tl.constexpr, BK: tl.constexpr,
+    R: tl.constexpr, REPEAT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    Q: tl.constexpr, SUB: tl.constexpr, BK: tl.constexpr,
 ):
     """Program (row, sub-block): SUB rows of the matrix T of a chunk, for R queries at once."""
-    row, begin, one, lines = tl.program_id(0).to(tl.int64), tl.program_id(1) * SUB, tl.arange(0, SUB), tl.arange(0, R * SUB)
+    row, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * SUB
+    one, lines = tl.arange(0, SUB), tl.arange(0, R * SUB)
     batch, head, gates, chunk = row // heads, row % heads, key // REPEAT, begin // Q * Q
     own, stride, end = batch * length * heads + head, heads * (key // REPEAT), tl.minimum(begin + SUB, length)
     log_a_ptr, k_ptr = log_a_ptr + own * gates, k_ptr + own * key
@@ -110,24 +101,25 @@ def score_kernel(
     below, inside = tl.zeros((R * SUB, Q), tl.float32), tl.zeros((R * SUB, SUB), tl.float32)
     for block in range(tl.cdiv(key, BK)):
         d = block * BK + tl.arange(0, BK)
-        q = tl.reshape(load_rows(q_ptr, query * key, t < end, d, key), (R, SUB, BK))
+        q = tl.reshape(load_rows(q_ptr, query, key, t < end, d, key), (R, SUB, BK))
         near = gates_until(log_a_ptr, begin + one, begin, end, stride, d // REPEAT, gates)
         far = gates_after(log_a_ptr, s, begin, stride, d // REPEAT, gates)
-        k = load_rows(k_ptr, s.to(tl.int64) * heads * key, s < begin, d, key)
-        below += tl.dot(tl.reshape(q * near[None, :, :], (R * SUB, BK)).to(TYPE), tl.trans(k * far).to(TYPE), input_precision=PRECISION)
+        k = load_rows(k_ptr, s, heads * key, s < begin, d, key)
+        queries = tl.reshape(q * near[None, :, :], (R * SUB, BK))
+        below += tl.dot(queries.to(TYPE), tl.trans(k * far).to(TYPE), input_precision=PRECISION)
         past = (one[:, None] >= one[None, :])[:, :, None]
         weight = tl.where(past, gates_between(log_a_ptr, begin, end, stride, d // REPEAT, gates, SUB), 0.0)
-        weight *= load_rows(k_ptr, (begin + one).to(tl.int64) * heads * key, begin + one < end, d, key)[None, :, :]
+        weight *= load_rows(k_ptr, begin + one, heads * key, begin + one < end, d, key)[None, :, :]
         inside += tl.reshape(tl.sum(q[:, :, None, :] * weight[None, :, :, :], 3), (R * SUB, SUB))
-    store_rows(out_ptr, query * Q, t < end, tl.arange(0, Q), begin - chunk, below)
-    store_rows(out_ptr, query * Q, t < end, begin - chunk + one, Q, inside)
+    store_rows(out_ptr, query, Q, t < end, tl.arange(0, Q), begin - chunk, below)
+    store_rows(out_ptr, query, Q, t < end, begin - chunk + one, Q, inside)
 
 # %% ../../nbs/07_gateloop_kernel.ipynb #fdbd993d
 @triton.jit
-def load_state(first_ptr, states_ptr, batch, chunk, chunks, place, there, p, width, size):
-    """Part of the state that enters a chunk: the initial state or the one after the chunk before."""
-    first = load_rows(first_ptr + batch * size, place, there & (chunk == 0), p, width)
-    return first + load_rows(states_ptr + (batch * chunks + chunk - 1) * size, place, there & (chunk > 0), p, width)
+def load_state(first_ptr, states_ptr, batch, chunk, chunks, d, there, p, width, size):
+    """Rows d of the state that enters a chunk: the initial state or the one after the chunk before."""
+    first = load_rows(first_ptr + batch * size, d, width, there & (chunk == 0), p, width)
+    return first + load_rows(states_ptr + (batch * chunks + chunk - 1) * size, d, width, there & (chunk > 0), p, width)
 
 
 @triton.jit
@@ -136,54 +128,51 @@ def read_kernel(
     R: tl.constexpr, REPEAT: tl.constexpr, ADJOINT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
 ):
-    """Program (row, chunk, block): BP columns of y = T v + (q o gates) S of a query; ADJOINT: of dv = T^T dy + (k o gates) dS."""
+    """Program (row, chunk, block): BP columns of y = T v + (q o gates) S; ADJOINT: of dv = T^T dy + (k o gates) dS."""
     rows: tl.constexpr = 1 if ADJOINT else R  # this program's rows of q and of the result
     row, chunk, one = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, Q)
     line, query = row // rows, row % rows
     batch, head, gates, begin = line // heads, line % heads, key // REPEAT, chunk * Q
-    end, t, p, size = tl.minimum(begin + Q, length), begin + one, tl.program_id(2) * BP + tl.arange(0, BP), heads * key * value
-    token, own = t.to(tl.int64) * heads, batch * length * heads + head
+    end, t, p = tl.minimum(begin + Q, length), begin + one, tl.program_id(2) * BP + tl.arange(0, BP)
+    token, own, size = t.to(tl.int64) * heads, batch * length * heads + head, heads * key * value
+    states_ptr += head * key * value
     sums = tl.zeros((Q, BP), tl.float32)
     for r in tl.static_range(R if ADJOINT else 1):
         if ADJOINT:
-            T = load_rows(matrix_ptr + (own * R + r) * Q, token * R * Q, t < end, one, Q)
-            v = load_rows(v_ptr + (own * R + r) * value, token * R * value, t < end, p, value)
+            T = load_rows(matrix_ptr + (own * R + r) * Q, token, R * Q, t < end, one, Q)
+            v = load_rows(v_ptr + (own * R + r) * value, token, R * value, t < end, p, value)
             T = tl.trans(tl.where(one[:, None] >= one[None, :], T, 0.0))
         else:
-            T = load_rows(matrix_ptr + (own * R + query) * Q, token * R * Q, t < end, one, Q)
-            v = load_rows(v_ptr + own * value, token * value, t < end, p, value)
+            T = load_rows(matrix_ptr + (own * R + query) * Q, token, R * Q, t < end, one, Q)
+            v = load_rows(v_ptr + own * value, token, value, t < end, p, value)
             T = tl.where(one[:, None] >= one[None, :], T, 0.0)
         sums += tl.dot(T.to(TYPE), v.to(TYPE), input_precision=PRECISION)
     for block in range(tl.cdiv(key, BK)):
         d = block * BK + tl.arange(0, BK)
-        place = d.to(tl.int64) * value + head * key * value
-        q = load_rows(q_ptr + (own * rows + query) * key, token * rows * key, t < end, d, key)
+        q = load_rows(q_ptr + (own * rows + query) * key, token, rows * key, t < end, d, key)
         if ADJOINT:
             q *= gates_after(log_a_ptr + own * gates, t, end, heads * gates, d // REPEAT, gates)
-            S = load_rows(states_ptr + (batch * chunks + chunk) * size, place, d < key, p, value)
+            S = load_rows(states_ptr + (batch * chunks + chunk) * size, d, value, d < key, p, value)
         else:
             q *= gates_until(log_a_ptr + own * gates, t, begin, end, heads * gates, d // REPEAT, gates)
-            S = load_state(first_ptr, states_ptr, batch, chunk, chunks, place, d < key, p, value, size)
+            first = first_ptr + head * key * value
+            S = load_state(first, states_ptr, batch, chunk, chunks, d, d < key, p, value, size)
         sums += tl.dot(q.to(TYPE), S.to(TYPE), input_precision=PRECISION)
-    store_rows(out_ptr + (own * rows + query) * value, token * rows * value, t < end, p, value, sums)
+    store_rows(out_ptr + (own * rows + query) * value, token, rows * value, t < end, p, value, sums)
 
 # %% ../../nbs/07_gateloop_kernel.ipynb #fe53840a
 def _sizes(q, v, log_a) -> dict:
     """What the kernels need to know about shapes: q (b l h r k), v (b l h p), log_a (b l h g)."""
     batch, length, heads, queries, key = q.shape
-    return {"rows": batch * heads, "chunks": triton.cdiv(length, CHUNK), "length": length, "heads": heads, "key": key, "value": v.shape[-1],
-            "R": queries, "REPEAT": key // log_a.shape[-1]}
+    return {"rows": batch * heads, "chunks": triton.cdiv(length, CHUNK), "length": length, "heads": heads,
+            "key": key, "value": v.shape[-1], "R": queries, "REPEAT": key // log_a.shape[-1]}
 
 
 def _tiles(q: Tensor) -> dict:
-    """How products are computed, and how wide blocks of keys and values are: exact float32 needs small ones, or it runs out of registers."""
+    """How products are computed, and how wide blocks of keys and values are: exact float32 needs small ones."""
     precision = precision_of(q.dtype, gpu_of(q.device))
     small = precision["TYPE"] is tl.float32
     return precision | {"BK": 16 if small else 32, "BP": 32, "num_warps": 8 if small else 4}
-
-
-def _blocks(width: int, block: int) -> int:
-    return triton.cdiv(width, block)
 
 
 def _states(k, v, log_a, start, sizes, tiles):
@@ -191,8 +180,10 @@ def _states(k, v, log_a, start, sizes, tiles):
     batch, heads, chunks, key, value = len(k), sizes["heads"], sizes["chunks"], sizes["key"], sizes["value"]
     updates = torch.empty(batch, chunks, heads * key * value, dtype=torch.float32, device=k.device)
     totals = torch.empty(batch, chunks, heads * log_a.shape[-1], dtype=torch.float32, device=k.device)
-    launch(update_kernel, (sizes["rows"], chunks, _blocks(key, tiles["BK"]) * _blocks(value, tiles["BP"])), k, v, log_a, updates, None, totals,
-           sizes["length"], heads, key, value, chunks, R=1, REPEAT=sizes["REPEAT"], ADJOINT=False, Q=CHUNK, **tiles)
+    blocks = triton.cdiv(key, tiles["BK"]) * triton.cdiv(value, tiles["BP"])
+    launch(update_kernel, (sizes["rows"], chunks, blocks),
+           k, v, log_a, updates, None, totals, sizes["length"], heads, key, value, chunks,
+           R=1, REPEAT=sizes["REPEAT"], ADJOINT=False, Q=CHUNK, **tiles)
     return totals, scan_forward(updates, totals, None, start.flatten(1))
 
 
@@ -200,7 +191,8 @@ def _matrix(q, k, log_a, sizes, tiles):
     """The matrices of all chunks, row by row: (b l h r q)."""
     T = torch.empty(*q.shape[:-1], CHUNK, dtype=q.dtype, device=q.device)
     tiles = {name: tiles[name] for name in ("TYPE", "PRECISION")}
-    launch(score_kernel, (sizes["rows"], _blocks(sizes["length"], SUB)), q, k, log_a, T, sizes["length"], sizes["heads"], sizes["key"],
+    launch(score_kernel, (sizes["rows"], triton.cdiv(sizes["length"], SUB)),
+           q, k, log_a, T, sizes["length"], sizes["heads"], sizes["key"],
            R=sizes["R"], REPEAT=sizes["REPEAT"], Q=CHUNK, SUB=SUB, BK=SUB, num_warps=8, **tiles)
     return T
 
@@ -208,19 +200,23 @@ def _matrix(q, k, log_a, sizes, tiles):
 def _read(T, v, q, log_a, first, states, out, sizes, tiles, adjoint):
     """One launch of `read_kernel`."""
     rows = sizes["rows"] * (1 if adjoint else sizes["R"])
-    launch(read_kernel, (rows, sizes["chunks"], _blocks(sizes["value"], tiles["BP"])), T, v, q, log_a, first, states, out,
-           *(sizes[name] for name in ("length", "heads", "key", "value", "chunks")), R=sizes["R"], REPEAT=sizes["REPEAT"], ADJOINT=adjoint, Q=CHUNK, **tiles)
+    shape = [sizes[name] for name in ("length", "heads", "key", "value", "chunks")]
+    launch(read_kernel, (rows, sizes["chunks"], triton.cdiv(sizes["value"], tiles["BP"])),
+           T, v, q, log_a, first, states, out, *shape,
+           R=sizes["R"], REPEAT=sizes["REPEAT"], ADJOINT=adjoint, Q=CHUNK, **tiles)
 
 # %% ../../nbs/07_gateloop_kernel.ipynb #21a481e9
 def gateloop_forward(
-    q: Float[Tensor, "batch len heads queries key"],  # queries; `queries` of them share the keys, values and gates of a head, 1, 2, 4, ...
+    q: Float[Tensor, "batch len heads queries key"],  # 1, 2, 4, ... queries share the keys, values and gates of a head
     k: Float[Tensor, "batch len heads key"],  # keys, of the dtype of q
     v: Float[Tensor, "batch len heads value"],  # values, of the dtype of q
-    log_a: Float[Tensor, "batch len heads gates"],  # logs of the gates, float32; each serves key / gates neighbours, a power of two
-    phase: Float[Tensor, "batch len heads gates"] | None,  # by what the gates turn; q and k hold it already, only the gradient wants to know
+    log_a: Float[Tensor, "batch len heads gates"],  # logs of the gates, float32; each for key / gates channels
+    phase: Float[Tensor, "batch len heads gates"] | None,  # radians; in q and k already, for the gradient
     start: Float[Tensor, "batch heads key value"],  # the state before the first token, float32
-) -> tuple[Tensor, Tensor]:  # y (batch, len, heads, queries, value) in the dtype of q, and the state after the last token
-    """y_t = q_t S_t of S_t = diag(exp(log_a_t)) S_{t-1} + k_t^T v_t, in chunks (Yang et al. 2024, section 4). All tensors contiguous."""
+) -> tuple[Tensor, Tensor]:  # y (batch, len, heads, queries, value), dtype of q, and the state after the last token
+    """y_t = q_t S_t of S_t = diag(exp(log_a_t)) S_{t-1} + k_t^T v_t, in chunks (Yang et al. 2024, section 4).
+
+    All tensors are contiguous, and key / gates is a power of 2."""
     sizes, tiles = _sizes(q, v, log_a), _tiles(q)
     _, states = _states(k, v, log_a, start, sizes, tiles)
     y = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
@@ -240,15 +236,15 @@ def matrix_gradient_kernel(
     sums = tl.zeros((Q, Q), tl.float32)
     for block in range(tl.cdiv(value, BP)):
         p = block * BP + tl.arange(0, BP)
-        dy = load_rows(dy_ptr + (own * R + query) * value, token * R * value, t < length, p, value)
-        v = load_rows(v_ptr + own * value, token * value, t < length, p, value)
+        dy = load_rows(dy_ptr + (own * R + query) * value, token, R * value, t < length, p, value)
+        v = load_rows(v_ptr + own * value, token, value, t < length, p, value)
         sums += tl.dot(dy.to(TYPE), tl.trans(v).to(TYPE), input_precision=PRECISION)
-    store_rows(out_ptr + (own * R + query) * Q, token * R * Q, t < length, one, Q, sums)
+    store_rows(out_ptr + (own * R + query) * Q, token, R * Q, t < length, one, Q, sums)
 
 # %% ../../nbs/07_gateloop_kernel.ipynb #1909fa18
 @triton.jit
 def partner(d):
-    """Real and imaginary parts are neighbours: the other one of a pair, and its sign when a query is turned by a quarter circle."""
+    """Real and imaginary parts are neighbours: the other one of a pair, and its sign after a rotation by pi / 2."""
     return d + 1 - 2 * (d % 2), 1.0 - 2.0 * (d % 2)
 
 
@@ -256,106 +252,123 @@ def partner(d):
 def through_states_kernel(
     q_ptr, k_ptr, v_ptr, log_a_ptr, dy_ptr, first_ptr, states_ptr, dstates_ptr, dtotal_ptr,
     dq_ptr, dk_ptr, dlog_a_ptr, dphase_ptr, length, heads, key, value, chunks,
-    R: tl.constexpr, REPEAT: tl.constexpr, TURN: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, REPEAT: tl.constexpr, ROTATE: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
 ):
-    """Program (row, chunk, block): the part of the gradients of BK channels that goes through the states at both ends of a chunk."""
-    row, chunk, lines, one = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, R * Q), tl.arange(0, Q)
+    """Program (row, chunk, block): the part of BK channels' gradients through the states at both ends of a chunk."""
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lines, one = tl.arange(0, R * Q), tl.arange(0, Q)
     d, size = tl.program_id(2) * BK + tl.arange(0, BK), heads * key * value
     batch, head, gates, begin = row // heads, row % heads, key // REPEAT, chunk * Q
     end, t, own = tl.minimum(begin + Q, length), begin + one, batch * length * heads + head
     query, token = (begin + lines % Q).to(tl.int64) * heads * R + lines // Q, t.to(tl.int64) * heads
-    asked, place = begin + lines % Q < end, d.to(tl.int64) * value + head * key * value
+    asked = begin + lines % Q < end
     other, sign = partner(d)
-    other_place = other.to(tl.int64) * value + head * key * value
-    dq, dk, dtotal = tl.zeros((R * Q, BK), tl.float32), tl.zeros((Q, BK), tl.float32), tl.zeros((BK,), tl.float32)
+    first_ptr, states_ptr = first_ptr + head * key * value, states_ptr + head * key * value
+    dstates_ptr += (batch * chunks + chunk) * size + head * key * value
+    dq, dk = tl.zeros((R * Q, BK), tl.float32), tl.zeros((Q, BK), tl.float32)
+    dtotal = tl.zeros((BK,), tl.float32)
     for block in range(tl.cdiv(value, BP)):
         p = block * BP + tl.arange(0, BP)
-        dy = load_rows(dy_ptr + own * R * value, query * value, asked, p, value)
-        v = load_rows(v_ptr + own * value, token * value, t < end, p, value)
-        S = load_state(first_ptr, states_ptr, batch, chunk, chunks, place, d < key, p, value, size)
-        dS = load_rows(dstates_ptr + (batch * chunks + chunk) * size, place, d < key, p, value)
+        dy = load_rows(dy_ptr + own * R * value, query, value, asked, p, value)
+        v = load_rows(v_ptr + own * value, token, value, t < end, p, value)
+        S = load_state(first_ptr, states_ptr, batch, chunk, chunks, d, d < key, p, value, size)
+        dS = load_rows(dstates_ptr, d, value, d < key, p, value)
         dq += tl.dot(dy.to(TYPE), tl.trans(S).to(TYPE), input_precision=PRECISION)
         dk += tl.dot(v.to(TYPE), tl.trans(dS).to(TYPE), input_precision=PRECISION)
-        if TURN:
-            S = load_state(first_ptr, states_ptr, batch, chunk, chunks, other_place, d < key, p, value, size)
+        if ROTATE:
+            S = load_state(first_ptr, states_ptr, batch, chunk, chunks, other, d < key, p, value, size)
             dtotal -= sign * tl.sum(dS * S, 1)
     a = gates_until(log_a_ptr + own * gates, t, begin, end, heads * gates, d // REPEAT, gates)
     dq = tl.reshape(dq, (R, Q, BK)) * a[None, :, :]
     dk *= gates_after(log_a_ptr + own * gates, t, end, heads * gates, d // REPEAT, gates)
-    q = tl.reshape(load_rows(q_ptr + own * R * key, query * key, asked, d, key), (R, Q, BK))
-    store_rows(dq_ptr + own * R * key, query * key, asked, d, key, tl.reshape(dq, (R * Q, BK)))
-    store_rows(dk_ptr + own * key, token * key, t < end, d, key, dk)
-    first = (d < key) & (d % REPEAT == 0)  # the scan's gradient belongs to the gate, whatever number of channels it serves
-    whole = tl.load(dtotal_ptr + ((batch * chunks + chunk) * heads + head) * gates + d // REPEAT, first, other=0.0)
-    k = load_rows(k_ptr + own * key, token * key, t + 1 < end, d, key)  # no gate comes after the last token
+    q = tl.reshape(load_rows(q_ptr + own * R * key, query, key, asked, d, key), (R, Q, BK))
+    store_rows(dq_ptr + own * R * key, query, key, asked, d, key, tl.reshape(dq, (R * Q, BK)))
+    store_rows(dk_ptr + own * key, token, key, t < end, d, key, dk)
+    first = (d < key) & (d % REPEAT == 0)  # the scan's gradient is that of the gate, for all its channels
+    place = ((batch * chunks + chunk) * heads + head) * gates + d // REPEAT
+    from_scan = tl.load(dtotal_ptr + place, first, other=0.0)
+    k = load_rows(k_ptr + own * key, token, key, t + 1 < end, d, key)  # no gate comes after the last token
     before = k * dk
-    dlog_a = tl.cumsum(tl.sum(q * dq, 0), 0, reverse=True) + (tl.cumsum(before, 0) - before) + whole[None, :]
-    store_rows(dlog_a_ptr + own * key, token * key, t < end, d, key, dlog_a)
-    if TURN:
-        q = tl.reshape(load_rows(q_ptr + own * R * key, query * key, asked, other, key), (R, Q, BK))
-        k = load_rows(k_ptr + own * key, token * key, t + 1 < end, other, key)
+    dlog_a = tl.cumsum(tl.sum(q * dq, 0), 0, reverse=True) + (tl.cumsum(before, 0) - before) + from_scan[None, :]
+    store_rows(dlog_a_ptr + own * key, token, key, t < end, d, key, dlog_a)
+    if ROTATE:
+        q = tl.reshape(load_rows(q_ptr + own * R * key, query, key, asked, other, key), (R, Q, BK))
+        k = load_rows(k_ptr + own * key, token, key, t + 1 < end, other, key)
         before = -k * dk * sign[None, :]
-        logs = load_rows(log_a_ptr + own * gates, token * gates, t < end, d // REPEAT, gates)
+        logs = load_rows(log_a_ptr + own * gates, token, gates, t < end, d // REPEAT, gates)
         dtotal *= tl.exp(tl.sum(logs, 0))
-        dphase = tl.cumsum(tl.sum(q * dq, 0) * sign[None, :], 0, reverse=True) + (tl.cumsum(before, 0) - before) + dtotal[None, :]
-        store_rows(dphase_ptr + own * key, token * key, t < end, d, key, dphase)
+        dphase = tl.cumsum(tl.sum(q * dq, 0) * sign[None, :], 0, reverse=True) + (tl.cumsum(before, 0) - before)
+        dphase += dtotal[None, :]
+        store_rows(dphase_ptr + own * key, token, key, t < end, d, key, dphase)
+
+# %% ../../nbs/07_gateloop_kernel.ipynb #36f55f96
+@triton.jit
+def add_sums_from(pointer, token, there, d, key, terms, carry):
+    """Add to rows of an array, for each token, the sum of the terms from it on and `carry`; the sum of both for all."""
+    old = load_rows(pointer, token, key, there, d, key)
+    store_rows(pointer, token, key, there, d, key, old + tl.cumsum(terms, 0, reverse=True) + carry[None, :])
+    return carry + tl.sum(terms, 0)
 
 # %% ../../nbs/07_gateloop_kernel.ipynb #f633e3d7
 @triton.jit
 def inside_kernel(
-    q_ptr, k_ptr, log_a_ptr, dT_ptr, dq_states_ptr, dk_states_ptr, dlog_a_ptr, dphase_ptr, dq_ptr, dk_ptr, length, heads, key,
-    R: tl.constexpr, REPEAT: tl.constexpr, TURN: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, log_a_ptr, dT_ptr, dq_states_ptr, dk_states_ptr, dlog_a_ptr, dphase_ptr, dq_ptr, dk_ptr,
+    length, heads, key,
+    R: tl.constexpr, REPEAT: tl.constexpr, ROTATE: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, SUB: tl.constexpr, BK: tl.constexpr,
 ):
-    """Program (row, chunk, block): the part inside a chunk, from the last sub-block to the first, added to the part through the states."""
+    """Program (row, chunk, block): the part inside a chunk, from its last sub-block, added to the other part."""
     row, start, one = tl.program_id(0).to(tl.int64), tl.program_id(1) * Q, tl.arange(0, SUB)
-    d, u, lines, all_lines = tl.program_id(2) * BK + tl.arange(0, BK), start + tl.arange(0, Q), tl.arange(0, R * SUB), tl.arange(0, R * Q)
+    d, u = tl.program_id(2) * BK + tl.arange(0, BK), start + tl.arange(0, Q)
+    lines, all_lines = tl.arange(0, R * SUB), tl.arange(0, R * Q)
     batch, head, gates, last = row // heads, row % heads, key // REPEAT, tl.minimum(start + Q, length)
     own, stride, gate = batch * length * heads + head, heads * (key // REPEAT), d // REPEAT
-    log_a_ptr, q_ptr, k_ptr, dT_ptr = log_a_ptr + own * gates, q_ptr + own * R * key, k_ptr + own * key, dT_ptr + own * R * Q
-    all_queries = (start + all_lines % Q).to(tl.int64) * heads * R + all_lines // Q
+    log_a_ptr, dT_ptr = log_a_ptr + own * gates, dT_ptr + own * R * Q
+    q_ptr, dq_ptr, dq_states_ptr = q_ptr + own * R * key, dq_ptr + own * R * key, dq_states_ptr + own * R * key
+    k_ptr, dk_ptr, dk_states_ptr = k_ptr + own * key, dk_ptr + own * key, dk_states_ptr + own * key
+    u_lines = start + all_lines % Q
+    all_queries = u_lines.to(tl.int64) * heads * R + all_lines // Q
     other, sign = partner(d)
-    carry, carry_turned = tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
+    carry, carry_phase = tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
     count = tl.cdiv(last - start, SUB)
     for n in range(count):
         begin = start + (count - 1 - n) * SUB
         t, end = begin + one, tl.minimum(begin + SUB, length)
-        query, token = (begin + lines % SUB).to(tl.int64) * heads * R + lines // SUB, t.to(tl.int64) * heads
-        asked = begin + lines % SUB < end
-        keys = load_rows(k_ptr, u.to(tl.int64) * heads * key, u < begin, d, key) * gates_after(log_a_ptr, u, begin, stride, gate, gates)
-        dT = load_rows(dT_ptr, query * Q, asked, tl.arange(0, Q), begin - start)
+        query, asked = (begin + lines % SUB).to(tl.int64) * heads * R + lines // SUB, begin + lines % SUB < end
+        token, later = t.to(tl.int64) * heads, (u_lines >= end) & (u_lines < last)
+        keys = load_rows(k_ptr, u, heads * key, u < begin, d, key)
+        keys *= gates_after(log_a_ptr, u, begin, stride, gate, gates)
+        dT = load_rows(dT_ptr, query, Q, asked, tl.arange(0, Q), begin - start)
         dq = tl.reshape(tl.dot(dT.to(TYPE), keys.to(TYPE), input_precision=PRECISION), (R, SUB, BK))
         dq *= gates_until(log_a_ptr, t, begin, end, stride, gate, gates)[None, :, :]
-        later = start + all_lines % Q
-        queries = tl.reshape(load_rows(q_ptr, all_queries * key, (later >= end) & (later < last), d, key), (R, Q, BK))
-        queries = tl.reshape(queries * gates_until(log_a_ptr, u, end, last, stride, gate, gates)[None, :, :], (R * Q, BK))
-        dT = load_rows(dT_ptr, all_queries * Q, (later >= end) & (later < last), begin - start + one, Q)
+        queries = tl.reshape(load_rows(q_ptr, all_queries, key, later, d, key), (R, Q, BK))
+        queries *= gates_until(log_a_ptr, u, end, last, stride, gate, gates)[None, :, :]
+        queries = tl.reshape(queries, (R * Q, BK))
+        dT = load_rows(dT_ptr, all_queries, Q, later, begin - start + one, Q)
         dk = tl.dot(tl.trans(dT).to(TYPE), queries.to(TYPE), input_precision=PRECISION)
         dk *= gates_after(log_a_ptr, t, end, stride, gate, gates)
-        q = tl.reshape(load_rows(q_ptr, query * key, asked, d, key), (R, SUB, BK))
-        k = load_rows(k_ptr, token * key, t < end, d, key)
+        q = tl.reshape(load_rows(q_ptr, query, key, asked, d, key), (R, SUB, BK))
+        k = load_rows(k_ptr, token, key, t < end, d, key)
         past = (one[:, None] > one[None, :])[:, :, None]  # without the diagonal
         weight = tl.where(past, gates_between(log_a_ptr, begin, end, stride, gate, gates, SUB), 0.0)
-        dT = tl.reshape(load_rows(dT_ptr, query * Q, asked, begin - start + one, Q), (R, SUB, SUB))
+        dT = tl.reshape(load_rows(dT_ptr, query, Q, asked, begin - start + one, Q), (R, SUB, SUB))
         dq += tl.sum(dT[:, :, :, None] * (weight * k[None, :, :])[None, :, :, :], 2)
         dk += tl.sum(tl.sum(dT[:, :, :, None] * q[:, :, None, :], 0) * weight, 0)
         terms = tl.sum(q * dq, 0) - k * dk
-        dlog_a = load_rows(dlog_a_ptr + own * key, token * key, t < end, d, key)
-        store_rows(dlog_a_ptr + own * key, token * key, t < end, d, key, dlog_a + tl.cumsum(terms, 0, reverse=True) + carry[None, :])
-        carry += tl.sum(terms, 0)
-        if TURN:
-            turned = tl.reshape(load_rows(q_ptr, query * key, asked, other, key), (R, SUB, BK))
-            terms = (tl.sum(turned * dq, 0) + load_rows(k_ptr, token * key, t < end, other, key) * dk) * sign[None, :]
-            dphase = load_rows(dphase_ptr + own * key, token * key, t < end, d, key)
-            store_rows(dphase_ptr + own * key, token * key, t < end, d, key, dphase + tl.cumsum(terms, 0, reverse=True) + carry_turned[None, :])
-            carry_turned += tl.sum(terms, 0)
+        carry = add_sums_from(dlog_a_ptr + own * key, token, t < end, d, key, terms, carry)
+        if ROTATE:
+            rotated = tl.reshape(load_rows(q_ptr, query, key, asked, other, key), (R, SUB, BK))
+            terms = tl.sum(rotated * dq, 0) + load_rows(k_ptr, token, key, t < end, other, key) * dk
+            terms *= sign[None, :]
+            carry_phase = add_sums_from(dphase_ptr + own * key, token, t < end, d, key, terms, carry_phase)
         entry = tl.load(dT_ptr + query * Q + begin - start + lines % SUB, asked, other=0.0)
         entry = tl.reshape(entry, (R, SUB))[:, :, None]
-        dq = tl.reshape(dq + entry * k[None, :, :], (R * SUB, BK)) + load_rows(dq_states_ptr + own * R * key, query * key, asked, d, key)
-        dk += tl.sum(entry * q, 0) + load_rows(dk_states_ptr + own * key, token * key, t < end, d, key)
-        store_rows(dq_ptr + own * R * key, query * key, asked, d, key, dq)
-        store_rows(dk_ptr + own * key, token * key, t < end, d, key, dk)
+        dq = tl.reshape(dq + entry * k[None, :, :], (R * SUB, BK))
+        dq += load_rows(dq_states_ptr, query, key, asked, d, key)
+        dk += tl.sum(entry * q, 0) + load_rows(dk_states_ptr, token, key, t < end, d, key)
+        store_rows(dq_ptr, query, key, asked, d, key, dq)
+        store_rows(dk_ptr, token, key, t < end, d, key, dk)
 
 # %% ../../nbs/07_gateloop_kernel.ipynb #c9b27001
 def gateloop_backward(
@@ -368,71 +381,68 @@ def gateloop_backward(
     phase: Float[Tensor, "batch len heads gates"] | None,
     start: Float[Tensor, "batch heads key value"],
 ) -> tuple[Tensor, ...]:  # gradients of q, k, v, log_a, phase (empty without phase) and start
-    """All gradients. States and matrices are computed again: keeping them would take half as much memory as the inputs once more."""
-    sizes, tiles = _sizes(q, v, log_a), _tiles(q)
+    """All gradients. States and matrices are computed again: to keep them would take half as much as the inputs."""
+    dy, sizes, tiles = dy.contiguous(), _sizes(q, v, log_a), _tiles(q)
     shape = [sizes[name] for name in ("length", "heads", "key", "value", "chunks")]
     constants = {"R": sizes["R"], "REPEAT": sizes["REPEAT"], "Q": CHUNK}
     totals, states = _states(k, v, log_a, start, sizes, tiles)
     dstates, dstart = torch.empty_like(states), torch.empty_like(start)
-    blocks = _blocks(sizes["key"], tiles["BK"])
-    launch(update_kernel, (sizes["rows"], sizes["chunks"], blocks * _blocks(sizes["value"], tiles["BP"])), q, dy, log_a, dstates, dstart, None,
-           *shape, ADJOINT=True, **constants, **tiles)
+    blocks = triton.cdiv(sizes["key"], tiles["BK"])
+    launch(update_kernel, (sizes["rows"], sizes["chunks"], blocks * triton.cdiv(sizes["value"], tiles["BP"])),
+           q, dy, log_a, dstates, dstart, None, *shape, ADJOINT=True, **constants, **tiles)
     dstates[:, -1] = dlast.flatten(1)
-    dstates, dtotals, _ = scan_backward(dstates, states, totals, None, start.flatten(1))
-    dstart += (totals[:, 0].exp().repeat_interleave(dstates.shape[2] // totals.shape[2], -1) * dstates[:, 0]).view(start.shape)
+    dstates, dtotals, _, first = scan_backward(dstates, states, totals, None, start.flatten(1))
+    dstart += first.view(start.shape)
     dv = torch.empty_like(v)
     _read(_matrix(q, k, log_a, sizes, tiles), dy, k, log_a, None, dstates, dv, sizes, tiles, adjoint=True)
 
     dT = torch.empty(*q.shape[:-1], CHUNK, dtype=torch.float32, device=q.device)
     of_products = {name: tiles[name] for name in ("TYPE", "PRECISION")}
-    launch(matrix_gradient_kernel, (sizes["rows"] * sizes["R"], sizes["chunks"]), dy, v, dT, sizes["length"], sizes["heads"], sizes["value"],
+    launch(matrix_gradient_kernel, (sizes["rows"] * sizes["R"], sizes["chunks"]),
+           dy, v, dT, sizes["length"], sizes["heads"], sizes["value"],
            R=sizes["R"], Q=CHUNK, BP=tiles["BP"], num_warps=tiles["num_warps"], **of_products)
     dq, dk, dlog_a = (torch.empty(z.shape, dtype=torch.float32, device=q.device) for z in (q, k, k))
     dphase = None if phase is None else torch.empty_like(dlog_a)
-    launch(through_states_kernel, (sizes["rows"], sizes["chunks"], blocks), q, k, v, log_a, dy, start, states, dstates, dtotals, dq, dk, dlog_a, dphase, *shape,
-           TURN=phase is not None, **constants, **tiles)
+    launch(through_states_kernel, (sizes["rows"], sizes["chunks"], blocks),
+           q, k, v, log_a, dy, start, states, dstates, dtotals, dq, dk, dlog_a, dphase, *shape,
+           ROTATE=phase is not None, **constants, **tiles)
     out = torch.empty_like(q), torch.empty_like(k)
-    launch(inside_kernel, (sizes["rows"], sizes["chunks"], _blocks(sizes["key"], SUB)), q, k, log_a, dT, dq, dk, dlog_a, dphase, *out, *shape[:3],
-           TURN=phase is not None, SUB=SUB, BK=SUB, num_warps=8, **constants, **of_products)
-    dlog_a, dphase = (dlog_a.new_empty(0) if z is None else z.unflatten(-1, (log_a.shape[-1], -1)).sum(-1) for z in (dlog_a, dphase))
+    launch(inside_kernel, (sizes["rows"], sizes["chunks"], triton.cdiv(sizes["key"], SUB)),
+           q, k, log_a, dT, dq, dk, dlog_a, dphase, *out, *shape[:3],
+           ROTATE=phase is not None, SUB=SUB, BK=SUB, num_warps=8, **constants, **of_products)
+    dlog_a, dphase = (
+        dlog_a.new_empty(0) if z is None else z.unflatten(-1, (log_a.shape[-1], -1)).sum(-1) for z in (dlog_a, dphase))
     return *out, dv, dlog_a, dphase, dstart
 
 # %% ../../nbs/07_gateloop_kernel.ipynb #84912805
+def _shapes(q, k, v, log_a, phase, start):
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), torch.empty_like(start)
+
+
+def _gradient_shapes(dy, dlast, q, k, v, log_a, phase, start):
+    gradients = (log_a.new_empty(0) if z is None else torch.empty_like(z) for z in (q, k, v, log_a, phase, start))
+    return tuple(gradients)
+
+
 gateloop_op = as_operation(
-    "gateloop", gateloop_forward, mutates_args=(),
+    "gateloop", gateloop_forward, _shapes,
     schema="(Tensor q, Tensor k, Tensor v, Tensor log_a, Tensor? phase, Tensor start) -> (Tensor, Tensor)")
 gateloop_backward_op = as_operation(
-    "gateloop_backward", gateloop_backward, mutates_args=(),
-    schema="(Tensor dy, Tensor dlast, Tensor q, Tensor k, Tensor v, Tensor log_a, Tensor? phase, Tensor start) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
-gateloop_op.register_fake(lambda q, k, v, log_a, phase, start: (q.new_empty(*q.shape[:-1], v.shape[-1]), torch.empty_like(start)))
-
-
-@gateloop_backward_op.register_fake
-def _(dy, dlast, q, k, v, log_a, phase, start):
-    return *(torch.empty_like(z) for z in (q, k, v, log_a)), log_a.new_empty(0) if phase is None else torch.empty_like(phase), torch.empty_like(start)
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx, dy, dlast):
-    phase = ctx.saved_tensors[4]
-    *grads, dphase, dstart = gateloop_backward_op(dy.contiguous(), dlast.contiguous(), *ctx.saved_tensors)
-    return *grads, None if phase is None else dphase, dstart
-
-
-gateloop_op.register_autograd(_gradients, setup_context=_save)
+    "gateloop_backward", gateloop_backward, _gradient_shapes,
+    schema="(Tensor dy, Tensor dlast, Tensor q, Tensor k, Tensor v, Tensor log_a, Tensor? phase, Tensor start) "
+           "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+set_gradient(gateloop_op, gateloop_backward_op)
 
 # %% ../../nbs/07_gateloop_kernel.ipynb #a0051cc9
 def _split(z: Tensor, complex_keys: bool, complex_values: bool) -> Tensor:
-    """A real or complex array (... p) as real ones (... c e p): c and e are real and imaginary part of what keys and values make complex."""
-    if complex_values:
-        z = torch.stack([z.real, z.imag] if z.is_complex() else [z, torch.zeros_like(z)], -2).unsqueeze(-3)
-        return torch.cat([z, torch.zeros_like(z)], -3) if complex_keys else z
-    if complex_keys:
-        return torch.stack([z.real, z.imag] if z.is_complex() else [z, torch.zeros_like(z)], -2).unsqueeze(-2)
-    return z.unsqueeze(-2).unsqueeze(-2)
+    """An array (... p) as real ones (... c e p): real and imaginary part of complex keys (c) and values (e)."""
+    if not complex_keys and not complex_values:
+        return z.unsqueeze(-2).unsqueeze(-2)
+    parts = torch.stack([z.real, z.imag] if z.is_complex() else [z, torch.zeros_like(z)], -2)
+    if not complex_values:
+        return parts.unsqueeze(-2)
+    parts = parts.unsqueeze(-3)
+    return torch.cat([parts, torch.zeros_like(parts)], -3) if complex_keys else parts
 
 
 def _join(z: Tensor, complex_keys: bool, complex_values: bool) -> Tensor:
@@ -446,20 +456,23 @@ def triton_gateloop(
     k: Shaped[Tensor, "batch len heads key"],  # keys
     v: Shaped[Tensor, "batch len heads value"],  # values
     log_a: Float[Tensor, "batch len heads gates"],  # logs of the gates, gates = key or 1
-    phase: Float[Tensor, "batch len heads gates"] | None,  # radians that the gates turn by
+    phase: Float[Tensor, "batch len heads gates"] | None,  # phases of the gates, in radians
     start: Shaped[Tensor, "batch heads key value"] | None,  # the state before the first token; None: zeros
-) -> tuple[Tensor, Tensor]:  # y and the state after the last token; complex64 where something is complex, else of dtype v and float32
-    """`gateloop` on the GPU. Complex numbers become pairs of real ones; what comes in half precision is multiplied in half precision."""
+) -> tuple[
+    Tensor, Tensor
+]:  # y (dtype of v), the state after the last token (float32); complex64 if anything is complex
+    """`gateloop` on the GPU. Complex numbers become pairs of real ones; half precision is multiplied as such."""
     narrow, shape = v.real.dtype, (len(v), v.shape[2], k.shape[-1], v.shape[-1])
-    start = torch.zeros(shape, device=v.device) if start is None else start.to(torch.complex64 if start.is_complex() else torch.float32)
+    start = torch.zeros(shape, device=v.device) if start is None else start
+    start = start.to(torch.complex64 if start.is_complex() else torch.float32)
     if log_a.shape[-1] == 1 and phase is None and not any(z.is_complex() for z in (q, k, v, start)):
-        y, state = ssd_op(v, log_a[..., 0].float().contiguous(), k, q, start.mT.contiguous())  # one gate a head: the same layer, with S transposed
-        return y, state.mT
-    log_a, turn = log_a.float().expand(k.shape).contiguous(), None
+        y, state = ssd_op(v, log_a[..., 0].float().contiguous(), k, q, start.mT.contiguous())
+        return y, state.mT  # one gate a head is SSD, whose state is S transposed
+    log_a, rotation = log_a.float().expand(k.shape).contiguous(), None
     if phase is not None:
         phase = phase.float().expand(k.shape).contiguous()
-        turn = rotor(phase.detach())
-        q, k = q * turn, k * turn.conj()
+        rotation = rotor(phase.detach())
+        q, k = q * rotation, k * rotation.conj()
     of_keys = q.is_complex() or k.is_complex()
     of_values = v.is_complex() or start.is_complex() and not of_keys
     if of_keys:  # Re(q k) = (Re q, -Im q) (Re k, Im k), and Im(q k) is the same with i q
@@ -474,4 +487,4 @@ def triton_gateloop(
     width = 2 if of_values else 1
     y = _join((y.float() if of_keys or of_values else y).unflatten(-1, (width, -1)), of_keys, of_values)
     state = _join(state.unflatten(2, (shape[2], -1)).unflatten(-1, (width, -1)), of_keys, of_values)
-    return y, state if turn is None else turn[:, -1].unsqueeze(-1) * state
+    return y, state if rotation is None else rotation[:, -1].unsqueeze(-1) * state

@@ -11,11 +11,11 @@ import triton.language as tl
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from .device import as_operation, gpu_of, launch
+from .launch import as_operation, gpu_of, launch, load_rows, set_gradient, store_rows
 from ..scan import polar_gate
 
 # %% auto #0
-__all__ = ['scan_op', 'scan_backward_op', 'expm1', 'combine', 'combine_complex', 'turn_back', 'unit', 'turn', 'load_tile',
+__all__ = ['scan_op', 'scan_backward_op', 'expm1', 'combine', 'combine_complex', 'wrap_angle', 'cos_sin', 'rotate', 'load_tile',
            'store_tile', 'last_row', 'scan_kernel', 'scan_forward', 'scan_backward', 'triton_scan']
 
 # %% ../../nbs/04_scan_kernel.ipynb #4eed0454
@@ -37,49 +37,49 @@ def combine(r1, x1, r2, x2):
 
 @triton.jit
 def combine_complex(r1, x1, y1, r2, x2, y2):
-    """The same for states x + i y: the gates are real, so both parts fade alike."""
+    """The same for states x + i y: the gates are real, so both parts decay alike."""
     return r1 + r2 + r1 * r2, x1 + (r2 * x1 + x2), y1 + (r2 * y1 + y2)
 
 # %% ../../nbs/04_scan_kernel.ipynb #0b9b4052
 @triton.jit
-def turn_back(angle):
+def wrap_angle(angle):
     """An angle in float64, less all whole turns, in float32: between -pi and pi it has all its digits."""
     return (angle - tl.floor(angle * 0.15915494309189535 + 0.5) * 6.283185307179586).to(tl.float32)
 
 
 @triton.jit
-def unit(angle):
+def cos_sin(angle):
     """cos and sin of an angle in float64."""
-    rest = turn_back(angle)
-    return tl.cos(rest), tl.sin(rest)
+    wrapped = wrap_angle(angle)
+    return tl.cos(wrapped), tl.sin(wrapped)
 
 
 @triton.jit
-def turn(c, s, x, y):
+def rotate(c, s, x, y):
     """(c + i s) (x + i y)"""
     return c * x - s * y, c * y + s * x
 
 
 @triton.jit
-def load_tile(pointer, t, d, width, mask, COMPLEX: tl.constexpr):
-    """Rows t, columns d of a (len, width) array in float32; complex numbers as two tiles, which lie side by side in memory."""
-    place = t.to(tl.int64)[:, None] * width + d[None, :]
+def load_tile(pointer, t, there, d, width, COMPLEX: tl.constexpr):
+    """`load_rows` of a (len, width) array, as real and imaginary part, which lie side by side in memory."""
     if COMPLEX:
-        part = tl.arange(0, 2)[None, None, :]
-        return tl.split(tl.load(pointer + 2 * place[:, :, None] + part, mask[:, :, None], other=0.0))
+        place = 2 * (t.to(tl.int64)[:, None] * width + d[None, :])[:, :, None] + tl.arange(0, 2)[None, None, :]
+        mask = (there[:, None] & (d < width)[None, :])[:, :, None]
+        return tl.split(tl.load(pointer + place, mask, other=0.0))
     else:
-        return tl.load(pointer + place, mask, other=0.0).to(tl.float32), 0.0
+        return load_rows(pointer, t, width, there, d, width), 0.0
 
 
 @triton.jit
-def store_tile(pointer, t, d, width, mask, x, y, COMPLEX: tl.constexpr):
+def store_tile(pointer, t, there, d, width, x, y, COMPLEX: tl.constexpr):
     """The other way."""
-    place = t.to(tl.int64)[:, None] * width + d[None, :]
     if COMPLEX:
-        part = tl.arange(0, 2)[None, None, :]
-        tl.store(pointer + 2 * place[:, :, None] + part, tl.join(x, y), mask[:, :, None])
+        place = 2 * (t.to(tl.int64)[:, None] * width + d[None, :])[:, :, None] + tl.arange(0, 2)[None, None, :]
+        mask = (there[:, None] & (d < width)[None, :])[:, :, None]
+        tl.store(pointer + place, tl.join(x, y), mask)
     else:
-        tl.store(pointer + place, x.to(pointer.dtype.element_ty), mask)
+        store_rows(pointer, t, width, there, d, width, x)
 
 
 @triton.jit
@@ -92,80 +92,81 @@ def last_row(x, BL: tl.constexpr, FIRST: tl.constexpr):
 def scan_kernel(
     x_ptr, log_a_ptr, phase_ptr, start_ptr, out_ptr, h_ptr, h0_ptr, log_out_ptr, phase_out_ptr,
     length, width, segment,
-    REPEAT: tl.constexpr, TURN: tl.constexpr, ADJOINT: tl.constexpr, ENDS: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
+    REPEAT: tl.constexpr, ROTATE: tl.constexpr, ADJOINT: tl.constexpr, ENDS: tl.constexpr,
+    BL: tl.constexpr, BD: tl.constexpr,
 ):
-    """Program (row, part, block): of one sequence the part of `segment` tokens, of these BD channels, tile after tile of BL tokens."""
-    row, part, rows, one = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BL), tl.zeros((1,), tl.int32)
+    """Program (row, part, block): of one sequence the part of `segment` tokens, of BD channels, tile after tile."""
+    row, part, one = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.zeros((1,), tl.int32)
     d = tl.program_id(2) * BD + tl.arange(0, BD)
     gate_d, gate_width = d // REPEAT, width // REPEAT
-    inside, own, gate_own = (d < width)[None, :], row * length * width * (2 if TURN else 1), row * length * gate_width
+    own, gate_own = row * length * width * (2 if ROTATE else 1), row * length * gate_width
     begin, end = part * segment, tl.minimum((part + 1) * segment, length)
-    place = row * tl.num_programs(1) + part
-    x, y = load_tile(start_ptr, place + one, d, width, inside, TURN)
+    place = row * tl.num_programs(1) + part + one
+    x, y = load_tile(start_ptr, place, one == 0, d, width, ROTATE)
     angle, total = tl.zeros((1, BD), tl.float64), tl.zeros((1, BD), tl.float32)
     tiles = tl.cdiv(end - begin, BL)
     for tile in range(tiles):
-        t = begin + (tiles - 1 - tile if ADJOINT else tile) * BL + rows
-        mask, gate_t = (t < end)[:, None] & inside, t + 1 if ADJOINT else t
-        gate_mask = mask & (gate_t < length)[:, None]
-        log_a, _ = load_tile(log_a_ptr + gate_own, gate_t, gate_d, gate_width, gate_mask, False)
-        u, v = load_tile(x_ptr + own, t, d, width, mask, TURN)
+        t = begin + (tiles - 1 - tile if ADJOINT else tile) * BL + tl.arange(0, BL)
+        there, gate_t = t < end, t + 1 if ADJOINT else t
+        gated = there & (gate_t < length)
+        log_a = load_rows(log_a_ptr + gate_own, gate_t, gate_width, gated, gate_d, gate_width)
+        u, v = load_tile(x_ptr + own, t, there, d, width, ROTATE)
         r, total = expm1(log_a), total + tl.sum(log_a, 0, keep_dims=True)
-        if TURN:
-            phase, _ = load_tile(phase_ptr + gate_own, gate_t, gate_d, gate_width, gate_mask, False)
-            turns = -phase.to(tl.float64) if ADJOINT else phase.to(tl.float64)
-            c, s = unit(angle + tl.cumsum(turns, 0, reverse=ADJOINT))
-            angle += tl.sum(turns, 0, keep_dims=True)
-            u, v = turn(c, -s, u, v)
+        if ROTATE:
+            phase = load_rows(phase_ptr + gate_own, gate_t, gate_width, gated, gate_d, gate_width)
+            angles = -phase.to(tl.float64) if ADJOINT else phase.to(tl.float64)
+            c, s = cos_sin(angle + tl.cumsum(angles, 0, reverse=ADJOINT))
+            angle += tl.sum(angles, 0, keep_dims=True)
+            u, v = rotate(c, -s, u, v)
             r, u, v = tl.associative_scan((r, u, v), 0, combine_complex, reverse=ADJOINT)
             u, v = u + (x + r * x), v + (y + r * y)
-            y = last_row(v, BL, ADJOINT)
-            x = last_row(u, BL, ADJOINT)
-            u, v = turn(c, s, u, v)
+            x, y = last_row(u, BL, ADJOINT), last_row(v, BL, ADJOINT)
+            u, v = rotate(c, s, u, v)
         else:
             r, u = tl.associative_scan((r, u), 0, combine, reverse=ADJOINT)
             u = u + (x + r * x)
             x = last_row(u, BL, ADJOINT)
         if not ENDS:
-            store_tile(out_ptr + own, t, d, width, mask, u, v, TURN)
+            store_tile(out_ptr + own, t, there, d, width, u, v, ROTATE)
         if ADJOINT and not ENDS:
-            first = (t == 0)[:, None]
-            p, q = load_tile(h_ptr + own, t - 1, d, width, mask & ~first, TURN)
-            p0, q0 = load_tile(h0_ptr, row + t * 0, d, width, mask & first, TURN)
-            log_a, _ = load_tile(log_a_ptr + gate_own, t, gate_d, gate_width, mask, False)
-            a = tl.exp(log_a)
+            p, q = load_tile(h_ptr + own, t - 1, there & (t > 0), d, width, ROTATE)
+            p0, q0 = load_tile(h0_ptr, row + t * 0, there & (t == 0), d, width, ROTATE)
+            a = tl.exp(load_rows(log_a_ptr + gate_own, t, gate_width, there, gate_d, gate_width))
             p, q = a * (p + p0), a * (q + q0)
-            if TURN:
-                phase, _ = load_tile(phase_ptr + gate_own, t, gate_d, gate_width, mask, False)
-                c, s = unit(phase.to(tl.float64))
-                p, q = turn(c, s, p, q)
-                store_tile(phase_out_ptr + row * length * width, t, d, width, mask, v * p - u * q, 0.0, False)
-            store_tile(log_out_ptr + row * length * width, t, d, width, mask, u * p + v * q, 0.0, False)
+            if ROTATE:
+                phase = load_rows(phase_ptr + gate_own, t, gate_width, there, gate_d, gate_width)
+                c, s = cos_sin(phase.to(tl.float64))
+                p, q = rotate(c, s, p, q)
+                store_rows(phase_out_ptr + row * length * width, t, width, there, d, width, v * p - u * q)
+            store_rows(log_out_ptr + row * length * width, t, width, there, d, width, u * p + v * q)
     if ENDS:
-        if TURN:
-            x, y = turn(*unit(angle), x, y)
-            store_tile(phase_out_ptr, place + one, d, width, inside, turn_back(angle), 0.0, False)
-        store_tile(out_ptr, place + one, d, width, inside, x, y, TURN)
-        store_tile(log_out_ptr, place + one, d, width, inside, total, 0.0, False)
+        if ROTATE:
+            x, y = rotate(*cos_sin(angle), x, y)
+            store_rows(phase_out_ptr, place, width, one == 0, d, width, wrap_angle(angle))
+        store_tile(out_ptr, place, one == 0, d, width, x, y, ROTATE)
+        store_rows(log_out_ptr, place, width, one == 0, d, width, total)
 
 # %% ../../nbs/04_scan_kernel.ipynb #a4cd39fe
-def _run(x, log_a, phase, start, out, h=None, h0=None, log_out=None, phase_out=None, *, parts, adjoint=False, ends=False):
+def _run(
+    x, log_a, phase, start, out, h=None, h0=None, log_out=None, phase_out=None, *, parts, adjoint=False, ends=False
+):
     """One launch of `scan_kernel`: x, out and h (b l d), gates (b l d / repeat), start (b parts d), h0 (b d)."""
     batch, length, width = x.shape
-    turning, repeat = phase is not None, width // log_a.shape[-1]
-    x, start, out, h, h0 = (torch.view_as_real(z) if turning and z is not None else z for z in (x, start, out, h, h0))
-    block = _block(turning)
-    launch(scan_kernel, (batch, parts, triton.cdiv(width, block)), x, log_a, phase, start, out, h, h0, log_out, phase_out,
-           length, width, triton.cdiv(length, parts), REPEAT=repeat, TURN=turning, ADJOINT=adjoint, ENDS=ends, BL=32 if turning else 64, BD=block)
+    rotating, repeat = phase is not None, width // log_a.shape[-1]
+    x, start, out, h, h0 = (torch.view_as_real(z) if rotating and z is not None else z for z in (x, start, out, h, h0))
+    block = _block(rotating)
+    launch(scan_kernel, (batch, parts, triton.cdiv(width, block)),
+           x, log_a, phase, start, out, h, h0, log_out, phase_out, length, width, triton.cdiv(length, parts),
+           REPEAT=repeat, ROTATE=rotating, ADJOINT=adjoint, ENDS=ends, BL=32 if rotating else 64, BD=block)
 
 
-def _block(turning: bool) -> int:
+def _block(rotating: bool) -> int:
     """Channels of a program: a row of a tile fills 128 bytes, what a GPU fetches at once."""
-    return 16 if turning else 32
+    return 16 if rotating else 32
 
 
 def _parts(x: Tensor) -> int:
-    """How many parts to cut each sequence into, so that every multiprocessor has two programs; none shorter than 512 tokens."""
+    """How many parts each sequence is cut into: two programs for every multiprocessor, no part below 512 tokens."""
     batch, length, width = x.shape
     programs = batch * triton.cdiv(width, _block(x.is_complex()))
     wanted = min(triton.cdiv(2 * gpu_of(x.device).multiprocessors, programs), length // 512)
@@ -177,8 +178,9 @@ def _enter(x, log_a, phase, start, parts, adjoint):
     if parts == 1:
         return start.unsqueeze(1)
     ends = x.new_empty(x.shape[0], parts, x.shape[2], dtype=start.dtype)
-    logs, phases = (ends.new_empty(ends.shape, dtype=torch.float32) if z is not None else None for z in (log_a, phase))
-    _run(x, log_a, phase, torch.zeros_like(ends), ends, log_out=logs, phase_out=phases, parts=parts, adjoint=adjoint, ends=True)
+    logs, phases = (None if z is None else ends.new_empty(ends.shape, dtype=torch.float32) for z in (log_a, phase))
+    _run(x, log_a, phase, torch.zeros_like(ends), ends, log_out=logs, phase_out=phases,
+         parts=parts, adjoint=adjoint, ends=True)
     order = [z if z is None or not adjoint else z.flip(1) for z in (ends, logs, phases)]
     after = scan_forward(*order, start)
     entering = torch.cat([start.unsqueeze(1), after[:, :-1]], 1)
@@ -187,7 +189,7 @@ def _enter(x, log_a, phase, start, parts, adjoint):
 # %% ../../nbs/04_scan_kernel.ipynb #c69e8be5
 def scan_forward(
     x: Shaped[Tensor, "batch len width"],  # what comes in: complex64 with phase, real without
-    log_a: Float[Tensor, "batch len gates"],  # logs of the gates' magnitudes, float32; each serves width / gates neighbours
+    log_a: Float[Tensor, "batch len gates"],  # logs of the magnitudes, float32; each serves width / gates neighbours
     phase: Float[Tensor, "batch len gates"] | None,  # radians that the gates turn by, float32
     start: Shaped[Tensor, "batch width"],  # the state before the first token, float32 or complex64
 ) -> Shaped[Tensor, "batch len width"]:  # all states, dtype of x
@@ -203,40 +205,31 @@ def scan_backward(
     log_a: Float[Tensor, "batch len gates"],  # as in scan_forward
     phase: Float[Tensor, "batch len gates"] | None,  # as in scan_forward
     start: Shaped[Tensor, "batch width"],  # as in scan_forward
-) -> tuple[Tensor, Tensor, Tensor]:  # gradients of x, of log_a and of phase (empty without phase)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # gradients of x, of log_a, of phase (empty without phase) and of start
     """The scan from the end with conjugated gates, and on its way the gradients of the gates."""
-    parts, dx = _parts(grad), torch.empty_like(grad)
+    grad, parts = grad.contiguous(), _parts(grad)
+    dx = torch.empty_like(grad)
     dlog_a = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
     dphase = torch.empty_like(dlog_a) if phase is not None else dlog_a.new_empty(0)
     entering = _enter(grad, log_a, phase, torch.zeros_like(start), parts, True)
     _run(grad, log_a, phase, entering, dx, h, start, dlog_a, dphase, parts=parts, adjoint=True)
     dlog_a, dphase = (z.unflatten(-1, (log_a.shape[-1], -1)).sum(-1) if z.numel() else z for z in (dlog_a, dphase))
-    return dx, dlog_a, dphase
+    gate = polar_gate(log_a[:, 0], None if phase is None else phase[:, 0], conjugate=True)
+    return dx, dlog_a, dphase, dx[:, 0].to(start.dtype) * gate.repeat_interleave(dx.shape[2] // gate.shape[1], -1)
 
 # %% ../../nbs/04_scan_kernel.ipynb #976edf94
-scan_op = as_operation("scan", scan_forward, mutates_args=(), schema="(Tensor x, Tensor log_a, Tensor? phase, Tensor start) -> Tensor")
-scan_backward_op = as_operation("scan_backward", scan_backward, mutates_args=(),
-                                           schema="(Tensor grad, Tensor h, Tensor log_a, Tensor? phase, Tensor start) -> (Tensor, Tensor, Tensor)")
-scan_op.register_fake(lambda x, log_a, phase, start: torch.empty_like(x))
+def _shapes(grad, h, log_a, phase, start):
+    dphase = log_a.new_empty(0) if phase is None else torch.empty_like(phase)
+    return h.new_empty(h.shape), torch.empty_like(log_a), dphase, torch.empty_like(start)
 
 
-@scan_backward_op.register_fake
-def _(grad, h, log_a, phase, start):
-    return torch.empty_like(grad), torch.empty_like(log_a), torch.empty_like(log_a) if phase is not None else log_a.new_empty(0)
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(output, *inputs[1:])
-
-
-def _gradients(ctx, grad):
-    h, log_a, phase, start = ctx.saved_tensors
-    dx, dlog_a, dphase = scan_backward_op(grad.contiguous(), h, log_a, phase, start)
-    dstart = dx[:, 0].to(start.dtype) * polar_gate(log_a[:, 0], None if phase is None else phase[:, 0], conjugate=True).repeat_interleave(dx.shape[2] // log_a.shape[2], -1)
-    return dx, dlog_a, None if phase is None else dphase, dstart
-
-
-scan_op.register_autograd(_gradients, setup_context=_save)
+scan_op = as_operation(
+    "scan", scan_forward, lambda x, log_a, phase, start: torch.empty_like(x),
+    schema="(Tensor x, Tensor log_a, Tensor? phase, Tensor start) -> Tensor")
+scan_backward_op = as_operation(
+    "scan_backward", scan_backward, _shapes,
+    schema="(Tensor grad, Tensor h, Tensor log_a, Tensor? phase, Tensor start) -> (Tensor, Tensor, Tensor, Tensor)")
+set_gradient(scan_op, lambda grad, h, x, *inputs: scan_backward_op(grad, h, *inputs), keep=True)
 
 # %% ../../nbs/04_scan_kernel.ipynb #f15cf90c
 def triton_scan(
@@ -248,11 +241,13 @@ def triton_scan(
     """`linear_scan` on the GPU. Gates that serve several neighbours are not copied."""
     shape, gates = x.shape, [log_a] if phase is None else torch.broadcast_tensors(log_a, phase)
     if x.is_complex() and phase is None:  # real gates: real and imaginary part are neighbours with the same gate
-        x, start, gates = torch.view_as_real(x.contiguous()), torch.view_as_real(start.contiguous()), [log_a.unsqueeze(-1)]
+        x, start = (torch.view_as_real(z.contiguous()) for z in (x, start))
+        gates = [log_a.unsqueeze(-1)]
     own = x.ndim
     while own > 2 and gates[0].shape[own - 1] == 1:
         own -= 1
-    gates = [z[(...,) + (0,) * (x.ndim - own)].expand(x.shape[:own]).reshape(*x.shape[:2], -1).contiguous() for z in gates]
-    h = scan_op(x.reshape(*x.shape[:2], -1).contiguous(), gates[0], gates[1] if phase is not None else None, start.reshape(len(start), -1).contiguous())
+    gates = [z[(...,) + (0,) * (x.ndim - own)].expand(x.shape[:own]) for z in gates]
+    flat, log_a, *phases = (z.reshape(*x.shape[:2], -1).contiguous() for z in (x, *gates))
+    h = scan_op(flat, log_a, phases[0] if phases else None, start.reshape(len(start), -1).contiguous())
     h = h.reshape(x.shape)
     return torch.view_as_complex(h) if h.shape != shape else h

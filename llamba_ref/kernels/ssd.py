@@ -13,32 +13,20 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from .device import GPU, as_operation, gpu_of, launch, precision_of
+from llamba_ref.kernels.launch import (
+    GPU, as_operation, gpu_of, launch, load_rows, precision_of, set_gradient, store_rows,
+)
 from .scan import expm1, scan_backward, scan_forward
 
 # %% auto #0
-__all__ = ['ssd_op', 'ssd_backward_op', 'step_op', 'step_in_place_op', 'load_rows', 'store_rows', 'sums_of_logs', 'decay_tile',
-           'chunk_states_kernel', 'chunk_output_kernel', 'chunk_gradient_kernel', 'Tiles', 'tiles_for', 'rows_of',
-           'Chunks', 'ssd_forward', 'ssd_backward', 'step_kernel', 'step_forward', 'step_in_place', 'triton_step']
+__all__ = ['ssd_op', 'ssd_backward_op', 'step_op', 'step_in_place_op', 'sums_of_logs', 'decay_tile', 'chunk_states_kernel',
+           'chunk_output_kernel', 'chunk_gradient_kernel', 'Tiles', 'tiles_for', 'rows_of', 'Chunks', 'ssd_forward',
+           'ssd_backward', 'step_kernel', 'step_forward', 'step_in_place', 'triton_step']
 
 # %% ../../nbs/07_ssd_kernels.ipynb #5f0d76a6
 @triton.jit
-def load_rows(pointer, stride, t, end, columns, width):
-    """Rows t, these columns of an array whose rows lie `stride` apart, in float32; zeros from row `end` and from column `width` on."""
-    place = t.to(tl.int64)[:, None] * stride + columns[None, :]
-    return tl.load(pointer + place, (t < end)[:, None] & (columns < width)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_rows(pointer, stride, t, end, columns, width, tile):
-    """The other way."""
-    place = t.to(tl.int64)[:, None] * stride + columns[None, :]
-    tl.store(pointer + place, tile.to(pointer.dtype.element_ty), (t < end)[:, None] & (columns < width)[None, :])
-
-
-@triton.jit
 def sums_of_logs(log_a_ptr, t, end, heads):
-    """In a chunk: log_a_1 + ... + log_a_t for every t, and the sum of all, in float64. What is below -10000 decays to 0 anyway."""
+    """In a chunk: log_a_1 + ... + log_a_t for every t, and the sum of all, in float64; exp(-10000) is 0 anyway."""
     log_a = tl.load(log_a_ptr + t.to(tl.int64) * heads, t < end, other=0.0)
     log_a = tl.maximum(log_a, -1e4).to(tl.float64)
     return tl.cumsum(log_a, 0), tl.sum(log_a, 0)
@@ -46,7 +34,7 @@ def sums_of_logs(log_a_ptr, t, end, heads):
 
 @triton.jit
 def decay_tile(late, early, mask):
-    """exp(late - early) where `mask` is set, else 0. Each sum in float64 becomes two float32 numbers, so that no digit is lost."""
+    """exp(late - early) where `mask` is set, else 0. A float64 becomes two float32, so that no digit is lost."""
     late_high, early_high = late.to(tl.float32), early.to(tl.float32)
     late_low, early_low = (late - late_high).to(tl.float32), (early - early_high).to(tl.float32)
     difference = (late_high - early_high) + (late_low - early_low)
@@ -55,56 +43,59 @@ def decay_tile(late, early, mask):
 # %% ../../nbs/07_ssd_kernels.ipynb #73360c59
 @triton.jit
 def chunk_states_kernel(
-    x_ptr, B_ptr, log_a_ptr, states_ptr, totals_ptr, first_ptr, length, chunks, heads, sharing, x_row, B_row,
+    x_ptr, B_ptr, log_a_ptr, states_ptr, totals_ptr, first_ptr, length, chunks, heads, heads_per_group, x_row, B_row,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     ADJOINT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Program (row and chunk, head, block of the state): what the chunk adds to the state, x^T B with each token faded to its end.
+    """Program (row and chunk, head, block of the state): what the chunk adds to the state, x^T B decayed to its end.
 
-    ADJOINT, with gradients of outputs for x and C for B: what the chunk's outputs send back to the state that entered it."""
+    ADJOINT, with gradients of outputs for x and C for B: what the outputs send back to the state that entered."""
     chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     head, blocks = tl.program_id(1), tl.cdiv(N, BN)
     p = tl.program_id(2) // blocks * BP + tl.arange(0, BP)
     n = tl.program_id(2) % blocks * BN + tl.arange(0, BN)
     t, end = chunk * Q + tl.arange(0, Q), tl.minimum(chunk * Q + Q, length)
     sums, total = sums_of_logs(log_a_ptr + row * length * heads + head, t, end, heads)
-    weight = tl.exp((sums if ADJOINT else total - sums).to(tl.float32))
-    x = load_rows(x_ptr + row * length * x_row + head * P, x_row, t, end, p, P) * weight[:, None]
-    B = load_rows(B_ptr + row * length * B_row + head // sharing * N, B_row, t, end, n, N)
+    decay = tl.exp((sums if ADJOINT else total - sums).to(tl.float32))
+    x = load_rows(x_ptr + row * length * x_row + head * P, t, x_row, t < end, p, P) * decay[:, None]
+    B = load_rows(B_ptr + row * length * B_row + head // heads_per_group * N, t, B_row, t < end, n, N)
     state = tl.dot(tl.trans(x).to(TYPE), B.to(TYPE), input_precision=PRECISION)
     if ADJOINT and chunk == 0:
-        store_rows(first_ptr + (row * heads + head) * P * N, N, p, P, n, N, state)
+        store_rows(first_ptr + (row * heads + head) * P * N, p, N, p < P, n, N, state)
     else:
         place = (row * chunks + (chunk - 1 if ADJOINT else chunk)) * heads + head
-        store_rows(states_ptr + place * P * N, N, p, P, n, N, state)
+        store_rows(states_ptr + place * P * N, p, N, p < P, n, N, state)
     if not ADJOINT and tl.program_id(2) == 0:
         tl.store(totals_ptr + (row * chunks + chunk) * heads + head, total.to(tl.float32))
 
 # %% ../../nbs/07_ssd_kernels.ipynb #8ebcc735
 @triton.jit
 def chunk_output_kernel(
-    x_ptr, B_ptr, C_ptr, log_a_ptr, states_ptr, start_ptr, y_ptr, length, chunks, heads, sharing, x_row, B_row, C_row,
+    x_ptr, B_ptr, C_ptr, log_a_ptr, states_ptr, start_ptr, y_ptr,
+    length, chunks, heads, heads_per_group, x_row, B_row, C_row,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     ADJOINT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Program (row and chunk, head, block of channels): attention inside the chunk, and what the entering state answers.
+    """Program (row and chunk, head, block of channels): attention inside the chunk, queries of the entering state.
 
-    ADJOINT, with gradients of outputs for x, B and C exchanged and gradients of states: the gradient of x, the same from the end."""
+    ADJOINT, with gradients of outputs for x and of states, B and C exchanged: the gradient of x, from the end."""
     chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
-    head, p = tl.program_id(1), tl.program_id(2) * BP + tl.arange(0, BP)
+    head, group, p = tl.program_id(1), tl.program_id(1) // heads_per_group, tl.program_id(2) * BP + tl.arange(0, BP)
     i = tl.arange(0, Q)
     t, end = chunk * Q + i, tl.minimum(chunk * Q + Q, length)
     x_ptr, y_ptr = x_ptr + row * length * x_row + head * P, y_ptr + (row * length * heads + head) * P
-    B_ptr, C_ptr = B_ptr + row * length * B_row + head // sharing * N, C_ptr + row * length * C_row + head // sharing * N
-    after = ((row * chunks + (chunk if ADJOINT else chunk - 1)) * heads + head) * P * N
+    B_ptr, C_ptr = B_ptr + row * length * B_row + group * N, C_ptr + row * length * C_row + group * N
+    states_ptr += ((row * chunks + (chunk if ADJOINT else chunk - 1)) * heads + head) * P * N
     sums, total = sums_of_logs(log_a_ptr + row * length * heads + head, t, end, heads)
     scores, y = tl.zeros((Q, Q), tl.float32), tl.zeros((Q, BP), tl.float32)
     for first in range(0, N, BN):
         n = first + tl.arange(0, BN)
-        B, C = load_rows(B_ptr, B_row, t, end, n, N), load_rows(C_ptr, C_row, t, end, n, N)
-        state = load_rows(states_ptr + after, N, p, P if ADJOINT or chunk > 0 else 0, n, N)
-        if not ADJOINT:
-            state += load_rows(start_ptr + (row * heads + head) * P * N, N, p, P if chunk == 0 else 0, n, N)
+        B, C = load_rows(B_ptr, t, B_row, t < end, n, N), load_rows(C_ptr, t, C_row, t < end, n, N)
+        if ADJOINT:
+            state = load_rows(states_ptr, p, N, p < P, n, N)
+        else:
+            state = load_rows(states_ptr, p, N, (p < P) & (chunk > 0), n, N)
+            state += load_rows(start_ptr + (row * heads + head) * P * N, p, N, (p < P) & (chunk == 0), n, N)
         scores = tl.dot(C.to(TYPE), tl.trans(B).to(TYPE), scores, input_precision=PRECISION)
         y = tl.dot(C.to(TYPE), tl.trans(state).to(TYPE), y, input_precision=PRECISION)
     y *= tl.exp((total - sums if ADJOINT else sums).to(tl.float32))[:, None]
@@ -112,24 +103,24 @@ def chunk_output_kernel(
         scores *= decay_tile(sums[None, :], sums[:, None], i[:, None] <= i[None, :])
     else:
         scores *= decay_tile(sums[:, None], sums[None, :], i[:, None] >= i[None, :])
-    x = load_rows(x_ptr, x_row, t, end, p, P)
+    x = load_rows(x_ptr, t, x_row, t < end, p, P)
     y = tl.dot(scores.to(TYPE), x.to(TYPE), y, input_precision=PRECISION)
-    store_rows(y_ptr, heads * P, t, end, p, P, y)
+    store_rows(y_ptr, t, heads * P, t < end, p, P, y)
 
 # %% ../../nbs/07_ssd_kernels.ipynb #feb77301
 @triton.jit
 def chunk_gradient_kernel(
     x_ptr, B_ptr, C_ptr, log_a_ptr, states_ptr, start_ptr, dy_ptr, dstates_ptr, dB_ptr, dC_ptr, dlog_a_ptr,
-    length, chunks, heads, sharing, x_row, B_row, C_row,
+    length, chunks, heads, heads_per_group, x_row, B_row, C_row,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, TOGETHER: tl.constexpr,
     TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Program (row and chunk, TOGETHER heads of a group, block of keys): gradients of B and C summed over these heads, and of log_a."""
+    """Program (row and chunk, TOGETHER heads, block of keys): gradients of B and C over these heads, and of log_a."""
     chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     bundle, n = tl.program_id(1), tl.program_id(2) * BN + tl.arange(0, BN)
     i = tl.arange(0, Q)
     t, end = chunk * Q + i, tl.minimum(chunk * Q + Q, length)
-    group = bundle * TOGETHER // sharing
+    there, group = t < end, bundle * TOGETHER // heads_per_group
     B_ptr, C_ptr = B_ptr + row * length * B_row + group * N, C_ptr + row * length * C_row + group * N
     dB, dC = tl.zeros((Q, BN), tl.float32), tl.zeros((Q, BN), tl.float32)
     for head in range(bundle * TOGETHER, (bundle + 1) * TOGETHER):
@@ -140,11 +131,11 @@ def chunk_gradient_kernel(
         read, written = tl.zeros((Q, BN), tl.float32), tl.zeros((Q, BN), tl.float32)
         for first in range(0, P, BP):
             p = first + tl.arange(0, BP)
-            x = load_rows(x_ptr + row * length * x_row + head * P, x_row, t, end, p, P)
-            dy = load_rows(dy_ptr + (row * length * heads + head) * P, heads * P, t, end, p, P)
-            state = load_rows(states_ptr + entered, N, p, P if chunk > 0 else 0, n, N)
-            state += load_rows(start_ptr + own, N, p, P if chunk == 0 else 0, n, N)
-            dstate = load_rows(dstates_ptr + after, N, p, P, n, N)
+            x = load_rows(x_ptr + row * length * x_row + head * P, t, x_row, there, p, P)
+            dy = load_rows(dy_ptr + (row * length * heads + head) * P, t, heads * P, there, p, P)
+            state = load_rows(states_ptr + entered, p, N, (p < P) & (chunk > 0), n, N)
+            state += load_rows(start_ptr + own, p, N, (p < P) & (chunk == 0), n, N)
+            dstate = load_rows(dstates_ptr + after, p, N, p < P, n, N)
             diagonal += tl.sum(dy * x, 1)
             products = tl.dot(dy.to(TYPE), tl.trans(x).to(TYPE), products, input_precision=PRECISION)
             read = tl.dot(dy.to(TYPE), state.to(TYPE), read, input_precision=PRECISION)
@@ -152,7 +143,7 @@ def chunk_gradient_kernel(
         products *= decay_tile(sums[:, None], sums[None, :], i[:, None] > i[None, :])
         read *= tl.exp(sums.to(tl.float32))[:, None]
         written *= tl.exp((total - sums).to(tl.float32))[:, None]
-        B, C = load_rows(B_ptr, B_row, t, end, n, N), load_rows(C_ptr, C_row, t, end, n, N)
+        B, C = load_rows(B_ptr, t, B_row, there, n, N), load_rows(C_ptr, t, C_row, there, n, N)
         passed = tl.sum(written * B, 1)
         read = tl.dot(products.to(TYPE), B.to(TYPE), read, input_precision=PRECISION)
         row_sums = tl.sum(read * C, 1)
@@ -160,13 +151,14 @@ def chunk_gradient_kernel(
         inside = tl.dot(tl.trans(products).to(TYPE), C.to(TYPE), input_precision=PRECISION)
         column_sums = tl.sum(inside * B, 1)
         dB += inside + written + diagonal[:, None] * C
-        before = tl.sum(tl.where(i[:, None] > i[None, :], passed[None, :], 0.0), 1)  # a running sum less its last term would lose small ones
+        # the sum before each token; a running sum less its last term would lose small ones
+        before = tl.sum(tl.where(i[:, None] > i[None, :], passed[None, :], 0.0), 1)
         dlog_a = tl.cumsum((row_sums - column_sums).to(tl.float64), 0, reverse=True) + before
         place = (tl.program_id(2) * tl.num_programs(0) // chunks + row) * length * heads + head
-        tl.store(dlog_a_ptr + place + t.to(tl.int64) * heads, dlog_a.to(tl.float32), t < end)
+        tl.store(dlog_a_ptr + place + t.to(tl.int64) * heads, dlog_a.to(tl.float32), there)
     width = tl.num_programs(1) * N
-    store_rows(dB_ptr + row * length * width + bundle * N, width, t, end, n, N, dB)
-    store_rows(dC_ptr + row * length * width + bundle * N, width, t, end, n, N, dC)
+    store_rows(dB_ptr + row * length * width + bundle * N, t, width, there, n, N, dB)
+    store_rows(dC_ptr + row * length * width + bundle * N, t, width, there, n, N, dC)
 
 # %% ../../nbs/07_ssd_kernels.ipynb #b60d2a84
 class Tiles(NamedTuple):
@@ -180,14 +172,14 @@ class Tiles(NamedTuple):
 
 
 def tiles_for(dtype: torch.dtype, gpu: GPU, backward: bool) -> Tiles:
-    """Tiles that fit into registers and shared memory (bench/resources.py): larger ones where half precision multiplies on tensor cores."""
+    """Tiles that fit into registers and shared memory (bench/resources.py): tensor cores get larger ones."""
     if precision_of(dtype, gpu)["TYPE"] == tl.float32:  # on a T4 always
         return Tiles(32, 32, 32, 8, 1) if backward else Tiles(64, 64, 32, 8, 1)
     return Tiles(64, 64, 32, 8, 2) if backward else Tiles(128, 64, 32, 8, 2)
 
 
 def rows_of(z: Tensor) -> tuple[Tensor, int]:
-    """A (batch, len, heads, width) tensor and how far its rows lie apart; a slice of wider rows is used as it is, anything else copied."""
+    """A (batch, len, heads, width) tensor and how far its rows lie apart; copied unless it is a slice of wider rows."""
     if z.stride()[2:] != (z.shape[3], 1) or z.stride(0) != z.shape[1] * z.stride(1):
         z = z.contiguous()
     return z, z.stride(1)
@@ -201,9 +193,11 @@ class Chunks:
         gpu = gpu_of(x.device)
         self.tiles, precision = tiles_for(x.dtype, gpu, backward), precision_of(x.dtype, gpu)
         self.x, self.B, self.C, self.log_a, self.start = rows_of(x), rows_of(B), rows_of(C), log_a, start
-        self.chunks, self.sharing, self.programs = triton.cdiv(self.length, self.tiles.chunk), self.heads // groups, gpu.multiprocessors
-        self.options = dict(P=self.headdim, N=self.state, Q=self.tiles.chunk, BP=self.tiles.headdim, BN=self.tiles.state, **precision,
-                            num_warps=self.tiles.warps, num_stages=self.tiles.stages)
+        self.chunks, self.programs = triton.cdiv(self.length, self.tiles.chunk), gpu.multiprocessors
+        self.heads_per_group = self.heads // groups
+        self.sizes = self.length, self.chunks, self.heads, self.heads_per_group
+        self.options = dict(P=self.headdim, N=self.state, Q=self.tiles.chunk, BP=self.tiles.headdim,
+                            BN=self.tiles.state, num_warps=self.tiles.warps, num_stages=self.tiles.stages, **precision)
 
     def empty(self, *shape, dtype=torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.log_a.device)
@@ -212,35 +206,39 @@ class Chunks:
         launch(kernel, (self.batch * self.chunks, *grid), *arguments, **self.options, **constants)
 
     def updates(self, values, keys, adjoint=False):
-        """`chunk_states_kernel`: states (batch, chunks, heads, headdim, state), and totals of the logs or, adjoint, what reaches the start."""
+        """`chunk_states_kernel`: (batch, chunks, heads, headdim, state), and totals of the logs (adjoint: dstart)."""
         states = self.empty(self.batch, self.chunks, self.heads, self.headdim, self.state)
         extra = torch.empty_like(self.start) if adjoint else self.empty(self.batch, self.chunks, self.heads)
         blocks = triton.cdiv(self.headdim, self.tiles.headdim) * triton.cdiv(self.state, self.tiles.state)
         (x, x_row), (B, B_row) = values, keys
-        self.launch(chunk_states_kernel, (self.heads, blocks), x, B, self.log_a, states, None if adjoint else extra, extra if adjoint else None,
-                    self.length, self.chunks, self.heads, self.sharing, x_row, B_row, ADJOINT=adjoint)
+        two = (None, extra) if adjoint else (extra, None)
+        self.launch(chunk_states_kernel, (self.heads, blocks),
+                    x, B, self.log_a, states, *two, *self.sizes, x_row, B_row, ADJOINT=adjoint)
         return states, extra
 
     def outputs(self, values, keys, queries, states, adjoint=False):
         """`chunk_output_kernel`: (batch, len, heads, headdim)."""
         (x, x_row), (B, B_row), (C, C_row) = values, keys, queries
         y = self.empty(self.batch, self.length, self.heads, self.headdim, dtype=x.dtype)
-        self.launch(chunk_output_kernel, (self.heads, triton.cdiv(self.headdim, self.tiles.headdim)), x, B, C, self.log_a, states,
-                    None if adjoint else self.start, y, self.length, self.chunks, self.heads, self.sharing, x_row, B_row, C_row, ADJOINT=adjoint)
+        self.launch(chunk_output_kernel, (self.heads, triton.cdiv(self.headdim, self.tiles.headdim)),
+                    x, B, C, self.log_a, states, None if adjoint else self.start, y, *self.sizes, x_row, B_row, C_row,
+                    ADJOINT=adjoint)
         return y
 
     def gradients(self, states, dy, dstates):
         """`chunk_gradient_kernel`: of B and C for each bundle of heads, of log_a for each block of keys."""
         blocks = triton.cdiv(self.state, self.tiles.state)
         fewest = 2 * self.programs / (self.batch * self.chunks * blocks)  # bundles, to keep all multiprocessors busy
-        together = next(n for n in range(self.sharing, 0, -1) if self.sharing % n == 0 and (self.heads // n >= fewest or n == 1))
+        shared = self.heads_per_group
+        together = next(n for n in range(shared, 0, -1) if shared % n == 0 and (self.heads // n >= fewest or n == 1))
         bundles = self.heads // together
-        dtype = self.B[0].dtype if together == self.sharing else torch.float32
+        dtype = self.B[0].dtype if together == shared else torch.float32
         dB, dC = (self.empty(self.batch, self.length, bundles, self.state, dtype=dtype) for _ in range(2))
         dlog_a = self.empty(blocks, self.batch, self.length, self.heads)
         (x, x_row), (B, B_row), (C, C_row) = self.x, self.B, self.C
-        self.launch(chunk_gradient_kernel, (bundles, blocks), x, B, C, self.log_a, states, self.start, dy, dstates, dB, dC, dlog_a,
-                    self.length, self.chunks, self.heads, self.sharing, x_row, B_row, C_row, TOGETHER=together)
+        self.launch(chunk_gradient_kernel, (bundles, blocks),
+                    x, B, C, self.log_a, states, self.start, dy, dstates, dB, dC, dlog_a,
+                    *self.sizes, x_row, B_row, C_row, TOGETHER=together)
         dB, dC = (z.unflatten(2, (B.shape[2], -1)).sum(3).to(B.dtype) if z.shape != B.shape else z for z in (dB, dC))
         return dB, dC, dlog_a.sum(0)
 
@@ -252,19 +250,19 @@ def ssd_forward(
     C: Float[Tensor, "batch len groups state"],  # queries, dtype of x
     start: Float[Tensor, "batch heads headdim state"],  # the state before the first token, float32, contiguous
 ) -> tuple[Tensor, Tensor]:  # outputs, shape and dtype of x; the state after the last token, float32
-    """`ssd` in three kernels: what every chunk adds to the state, a scan from chunk to chunk, the outputs of every chunk."""
+    """`ssd` in three kernels: what every chunk adds to the state, a scan from chunk to chunk, the outputs of chunks."""
     call = Chunks(x, log_a, B, C, start, backward=False)
-    states = _pass_on(*call.updates(call.x, call.B), start)
+    states = _scan_chunks(*call.updates(call.x, call.B), start)
     return call.outputs(call.x, call.B, call.C, states), states[:, -1].clone()
 
 
-def _pass_on(updates, totals, start):
+def _scan_chunks(updates, totals, start):
     """The state after every chunk: a linear recurrence with one gate for all numbers of a head's state."""
     return scan_forward(updates.flatten(2), totals, None, start.flatten(1)).view(updates.shape)
 
 
 def ssd_backward(
-    dy: Float[Tensor, "batch len heads headdim"],  # gradient of the outputs, contiguous
+    dy: Float[Tensor, "batch len heads headdim"],  # gradient of the outputs
     dstate: Float[Tensor, "batch heads headdim state"],  # gradient of the last state
     x: Float[Tensor, "batch len heads headdim"],  # what `ssd_forward` was given
     log_a: Float[Tensor, "batch len heads"],
@@ -273,64 +271,62 @@ def ssd_backward(
     start: Float[Tensor, "batch heads headdim state"],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # gradients of x, log_a, B, C and start
     """The states are computed again; then the scan runs from the last chunk to the first."""
-    call = Chunks(x, log_a, B, C, start, backward=True)
+    dy, call = dy.contiguous(), Chunks(x, log_a, B, C, start, backward=True)
     updates, totals = call.updates(call.x, call.B)
-    states = _pass_on(updates, totals, start)
+    states = _scan_chunks(updates, totals, start)
     dstates, dstart = call.updates(rows_of(dy), call.C, adjoint=True)
     dstates[:, -1] = dstate
-    dstates, dtotals, _ = scan_backward(dstates.flatten(2), states.flatten(2), totals, None, start.flatten(1))
+    dstates, dtotals, _, first = scan_backward(dstates.flatten(2), states.flatten(2), totals, None, start.flatten(1))
     dstates = dstates.view(states.shape)
     dx = call.outputs(rows_of(dy), call.C, call.B, dstates, adjoint=True)
     dB, dC, dlog_a = call.gradients(states, dy, dstates)
     dlog_a += dtotals.repeat_interleave(call.tiles.chunk, 1)[:, : x.shape[1]]
-    dstart += totals[:, 0, :, None, None].exp() * dstates[:, 0]
-    return dx, dlog_a, dB, dC, dstart
+    return dx, dlog_a, dB, dC, dstart + first.view(start.shape)
 
 # %% ../../nbs/07_ssd_kernels.ipynb #ca3161ba
+def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Empty tensors of these shapes and dtypes, contiguous."""
+    return tuple(z.new_empty(z.shape) for z in tensors)
+
+
 ssd_op = as_operation(
-    "ssd", ssd_forward, mutates_args=(), schema="(Tensor x, Tensor log_a, Tensor B, Tensor C, Tensor start) -> (Tensor, Tensor)")
+    "ssd", ssd_forward, lambda x, log_a, B, C, start: _like(x, start),
+    schema="(Tensor x, Tensor log_a, Tensor B, Tensor C, Tensor start) -> (Tensor, Tensor)")
 ssd_backward_op = as_operation(
-    "ssd_backward", ssd_backward, mutates_args=(),
-    schema="(Tensor dy, Tensor dstate, Tensor x, Tensor log_a, Tensor B, Tensor C, Tensor start) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-
-
-def _new(*tensors):
-    return tuple(torch.empty_like(z, memory_format=torch.contiguous_format) for z in tensors)
-
-
-ssd_op.register_fake(lambda x, log_a, B, C, start: _new(x, start))
-ssd_backward_op.register_fake(lambda dy, dstate, x, log_a, B, C, start: _new(x, log_a, B, C, start))
-ssd_op.register_autograd(lambda ctx, dy, dstate: ssd_backward_op(dy.contiguous(), dstate.contiguous(), *ctx.saved_tensors),
-                         setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    "ssd_backward", ssd_backward, lambda dy, dstate, *inputs: _like(*inputs),
+    schema="(Tensor dy, Tensor dstate, Tensor x, Tensor log_a, Tensor B, Tensor C, Tensor start) "
+           "-> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+set_gradient(ssd_op, ssd_backward_op)
 
 # %% ../../nbs/07_ssd_kernels.ipynb #88cf821f
 @triton.jit
 def step_kernel(
-    x_ptr, log_a_ptr, B_ptr, C_ptr, state_ptr, new_ptr, y_ptr, heads, sharing, x_row, B_row, C_row,
+    x_ptr, log_a_ptr, B_ptr, C_ptr, state_ptr, new_ptr, y_ptr, heads, heads_per_group, x_row, B_row, C_row,
     P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):
-    """Program (row, head, block of channels): the state comes from memory, fades, takes in the token, answers, and goes back."""
+    """Program (row, head, block of channels): the state is read, decays, takes in the token, and is written back."""
     row, head, one = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.zeros((1,), tl.int32)
     p, n = tl.program_id(2) * BP + tl.arange(0, BP), tl.arange(0, BN)
-    own = (row * heads + head) * P * N
-    state = load_rows(state_ptr + own, N, p, P, n, N)
-    x = load_rows(x_ptr + row * x_row + head * P, 1, p, P, one, 1)
-    B = load_rows(B_ptr + row * B_row + head // sharing * N, 0, one, 1, n, N)
-    C = load_rows(C_ptr + row * C_row + head // sharing * N, 0, one, 1, n, N)
+    own, group = (row * heads + head) * P * N, head // heads_per_group
+    state = load_rows(state_ptr + own, p, N, p < P, n, N)
+    x = load_rows(x_ptr + row * x_row + head * P, p, 1, p < P, one, 1)
+    B = load_rows(B_ptr + row * B_row + group * N, one, 0, one == 0, n, N)
+    C = load_rows(C_ptr + row * C_row + group * N, one, 0, one == 0, n, N)
     r = expm1(tl.load(log_a_ptr + row * heads + head))
     state += r * state + x * B
-    store_rows(new_ptr + own, N, p, P, n, N, state)
-    store_rows(y_ptr + (row * heads + head) * P, 1, p, P, one, 1, tl.sum(state * C, 1, keep_dims=True))
+    store_rows(new_ptr + own, p, N, p < P, n, N, state)
+    store_rows(y_ptr + (row * heads + head) * P, p, 1, p < P, one, 1, tl.sum(state * C, 1, keep_dims=True))
 
 # %% ../../nbs/07_ssd_kernels.ipynb #8a025a51
 def _step(x_t, log_a_t, B_t, C_t, state, new):
     """Launch `step_kernel`; x_t (b h p), log_a_t (b h), B_t and C_t (b g n), state and new (b h p n)."""
     (batch, heads, headdim), (groups, width) = x_t.shape, B_t.shape[1:]
     (x, x_row), (B, B_row), (C, C_row) = (rows_of(z.unsqueeze(0)) for z in (x_t, B_t, C_t))
-    y = torch.empty(x_t.shape, dtype=x_t.dtype, device=x_t.device)
+    y = x_t.new_empty(x_t.shape)
     wide = triton.next_power_of_2(width)
     block = min(triton.next_power_of_2(headdim), max(1, 2048 // wide))
-    launch(step_kernel, (batch, heads, triton.cdiv(headdim, block)), x, log_a_t, B, C, state, new, y, heads, heads // groups, x_row, B_row, C_row,
+    launch(step_kernel, (batch, heads, triton.cdiv(headdim, block)),
+           x, log_a_t, B, C, state, new, y, heads, heads // groups, x_row, B_row, C_row,
            P=headdim, N=width, BP=block, BN=wide)
     return y
 
@@ -352,20 +348,24 @@ def step_in_place(x_t: Tensor, log_a_t: Tensor, B_t: Tensor, C_t: Tensor, state:
     return _step(x_t, log_a_t, B_t, C_t, state, state)
 
 
-step_op = as_operation("ssd_step", step_forward, mutates_args=(),
-                                  schema="(Tensor x_t, Tensor log_a_t, Tensor B_t, Tensor C_t, Tensor state) -> (Tensor, Tensor)")
-step_in_place_op = as_operation("ssd_step_in_place", step_in_place, mutates_args=("state",),
-                                           schema="(Tensor x_t, Tensor log_a_t, Tensor B_t, Tensor C_t, Tensor(a!) state) -> Tensor")
-step_op.register_fake(lambda x_t, log_a_t, B_t, C_t, state: _new(x_t, state))
-step_in_place_op.register_fake(lambda x_t, log_a_t, B_t, C_t, state: _new(x_t)[0])
+step_op = as_operation(
+    "ssd_step", step_forward, lambda x_t, log_a_t, B_t, C_t, state: _like(x_t, state),
+    schema="(Tensor x_t, Tensor log_a_t, Tensor B_t, Tensor C_t, Tensor state) -> (Tensor, Tensor)")
+step_in_place_op = as_operation(
+    "ssd_step_in_place", step_in_place, lambda x_t, *_: x_t.new_empty(x_t.shape), mutates_args=("state",),
+    schema="(Tensor x_t, Tensor log_a_t, Tensor B_t, Tensor C_t, Tensor(a!) state) -> Tensor")
 
 
-
-def triton_step(x_t: Tensor, log_a_t: Tensor, B_t: Tensor, C_t: Tensor, state: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
-    """`ssd_step` on the GPU. Only a contiguous state can be overwritten by the kernel: another one gets its new values by a copy."""
-    if not in_place:
-        return step_op(x_t, log_a_t.contiguous(), B_t, C_t, state.contiguous())
-    if state.is_contiguous():
+def triton_step(
+    x_t: Float[Tensor, "batch heads headdim"],  # values of one token
+    log_a_t: Float[Tensor, "batch heads"],  # logs of its decays, float32
+    B_t: Float[Tensor, "batch groups state"],  # its keys
+    C_t: Float[Tensor, "batch groups state"],  # its queries
+    state: Float[Tensor, "batch heads headdim state"],  # the state before it, float32
+    in_place: bool,  # whether `state` is overwritten
+) -> tuple[Float[Tensor, "batch heads headdim"], Float[Tensor, "batch heads headdim state"]]:  # y_t, state after it
+    """`ssd_step` on the GPU. The kernel overwrites only a contiguous state: another one gets its values by a copy."""
+    if in_place and state.is_contiguous():
         return step_in_place_op(x_t, log_a_t.contiguous(), B_t, C_t, state), state
     y_t, new = step_op(x_t, log_a_t.contiguous(), B_t, C_t, state.contiguous())
-    return y_t, state.copy_(new)
+    return y_t, state.copy_(new) if in_place else new

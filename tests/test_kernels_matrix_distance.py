@@ -13,7 +13,7 @@ from llamba_ref.mohawk import LayerByLayer, match_matrix, matrix_distance
 
 pytest.importorskip("triton")
 
-import llamba_ref.kernels.orientation as kernels  # noqa: E402
+import llamba_ref.kernels.matrix_distance as kernels  # noqa: E402
 
 GATES = {
     "weak": (-0.1, -0.3, -1.0),
@@ -148,10 +148,10 @@ def test_nothing_is_let_through_a_shut_gate():
 def test_operations_are_registered_well():
     q, k, log_a, B, C, D = example(20, batch=1, heads=2, kv_heads=1, groups=1)
     student = [z.requires_grad_() for z in (log_a, B, C, D)]
-    torch.library.opcheck(kernels.orientation_op, (q, k, *student, 0.25))
+    torch.library.opcheck(kernels.matrix_distance_op, (q, k, *student, 0.25))
     inputs = [z.detach() for z in (q, k, *student)]
-    distance, lse = kernels.orientation_op(*inputs, 0.25)
-    torch.library.opcheck(kernels.orientation_backward_op, (torch.ones_like(distance), distance, lse, *inputs, 0.25))
+    distance, lse = kernels.matrix_distance_op(*inputs, 0.25)
+    torch.library.opcheck(kernels.matrix_distance_backward_op, (torch.ones_like(distance), distance, lse, *inputs, 0.25))
 
 
 def test_compiles_whole():
@@ -245,10 +245,10 @@ def test_auto_is_naive_on_a_cpu():
 
 
 @pytest.mark.parametrize("change,message", [
-    ({"width": 8}, "kernel orientation multiplies tiles of 16 to 128 columns, but width = 8"),
+    ({"width": 8}, "kernel matrix_distance multiplies tiles of 16 to 128 columns, but width = 8"),
     ({"state": 8}, "but state = 8; use backend='naive' or 'auto'"),
     ({"state": 160}, "but state = 160"),
-    ({"dtype": torch.float64}, "kernel orientation computes in float32, but an argument is torch.float64"),
+    ({"dtype": torch.float64}, "kernel matrix_distance computes in float32, but an argument is torch.float64"),
 ])  # fmt: skip
 def test_what_cannot_run_says_so(change, message):
     inputs = example(9, **change)

@@ -8,7 +8,8 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from llamba_ref.kernels.device import GPUS, INTERPRETED, POINTERS, Launch, compile_for, gpu_of, launch, precision_of, recording, scan_as_tree  # noqa: E402
+from llamba_ref.kernels.ahead import POINTERS, Launch, compile_for, recording, scan_as_tree  # noqa: E402
+from llamba_ref.kernels.launch import GPUS, INTERPRETED, gpu_of, launch, precision_of  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="about a process that interprets kernels")
@@ -187,15 +188,15 @@ def test_scan_as_tree_may_be_called_again():
 
 def test_operations_of_a_notebook_leave_those_of_the_package_alone():
     """To register a name again destroys what had it: a chapter that defines the package's operations must not do that."""
-    from llamba_ref.kernels.device import as_operation
+    from llamba_ref.kernels.launch import as_operation
     from llamba_ref.kernels.scan import scan_op
 
     def twice(x: torch.Tensor) -> torch.Tensor:
         return 2 * x
 
-    assert as_operation("twice_in_a_test", twice, schema="(Tensor x) -> Tensor")._qualname == "llamba_ref::twice_in_a_test"
+    assert as_operation("twice_in_a_test", twice, torch.empty_like, schema="(Tensor x) -> Tensor")._qualname == "llamba_ref::twice_in_a_test"
     twice.__module__ = "__main__"
-    noted = as_operation("scan", twice, schema="(Tensor x) -> Tensor")
+    noted = as_operation("scan", twice, torch.empty_like, schema="(Tensor x) -> Tensor")
     assert noted._qualname == "notebook::scan" and torch.equal(noted(torch.ones(2)), torch.full((2,), 2.0))
     x = torch.ones(1, 4, 2)
     assert torch.equal(scan_op(x, torch.zeros_like(x), None, torch.zeros(1, 2)).cumsum(0)[0, :, 0].cpu(), torch.arange(1.0, 5.0))
