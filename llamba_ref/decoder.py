@@ -233,6 +233,14 @@ class LayerView:
     mixer_output: Tensor  # what the mixer adds to the residual stream
     output: Tensor  # hidden state that leaves the block, before any final norm
 
+    @classmethod
+    @torch.no_grad()
+    def of(cls, index: int, block: Block, x: Float[Tensor, "batch len d_model"]) -> LayerView:
+        """Run a block on x."""
+        mixer_input = block.input_layernorm(x)
+        mixer_output = block.mixer(mixer_input)
+        return cls(index, block, x, mixer_input, mixer_output, block.channel_mix(x + mixer_output))
+
     def matrix(self) -> Float[Tensor, "batch heads len len"]:
         """The matrix that the mixer applied to its values (attention: the softmax of scores), computed when asked."""
         with torch.no_grad():
@@ -287,20 +295,18 @@ def prefill(
     return model.head(_unpack(x, back)), state
 
 
-@torch.no_grad()
 def walk(
     model: Decoder,  # the model
     input_ids: Int[Tensor, "batch len"],  # token ids
 ) -> Iterator[LayerView]:
     """Run the model one layer at a time, without gradients, keeping nothing of a layer once the next is asked for."""
     check_ids(input_ids, model.vocab_size)
-    x = model.backbone.embedding(input_ids)
+    x = model.backbone.embedding(input_ids).detach()
     for index, block in enumerate(model.backbone.layers):
-        mixer_input = block.input_layernorm(x)
-        mixer_output = block.mixer(mixer_input)
-        output = block.channel_mix(x + mixer_output)
-        yield LayerView(index, block, x, mixer_input, mixer_output, output)
-        x = output
+        layer = LayerView.of(index, block, x)
+        yield layer
+        x = layer.output
+        del layer
 
 # %% ../nbs/08_decoder.ipynb #d8640a79
 @torch.no_grad()
