@@ -234,6 +234,12 @@ class LlamaConfig(ModelConfig):
     attention_bias: bool = False  # biases in attention
     mlp_bias: bool = False  # biases in the MLP
 
+    def __post_init__(self, **unknown):
+        super().__post_init__(**unknown)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_key_value_heads is {self.num_key_value_heads}: it must divide num_attention_heads, "
+                             f"{self.num_attention_heads}")
+
 # %% ../nbs/08_llama.ipynb #1eaaa9c4
 class Llama(LanguageModel):
     """Llama: a `Decoder` whose mixers are `Attention` (Touvron et al. 2023; Llama 3: Dubey et al. 2024)."""

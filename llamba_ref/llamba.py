@@ -143,7 +143,7 @@ class LlambaConfig(ModelConfig):
 
     def __post_init__(self, **unknown):
         super().__post_init__(**unknown)
-        if self.attn_cfg is not None and not set(self.attn_cfg.layers) <= set(range(self.n_layer)):
+        if self.attn_cfg is not None and max(self.attn_cfg.layers, default=0) >= self.n_layer:
             raise ValueError(f"attn_cfg: layers is {list(self.attn_cfg.layers)}: layers are 0 to {self.n_layer - 1}")
 
     def mixer(self, layer: int) -> nn.Module:

@@ -23,7 +23,7 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 from llamba_ref import checkpoint
-from llamba_ref.checkpoint import (atomic_directory, find_checkpoint, hub_problem, load_strict, read_config, read_tensors,
+from llamba_ref.checkpoint import (atomic_directory, find_checkpoint, hub_problem, is_hub_name, load_strict, read_config, read_tensors,
                                    read_weights, write_checkpoint, write_tensors)
 
 
@@ -87,6 +87,15 @@ def test_find_names_that_lead_nowhere(name, monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         find_checkpoint(name)
     assert "no such directory" in one_line(error)
+
+
+def test_the_hub_and_its_names(monkeypatch):
+    assert hub_problem() == "HF_HUB_OFFLINE is set"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checkpoint, "get_session", lambda: type("Session", (), {"head": lambda self, url, timeout: None})())
+    assert hub_problem() is None
+    assert all(map(is_hub_name, ("a/b", "meta-llama/Llama-3.2-1B", "o-1/x_y.z")))
+    assert not any(map(is_hub_name, ("a", "./b", "../b", "a/b/c", "a b/c", "~/b", "/b", "a/", "")))
 
 
 def test_hub_name_offline():
@@ -169,6 +178,28 @@ KINDS = ["safetensors", "sharded safetensors", "bin", "sharded bin"]
 def test_read_weights(kind, tmp_path, weights):
     write_as(kind, tmp_path, weights)
     assert same(read_weights(tmp_path), weights)
+
+
+def test_one_file_comes_before_shards_and_safetensors_before_bin(tmp_path, weights):
+    """The order in which transformers looks."""
+    for factor, kind in enumerate(reversed(KINDS), start=1):
+        write_as(kind, tmp_path, {name: tensor * factor for name, tensor in weights.items()})
+    for factor, kind in ((4, "model.safetensors"), (3, "model.safetensors.index.json"), (2, "pytorch_model.bin"), (1, "pytorch_model.bin.index.json")):
+        assert same(read_weights(tmp_path), {name: tensor * factor for name, tensor in weights.items()}), kind
+        (tmp_path / kind).unlink()
+
+
+@pytest.mark.parametrize("kind", ["sharded safetensors", "sharded bin"])
+def test_a_shard_holds_what_its_index_says(kind, tmp_path, weights):
+    write_as(kind, tmp_path, weights)
+    (index,) = tmp_path.glob("*.index.json")
+    where = json.loads(index.read_text())["weight_map"]
+    name, shard = next(iter(where.items()))
+    for wrong, message in (({**where, "more": shard}, "does not hold more"), ({key: at for key, at in where.items() if key != name}, f"holds {name}")):
+        index.write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(ValueError, match=f"{shard}: {message}, against what {index.name} says") as error:
+            read_weights(tmp_path)
+        one_line(error)
 
 
 def test_read_legacy_bin(tmp_path, weights):
@@ -352,7 +383,7 @@ def test_a_tied_head_is_a_copy_or_refused(names):
     for other in (torch.randn(5, 4), weights[embedding][:4]):
         with pytest.raises(ValueError) as error:
             load_strict(Tied(), weights | {head: other}, "here", stored_as=lambda name: words.get(name, name))
-        assert one_line(error) == f"here: {head} is not {embedding}, and config.json says that the two are tied"
+        assert one_line(error) == f"here: the weights do not fit the model: {head} is not {embedding}, and config.json says that the two are tied"
     with pytest.raises(ValueError, match="1 missing .lm_head.weight"):
         load_strict(Tied(tied=False), {"backbone.embedding.weight": torch.randn(5, 4)}, "here")
 
@@ -481,6 +512,12 @@ def test_interrupted_while_writing(failure, tmp_path):
             (directory / "x").write_text("half")
             raise failure
     assert os.listdir(tmp_path) == []
+
+
+def test_a_part_of_a_tensor_is_written_as_itself(tmp_path):
+    rows = torch.randn(6, 4)
+    write_tensors(tmp_path / "x.safetensors", {"whole": rows, "part": rows[:3], "column": rows[:, 1]})
+    assert same(read_tensors(tmp_path / "x.safetensors"), {"whole": rows, "part": rows[:3], "column": rows[:, 1]})
 
 
 def test_write_tensors_alone(tmp_path, weights):

