@@ -77,7 +77,7 @@ def read_rows(paths: list[Path]) -> IterableDataset:
     return load_dataset(loader, data_files=names, split="train", streaming=True, **OPTIONS.get(loader, {}))
 
 # %% ../nbs/10_data.ipynb #19d59f3f
-def has_text(text: str | None) -> bool:
+def has_text(text: object) -> bool:
     """Whether a row holds a document. Raises ValueError when it holds something else than text."""
     if not isinstance(text, (str, type(None))):
         raise ValueError(f"a row holds {type(text).__name__}, not text")
@@ -335,8 +335,9 @@ def load_tokenizer(
         problem = "holds no tokenizer.json" if folder.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {problem}: a directory with tokenizer.json, or a hub name, is wanted")
     else:
-        for file in (*folder.glob("tokenizer*.json"), *folder.glob("special_tokens_map.json")):
-            read_json(file)  # which names a file that is damaged
+        for name in ("tokenizer*.json", "special_tokens_map.json", "config.json"):
+            for file in folder.glob(name):
+                read_json(file)  # which names a file that is damaged
     try:
         try:
             config = AutoConfig.from_pretrained(folder)
@@ -509,7 +510,7 @@ class Batches(EndlessBatches):
         self.step += 1
         return self.blocks[torch.stack(rows)]
 
-# %% ../nbs/10_data.ipynb #3c289398
+# %% ../nbs/10_data.ipynb #7dd6686b
 def read_windows(
     documents: IterableDataset,  # one column "text"
     tokenizer: PreTrainedTokenizerBase,  # what makes the ids
