@@ -170,7 +170,7 @@ def load_files(
         rows, known = read_rows(paths), {}
         for file in paths:
             with file.open("rb") as opened:
-                about = {"num_bytes": file.stat().st_size, "checksum": digest(opened.read(2**16))}
+                about = {"num_bytes": file.stat().st_size, "checksum": digest(opened.read(2**20))}
             known[str(file)] = about | {"column": column}
     except Exception as error:
         raise ValueError(f"{path} cannot be read as {loader_of(paths[0])}: {one_line(error)}") from error
@@ -510,7 +510,7 @@ class Batches(EndlessBatches):
         self.step += 1
         return self.blocks[torch.stack(rows)]
 
-# %% ../nbs/10_data.ipynb #7dd6686b
+# %% ../nbs/10_data.ipynb #e48fd814
 def read_windows(
     documents: IterableDataset,  # one column "text"
     tokenizer: PreTrainedTokenizerBase,  # what makes the ids

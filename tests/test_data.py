@@ -337,23 +337,30 @@ for load in (load_documents, load_tokenizer):
 """
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}],
-)
-def test_hub_without_network_is_one_line_in_seconds(tmp_path, environment):
+ENVIRONMENTS = [
+    {"HF_HUB_OFFLINE": "1"},
+    {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"},
+]
+
+
+def test_hub_without_network_is_one_line_in_seconds(tmp_path):
     start = time.time()
-    run = subprocess.run(
-        [sys.executable, "-c", HUB, ":config"],
-        env=os.environ | {"HF_HOME": str(tmp_path)} | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    lines = run.stdout.splitlines()
-    assert len(lines) == 2 and run.returncode == 0, run.stdout + run.stderr
-    assert lines[0].startswith("ConnectionError nobody/nothing:config is no local path, and ") and " hub" in lines[0]
-    assert "nobody/nothing" in lines[1]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", HUB, ":config"],
+            env=os.environ | {"HF_HOME": str(tmp_path / str(i))} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, environment in enumerate(ENVIRONMENTS)
+    ]
+    for run in runs:
+        out, err = run.communicate(timeout=60)
+        lines = out.splitlines()
+        assert len(lines) == 2 and run.returncode == 0, out + err
+        assert lines[0].startswith("ConnectionError nobody/nothing:config is no local path, and ") and " hub" in lines[0]
+        assert "nobody/nothing" in lines[1]
     assert time.time() - start < 30  # imports included; datasets alone tries for 25 seconds
 
 
@@ -455,7 +462,8 @@ def test_the_embedded_novels_are_split_as_their_models_were_trained(tmp_path, ev
 def write_files(folder: Path, texts: list[str], n_files: int, suffix: str = ".jsonl") -> Path:
     """The texts, dealt out to files."""
     for i in range(n_files):
-        rows = [json.dumps({"text": text}) + "\n" if suffix == ".jsonl" else f"{text}\n\n\n\n" for text in texts[i::n_files]]
+        end = "\n\n\n\n"
+        rows = [text + end if suffix == ".txt" else json.dumps({"text": text}) + "\n" for text in texts[i::n_files]]
         (folder / f"part{i:02d}{suffix}").write_text("".join(rows))
     return folder
 
@@ -862,7 +870,8 @@ def test_a_stream_of_another_text_is_refused(tmp_path, tokenizer):
     last = tmp_path / "b/part02.jsonl"
     content = last.read_text()
     lines = content.splitlines(keepends=True)
-    for changed in ([lines[0].replace("the hat", "the mat", 1), *lines[1:]], lines + lines[-1:], lines[:-1], lines[::-1]):
+    another = lines[0].replace("the hat", "the mat", 1)
+    for changed in ([another, *lines[1:]], lines + lines[-1:], lines[:-1], lines[::-1]):
         last.write_text("".join(changed))
         refuses(state, make(tmp_path / "b"))
     last.write_text(content)
@@ -918,20 +927,20 @@ def test_stream_resumes_exactly(tmp_path, tokenizer, buffer, source):
 @pytest.mark.parametrize("buffer", [0, 1000])
 @pytest.mark.parametrize("n_files", [1, 14])
 def test_resuming_reads_on_and_not_again(tmp_path, tokenizer, monkeypatch, buffer, n_files):
-    """Of 20,000 documents, 15,000 were read: how many are read to go on?"""
-    rows = load_documents(write_files(tmp_path, [f"document {i}" for i in range(20_000)], n_files), streaming=True)
+    """Of 6,000 documents, 4,500 were read: how many are read to go on?"""
+    rows = load_documents(write_files(tmp_path, [f"document {i}" for i in range(6000)], n_files), streaming=True)
     training, _ = split_documents(rows, 20)
     first = StreamBatches(training, tokenizer, 64, 8, shuffle_buffer=buffer)
-    while first.place["documents"] < 15_000:
+    while first.place["documents"] < 4500:
         first.next()
     second, read = StreamBatches(training, tokenizer, 64, 8, shuffle_buffer=buffer), []
     state = first.state_dict()
-    expected = [first.next() for _ in range(50)]
+    expected = [first.next() for _ in range(20)]
     monkeypatch.setattr(data, "is_held_out", lambda text, every: read.append(text) or is_held_out(text, every))
     second.load_state_dict(state)
     assert all(torch.equal(second.next(), batch) for batch in expected)
     new = second.place["documents"] - state["place"]["documents"]
-    assert new <= len(read) <= 1.1 * new + 20  # one in 20 is held out; the fingerprint reads one
+    assert 0 < new <= len(read) <= 1.1 * new + 20  # one in 20 is held out; the fingerprint reads one
 
 
 def test_readers_of_one_stream_do_not_disturb_each_other(tmp_path, tokenizer):
