@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import logging
 import lzma
 import os
 import random
@@ -359,7 +360,8 @@ def test_hub_without_network_is_one_line_in_seconds(tmp_path):
         out, err = run.communicate(timeout=60)
         lines = out.splitlines()
         assert len(lines) == 2 and run.returncode == 0, out + err
-        assert lines[0].startswith("ConnectionError nobody/nothing:config is no local path, and ") and " hub" in lines[0]
+        assert lines[0].startswith("ConnectionError nobody/nothing:config is no local path, and ")
+        assert " hub" in lines[0]
         assert "nobody/nothing" in lines[1]
     assert time.time() - start < 30  # imports included; datasets alone tries for 25 seconds
 
@@ -396,6 +398,27 @@ def test_hub_arguments(monkeypatch, tokenizer):
     monkeypatch.setattr(Builder.config, "data_files", {"train": ["hf://datasets/owner/name@5678/rows.parquet"]})
     newer = load_documents("owner/name", text_field="story", streaming=True)
     assert StreamBatches(newer, tokenizer, 2, 1).fingerprint != first  # another revision
+
+
+def test_a_stream_that_others_made_fails_in_one_line(tokenizer):
+    def rows():
+        yield {"text": "fine"}
+        raise RuntimeError("no\nmore")
+
+    stream = IterableDataset.from_generator(rows)
+    stream.info.download_checksums = {"https://somewhere": {"num_bytes": 1, "checksum": None}}  # as `datasets` notes it
+    for read in (lambda: pack(stream, tokenizer, 4), lambda: StreamBatches(stream, tokenizer, 4, 1).next()):
+        with pytest.raises(ValueError, match="^the documents cannot be read: RuntimeError: no$"):
+            read()
+
+
+def test_links_are_read_as_what_they_are_called(tmp_path):
+    """As in a snapshot of the hub, whose files are links to blobs without a suffix."""
+    (tmp_path / "blob").write_bytes(gzip.compress(b"one"))
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot/a.txt.gz").symlink_to(tmp_path / "blob")
+    for streaming in (False, True):
+        assert texts_of(load_documents(tmp_path / "snapshot", streaming=streaming)) == ["one"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -581,8 +604,14 @@ def test_load_tokenizer_gives_what_transformers_gives(tmp_path, tokenizer, name,
 def test_load_tokenizer_of_our_models_warns_of_nothing(tmp_path, tokenizer, caplog):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llamba"}))
-    load_tokenizer(tmp_path)
-    assert not caplog.records
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        load_tokenizer(tmp_path)
+        assert not caplog.records
+        AutoTokenizer.from_pretrained(tmp_path)
+        assert caplog.records
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize(
