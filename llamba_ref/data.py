@@ -34,7 +34,7 @@ logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)  # warns 
 
 # %% auto #0
 __all__ = ['SEPARATOR', 'LOADERS', 'OPTIONS', 'split_text', 'loader_of', 'read_rows', 'has_text', 'one_line', 'broken_file',
-           'read', 'read_texts', 'text_column', 'files_of', 'digest', 'load_files', 'require_hub', 'load_hub',
+           'read_documents', 'read_texts', 'text_column', 'files_of', 'digest', 'load_files', 'require_hub', 'load_hub',
            'sotu_texts', 'austen_text', 'load_documents', 'chapter_numbers', 'is_held_out', 'split_documents',
            'train_tokenizer', 'tokenize', 'load_tokenizer', 'check_tokenizer', 'TokenBlocks', 'pack', 'epoch_seed',
            'EndlessBatches', 'Batches', 'read_windows', 'StreamBatches']
@@ -73,11 +73,11 @@ def loader_of(path: Path) -> str | None:
 def read_rows(paths: list[Path]) -> IterableDataset:
     """The rows of files of one kind, one file after the other; a text file is one row."""
     loader = loader_of(paths[0])
-    names = [escape(str(path.resolve())) for path in paths]  # `datasets` would read a * in a name as a pattern
+    names = [escape(str(path.absolute())) for path in paths]  # `datasets` would read a * in a name as a pattern
     return load_dataset(loader, data_files=names, split="train", streaming=True, **OPTIONS.get(loader, {}))
 
 # %% ../nbs/10_data.ipynb #19d59f3f
-def has_text(text: str | None) -> bool:
+def has_text(text: object) -> bool:
     """Whether a row holds a document. Raises ValueError when it holds something else than text."""
     if not isinstance(text, (str, type(None))):
         raise ValueError(f"a row holds {type(text).__name__}, not text")
@@ -94,14 +94,14 @@ def broken_file(documents: Dataset | IterableDataset) -> str | None:
     """The first file behind `documents` that cannot be read, and why."""
     for name, about in (documents.info.download_checksums or {}).items():
         try:
-            for row in read_rows([Path(name)]) if about["column"] else ():
+            for row in read_rows([Path(name)]) if about.get("column") else ():
                 has_text(row[about["column"]])
         except Exception as error:
             return f"{name} cannot be read as {loader_of(Path(name))}: {one_line(error)}"
     return None
 
 
-def read(documents: Dataset | IterableDataset) -> Iterator[dict]:
+def read_documents(documents: Dataset | IterableDataset) -> Iterator[dict]:
     """The rows. Raises ValueError in one line, with the name of the file that cannot be read."""
     try:
         yield from documents
@@ -112,8 +112,8 @@ def read(documents: Dataset | IterableDataset) -> Iterator[dict]:
 
 
 def read_texts(documents: Dataset | IterableDataset) -> Iterator[str]:
-    """The column "text", as `read` reads it."""
-    return (row["text"] for row in read(documents))
+    """The column "text", as `read_documents` reads it."""
+    return (row["text"] for row in read_documents(documents))
 
 # %% ../nbs/10_data.ipynb #0ba25ec6
 def text_column(
@@ -122,7 +122,7 @@ def text_column(
     name: str,  # what to call the source in an error
 ) -> Dataset | IterableDataset:  # one column "text", rows without text left out
     """Keep the text of a table. Raises ValueError when there are no rows or there is no such column of strings."""
-    first = next(read(rows), None)
+    first = next(read_documents(rows), None)
     if first is None:
         raise ValueError(f"{name} holds no text: it has no rows")
     if text_field not in first:
@@ -170,7 +170,7 @@ def load_files(
         rows, known = read_rows(paths), {}
         for file in paths:
             with file.open("rb") as opened:
-                about = {"num_bytes": file.stat().st_size, "checksum": digest(opened.read(2**16))}
+                about = {"num_bytes": file.stat().st_size, "checksum": digest(opened.read(2**20))}
             known[str(file)] = about | {"column": column}
     except Exception as error:
         raise ValueError(f"{path} cannot be read as {loader_of(paths[0])}: {one_line(error)}") from error
@@ -287,7 +287,7 @@ def split_documents(
         parts = [documents.select(np.flatnonzero(sides == side)) for side in (False, True)]
     for part, kept in zip(parts, ("all", "none")):
         if next(read_texts(part), None) is None:
-            found = sum(1 for _ in read(documents))
+            found = sum(1 for _ in read_documents(documents))
             raise ValueError(f"the corpus has {found} documents and every={every} holds out {kept} of them: "
                              "give more text, another separator, or another every")
     return parts[0], parts[1]
@@ -335,8 +335,9 @@ def load_tokenizer(
         problem = "holds no tokenizer.json" if folder.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {problem}: a directory with tokenizer.json, or a hub name, is wanted")
     else:
-        for file in (*folder.glob("tokenizer*.json"), *folder.glob("special_tokens_map.json")):
-            read_json(file)  # which names a file that is damaged
+        for name in ("tokenizer*.json", "special_tokens_map.json", "config.json"):
+            for file in folder.glob(name):
+                read_json(file)  # which names a file that is damaged
     try:
         try:
             config = AutoConfig.from_pretrained(folder)
@@ -509,7 +510,7 @@ class Batches(EndlessBatches):
         self.step += 1
         return self.blocks[torch.stack(rows)]
 
-# %% ../nbs/10_data.ipynb #3c289398
+# %% ../nbs/10_data.ipynb #f117cd63
 def read_windows(
     documents: IterableDataset,  # one column "text"
     tokenizer: PreTrainedTokenizerBase,  # what makes the ids

@@ -285,7 +285,7 @@ def test_bad_options(options, expected, toy, tmp_path, message):
 @pytest.mark.parametrize("text, expected", [
     ("", "holds no text"),
     ("\n\n \n", "holds no text"),
-    ("one document", "1 documents and held_out=4 needs at least 4"),
+    ("one document", "1 documents and held_out=4 holds out all of them"),
     ("\n\n\n\n\n".join("abcd"), "one block needs 32"),
     ("\n\n\n\n\n".join(["a long text " * 50] * 3 + ["x"]), "the held-out part: the corpus has 2 tokens, one block needs 32"),
 ])  # fmt: skip
@@ -387,7 +387,7 @@ def test_prompt_without_a_token(toy, message):
 @pytest.mark.parametrize("options, expected", [
     (["--batch-size", "0"], "batch_size is 0"),
     (["--length", "1"], "length is 1"),
-    (["--held-out", "99"], "24 documents and held_out=99 needs at least 99"),
+    (["--held-out", "99"], "24 documents and held_out=99 holds out none of them"),
 ])  # fmt: skip
 def test_bad_options_of_evaluate(options, expected, toy, message):
     assert expected in message("evaluate", toy / "teacher", "--text", toy / "text.txt", *TEXT, *options)

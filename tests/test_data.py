@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import logging
 import lzma
 import os
 import random
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import time
 from copy import deepcopy
-from glob import escape
 from pathlib import Path
 
 import pytest
@@ -41,7 +41,8 @@ from llamba_ref.data import (
     train_tokenizer,
 )
 
-TEXTS = [f"Document {i} says: {'the cat and the hat ' * (i % 5 + 1)}{'é🦙' * (i % 3)}end {i * i}." for i in range(90)]
+CATS, LLAMAS = "the cat and the hat ", "é🦙"
+TEXTS = [f"Document {i} says: {CATS * (i % 5 + 1)}{LLAMAS * (i % 3)}end {i * i}." for i in range(90)]
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ def test_directory_of_tables(tmp_path, suffix, streaming):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("b.jsonl", "b.jsonl is of another kind than a.txt"), ("b.pdf", "b.pdf is of no known kind"), ("b", "no known kind")],
+    [("b.jsonl", "is of another kind than a.txt"), ("b.pdf", "is of no known kind"), ("b", "is of no known kind")],
 )
 def test_directory_of_several_kinds(tmp_path, name, words):
     (tmp_path / "a.txt").write_text("one")
@@ -234,7 +235,8 @@ ODD_TABLES = {
 def test_odd_tables_are_what_datasets_reads(tmp_path, name, streaming):
     path = tmp_path / name
     path.write_bytes(ODD_TABLES[name])
-    rows = load_dataset("csv" if "csv" in name else "json", data_files=str(path), split="train", cache_dir=tmp_path / "c")
+    kind = "csv" if "csv" in name else "json"
+    rows = load_dataset(kind, data_files=str(path), split="train", cache_dir=tmp_path / "cache")
     assert texts_of(load_documents(path, streaming=streaming)) == rows["text"][:] != []
 
 
@@ -253,7 +255,7 @@ BAD_FILES = [
     ("empty.txt", b" \n\n\n\n\n ", ValueError, "holds no text"),
     ("empty.md", b"", ValueError, "holds no text"),
     ("latin.txt", "déjà".encode("latin-1"), ValueError, "cannot be read as text: .*decode byte 0xe9 in position 1"),
-    ("latin.txt.gz", gzip.compress("déjà".encode("latin-1")), ValueError, "cannot be read as text: .*decode byte 0xe9"),
+    ("latin.txt.gz", gzip.compress("déjà".encode("latin-1")), ValueError, "as text: .*decode byte 0xe9"),
     ("utf16.txt", "dejà".encode("utf-16"), ValueError, "cannot be read as text: .*decode byte 0xff"),
     ("cut.txt.gz", gzip.compress(random.Random(0).randbytes(999))[:300], ValueError, "cannot be read as text"),
     ("wrong.txt.gz", b"no gzip", ValueError, "cannot be read as text: .*[Nn]ot a gzipped"),
@@ -336,23 +338,31 @@ for load in (load_documents, load_tokenizer):
 """
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}],
-)
-def test_hub_without_network_is_one_line_in_seconds(tmp_path, environment):
+ENVIRONMENTS = [
+    {"HF_HUB_OFFLINE": "1"},
+    {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"},
+]
+
+
+def test_hub_without_network_is_one_line_in_seconds(tmp_path):
     start = time.time()
-    run = subprocess.run(
-        [sys.executable, "-c", HUB, ":config"],
-        env=os.environ | {"HF_HOME": str(tmp_path)} | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    lines = run.stdout.splitlines()
-    assert len(lines) == 2 and run.returncode == 0, run.stdout + run.stderr
-    assert lines[0].startswith("ConnectionError nobody/nothing:config is no local path, and ") and " hub" in lines[0]
-    assert "nobody/nothing" in lines[1]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", HUB, ":config"],
+            env=os.environ | {"HF_HOME": str(tmp_path / str(i))} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, environment in enumerate(ENVIRONMENTS)
+    ]
+    for run in runs:
+        out, err = run.communicate(timeout=60)
+        lines = out.splitlines()
+        assert len(lines) == 2 and run.returncode == 0, out + err
+        assert lines[0].startswith("ConnectionError nobody/nothing:config is no local path, and ")
+        assert " hub" in lines[0]
+        assert "nobody/nothing" in lines[1]
     assert time.time() - start < 30  # imports included; datasets alone tries for 25 seconds
 
 
@@ -390,6 +400,27 @@ def test_hub_arguments(monkeypatch, tokenizer):
     assert StreamBatches(newer, tokenizer, 2, 1).fingerprint != first  # another revision
 
 
+def test_a_stream_that_others_made_fails_in_one_line(tokenizer):
+    def rows():
+        yield {"text": "fine"}
+        raise RuntimeError("no\nmore")
+
+    stream = IterableDataset.from_generator(rows)
+    stream.info.download_checksums = {"https://somewhere": {"num_bytes": 1, "checksum": None}}  # as `datasets` notes it
+    for read in (lambda: pack(stream, tokenizer, 4), lambda: StreamBatches(stream, tokenizer, 4, 1).next()):
+        with pytest.raises(ValueError, match="^the documents cannot be read: RuntimeError: no$"):
+            read()
+
+
+def test_links_are_read_as_what_they_are_called(tmp_path):
+    """As in a snapshot of the hub, whose files are links to blobs without a suffix."""
+    (tmp_path / "blob").write_bytes(gzip.compress(b"one"))
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot/a.txt.gz").symlink_to(tmp_path / "blob")
+    for streaming in (False, True):
+        assert texts_of(load_documents(tmp_path / "snapshot", streaming=streaming)) == ["one"]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_hub_by_the_library_itself(tmp_path, monkeypatch, streaming):
     """A directory in the place of a repository: the same builder reads it."""
@@ -414,7 +445,8 @@ def test_split_by_document(numbers, every):
     for rows in (documents, documents.to_iterable_dataset()):
         if not all(sides.values()):
             kept = "none" if sides[False] else "all"
-            with pytest.raises(ValueError, match=f"has {len(texts)} documents and every={every} holds out {kept} of them"):
+            words = f"has {len(texts)} documents and every={every} holds out {kept} of them"
+            with pytest.raises(ValueError, match=words):
                 split_documents(rows, every)
             continue
         parts = split_documents(rows, every)
@@ -453,9 +485,9 @@ def test_the_embedded_novels_are_split_as_their_models_were_trained(tmp_path, ev
 def write_files(folder: Path, texts: list[str], n_files: int, suffix: str = ".jsonl") -> Path:
     """The texts, dealt out to files."""
     for i in range(n_files):
-        part = texts[i::n_files]
-        content = "".join(json.dumps({"text": text}) + "\n" for text in part) if suffix == ".jsonl" else "\n\n\n\n".join(part)
-        (folder / f"part{i:02d}{suffix}").write_text(content)
+        end = "\n\n\n\n"
+        rows = [text + end if suffix == ".txt" else json.dumps({"text": text}) + "\n" for text in texts[i::n_files]]
+        (folder / f"part{i:02d}{suffix}").write_text("".join(rows))
     return folder
 
 
@@ -469,18 +501,17 @@ def epochs_of(stream: StreamBatches, tokenizer, epochs: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("n_files", [1, 2, 4, 14])
-@pytest.mark.parametrize("buffer", [0, 1000])
-@pytest.mark.parametrize("suffix", [".jsonl", ".txt"])
+@pytest.mark.parametrize(("buffer", "suffix"), [(0, ".jsonl"), (1000, ".jsonl"), (1000, ".txt")])
 def test_nothing_leaks_and_nothing_is_lost(tmp_path, tokenizer, n_files, buffer, suffix):
-    texts = [f"document {i % 3500}" for i in range(4000)]  # 500 come twice
+    texts = [f"document {i % 1000}" for i in range(1200)]  # 200 come twice
     write_files(tmp_path, texts, n_files, suffix)
     training, held_out = split_documents(load_documents(tmp_path, streaming=True))
     evaluated = texts_of(held_out)
     for trained in epochs_of(StreamBatches(training, tokenizer, 4, 1, shuffle_buffer=buffer), tokenizer, 2):
         assert not set(trained) & set(evaluated)  # nothing leaks, a duplicate neither
         assert sorted(trained + evaluated) == sorted(texts)  # nothing is lost
-    parts = split_documents(load_documents(tmp_path))
-    assert [sorted(texts_of(part)) for part in parts] == [sorted(trained), sorted(evaluated)]  # the same without streaming
+    parts = split_documents(load_documents(tmp_path))  # the same without streaming
+    assert [sorted(texts_of(part)) for part in parts] == [sorted(trained), sorted(evaluated)]
 
 
 SEEN = []
@@ -573,8 +604,14 @@ def test_load_tokenizer_gives_what_transformers_gives(tmp_path, tokenizer, name,
 def test_load_tokenizer_of_our_models_warns_of_nothing(tmp_path, tokenizer, caplog):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llamba"}))
-    load_tokenizer(tmp_path)
-    assert not caplog.records
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        load_tokenizer(tmp_path)
+        assert not caplog.records
+        AutoTokenizer.from_pretrained(tmp_path)
+        assert caplog.records
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize(
@@ -587,7 +624,7 @@ def test_load_tokenizer_of_our_models_warns_of_nothing(tmp_path, tokenizer, capl
         ("tokenizer_config.json", "{", "tokenizer_config.json: not a valid JSON file"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json: holds a list"),
         ("special_tokens_map.json", "{", "special_tokens_map.json: not a valid JSON file"),
-        ("config.json", "{", "config.json"),
+        ("config.json", "{", "config.json: not a valid JSON file"),
         ("tokenizer_config.json", '{"eos_token": ["<|a|>", "<|b|>"]}', "eos_token"),
         ("tokenizer_config.json", '{"eos_token": 5}', "eos_token"),
     ],
@@ -595,7 +632,7 @@ def test_load_tokenizer_of_our_models_warns_of_nothing(tmp_path, tokenizer, capl
 def test_damaged_tokenizers(tmp_path, tokenizer, file, content, words):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+    with pytest.raises(ValueError, match=words) as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -642,7 +679,10 @@ def test_tokenizer_without_eos(tokenizer):
 
 
 @settings(max_examples=40, deadline=None)
-@given(texts=st.lists(st.text(alphabet="aé🦙 \n", min_size=1, max_size=40), min_size=1, max_size=150), length=st.integers(1, 30))
+@given(
+    texts=st.lists(st.text(alphabet="aé🦙 \n", min_size=1, max_size=40), min_size=1, max_size=150),
+    length=st.integers(1, 30),
+)
 def test_pack(tokenizer, texts, length):
     documents = Dataset.from_dict({"text": texts})
     stream = [token for text in texts for token in tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]]
@@ -661,7 +701,8 @@ def test_pack(tokenizer, texts, length):
 def test_blocks_are_int32_inside_and_int64_outside(documents, tokenizer):
     blocks = pack(documents, tokenizer, 20)
     assert blocks.tokens.dtype == torch.int32
-    assert blocks[0].dtype == blocks[:2].dtype == blocks[torch.tensor([1, 0])].dtype == blocks.blocks.dtype == torch.int64
+    for rows in (blocks[0], blocks[:2], blocks[torch.tensor([1, 0])], blocks.blocks):
+        assert rows.dtype == torch.int64
     assert blocks[0].shape == (20,) and blocks[torch.tensor([1, 0])].shape == (2, 20)
     assert tokenizer.decode(blocks.tokens.flatten()).startswith(TEXTS[0] + "<|endoftext|>" + TEXTS[1])
 
@@ -803,6 +844,7 @@ def test_resume_with_another_number_of_processes(documents, tokenizer, kind):
         state = states[-1]
 
 
+@pytest.mark.filterwarnings("ignore:.set_vital. is deprecated")
 def test_what_a_stateful_dataloader_does_not_keep():
     """Why the order is ours: with torchdata's, an epoch ends in a short batch, and two processes repeat a row."""
     library = pytest.importorskip("torchdata.stateful_dataloader")
@@ -810,7 +852,8 @@ def test_what_a_stateful_dataloader_does_not_keep():
     one = [row.tolist() for row in library.StatefulDataLoader(range(10), batch_size=4)]
     assert [len(batch) for batch in one] == [4, 4, 2]
     ranks = [sampler(range(9), num_replicas=2, rank=rank, seed=0) for rank in range(2)]
-    drawn = [i for rank in ranks for batch in library.StatefulDataLoader(range(9), batch_size=2, sampler=rank) for i in batch.tolist()]
+    loaders = [library.StatefulDataLoader(range(9), batch_size=2, sampler=rank) for rank in ranks]
+    drawn = [i for loader in loaders for batch in loader for i in batch.tolist()]
     assert len(drawn) == 10 and len(set(drawn)) == 9
     ours = [draw(Batches(numbered(9), 4, rank=rank, world_size=2), 9) for rank in range(2)]
     assert sorted(ours[0] + ours[1]) == sorted(list(range(9)) * 4)
@@ -855,8 +898,10 @@ def test_a_stream_of_another_text_is_refused(tmp_path, tokenizer):
     refuses(state, make(tmp_path / "b", length=8))
     last = tmp_path / "b/part02.jsonl"
     content = last.read_text()
-    for changed in (content.replace("the hat", "the mat", 1), content + content[-40:], content[: len(content) // 2] + "\n"):
-        last.write_text(changed if changed.endswith("}\n") else content[: content.index("\n") + 1])
+    lines = content.splitlines(keepends=True)
+    another = lines[0].replace("the hat", "the mat", 1)
+    for changed in ([another, *lines[1:]], lines + lines[-1:], lines[:-1], lines[::-1]):
+        last.write_text("".join(changed))
         refuses(state, make(tmp_path / "b"))
     last.write_text(content)
     make(tmp_path / "b").load_state_dict(state)
@@ -880,7 +925,7 @@ def test_stream_is_the_text_over_and_over(documents, tokenizer):
     assert torch.equal(rows, tokens.repeat(stream.epoch + 1)[: len(rows)])
 
 
-@pytest.mark.parametrize("buffer", [0, 1, 20, 1000])
+@pytest.mark.parametrize("buffer", [0, 20, 1000])
 @pytest.mark.parametrize("source", ["memory", "split", 1, 4, 14, "txt"])
 def test_stream_resumes_exactly(tmp_path, tokenizer, buffer, source):
     if source in ("memory", "split"):
@@ -895,7 +940,7 @@ def test_stream_resumes_exactly(tmp_path, tokenizer, buffer, source):
 
     unbroken = [batch for batch, _ in zip(make(), range(90))]
     state, before = make().state_dict(), 0
-    for killed_after in (0, 1, 2, 17, 40, 41, 77):  # each goes on from the one before
+    for killed_after in (1, 2, 17, 40, 77):  # each goes on from the one before
         first, second = make(), make()
         first.load_state_dict(state)
         for _ in range(killed_after - before):
@@ -911,20 +956,20 @@ def test_stream_resumes_exactly(tmp_path, tokenizer, buffer, source):
 @pytest.mark.parametrize("buffer", [0, 1000])
 @pytest.mark.parametrize("n_files", [1, 14])
 def test_resuming_reads_on_and_not_again(tmp_path, tokenizer, monkeypatch, buffer, n_files):
-    """Of 20,000 documents, 15,000 were read: how many are read to go on?"""
-    rows = load_documents(write_files(tmp_path, [f"document {i}" for i in range(20_000)], n_files), streaming=True)
+    """Of 6,000 documents, 4,000 were read: how many are read to go on?"""
+    rows = load_documents(write_files(tmp_path, [f"document {i}" for i in range(6000)], n_files), streaming=True)
     training, _ = split_documents(rows, 20)
     first = StreamBatches(training, tokenizer, 64, 8, shuffle_buffer=buffer)
-    while first.place["documents"] < 15_000:
+    while first.place["documents"] < 4000:
         first.next()
     second, read = StreamBatches(training, tokenizer, 64, 8, shuffle_buffer=buffer), []
     state = first.state_dict()
-    expected = [first.next() for _ in range(50)]
+    expected = [first.next() for _ in range(20)]
     monkeypatch.setattr(data, "is_held_out", lambda text, every: read.append(text) or is_held_out(text, every))
     second.load_state_dict(state)
     assert all(torch.equal(second.next(), batch) for batch in expected)
     new = second.place["documents"] - state["place"]["documents"]
-    assert new <= len(read) <= 1.1 * new + 20  # one in 20 is held out; the fingerprint reads one
+    assert 0 < new <= len(read) <= 1.1 * new + 20  # one in 20 is held out; the fingerprint reads one
 
 
 def test_readers_of_one_stream_do_not_disturb_each_other(tmp_path, tokenizer):
