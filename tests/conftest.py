@@ -29,9 +29,10 @@ if not GPU:
 if not importlib.util.find_spec("triton"):  # there is none for macOS
     collect_ignore_glob = ["test_kernels_*.py", "test_ahead.py", "test_bench_kernels.py"]
 elif not GPU:
-    from llamba_ref.kernels.ahead import scan_as_tree
+    from llamba_ref.kernels.ahead import interpret_faster, scan_as_tree
 
     scan_as_tree()
+    interpret_faster()
 
 torch.set_num_threads(1)
 
