@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from math import inf
 from multiprocessing import get_context
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -545,16 +548,16 @@ def dtype_of(name: str, half: bool) -> torch.dtype:
     return torch.complex64 if name == "linear_scan complex" else half_type() if half else torch.float32
 
 
-def measure_operation(name: str, limits: Limits) -> list[dict]:
-    """All rows of one operation, printed as they come."""
+def measure_operation(name: str, limits: Limits, kept: Path) -> None:
+    """All rows of one operation, printed as they come, and each written to the file `kept` before the next is measured."""
     torch.set_float32_matmul_precision("high")  # tf32: the peers multiply float32 so, and so do we here
-    rows = []
     for model, sizes, half in OPERATIONS[name].cases():
         for backward in (False, True)[: 1 + bool(OPERATIONS[name].wanted)]:
-            rows.append(measure(name, model, sizes, dtype_of(name, half), backward, limits, "cuda"))
-            print(line(rows[-1]), flush=True)
+            row = measure(name, model, sizes, dtype_of(name, half), backward, limits, "cuda")
+            with kept.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(line(row), flush=True)
             attempt_to_tidy()
-    return rows
 
 
 def in_a_process(function: Callable, *arguments) -> object:
@@ -564,14 +567,17 @@ def in_a_process(function: Callable, *arguments) -> object:
 
 
 def measure_all(limits: Limits) -> list[dict]:
-    """Every operation, each in a process of its own; one that fails as a whole, or dies, leaves a row that says so."""
+    """Every operation, each in a process of its own; one that fails or dies leaves the rows before and one that says so."""
     rows = []
     for name in OPERATIONS:
-        found, reason = attempt(partial(in_a_process, measure_operation, name, limits))
+        with tempfile.TemporaryDirectory() as folder:
+            kept = Path(folder, "rows")
+            _, reason = attempt(partial(in_a_process, measure_operation, name, limits, kept))
+            rows += [json.loads(text) for text in kept.read_text().splitlines()] if kept.exists() else []
         if reason:
-            found = [{"operation": name, "model": "all", "sizes": {}, "dtype": "", "pass": "", "reason": reason, "peers": {}}]
-            print(line(found[0]), flush=True)
-        rows += found
+            failed = {"operation": name, "model": "all", "sizes": {}, "dtype": "", "pass": "", "reason": reason, "peers": {}}
+            rows.append(failed)
+            print(line(failed), flush=True)
     return rows
 
 

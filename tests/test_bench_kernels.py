@@ -219,16 +219,41 @@ def test_limits_in_a_process_of_its_own():
 
 
 def test_an_operation_whose_process_dies_is_a_row(monkeypatch, capsys):
-    def dies(function, name, limits):
+    def dies(function, name, limits, kept):
         if name == "ssd":
             raise BrokenProcessPool("killed")
-        return []
 
     monkeypatch.setattr(kernels, "in_a_process", dies)
     (row,) = kernels.measure_all(LIMITS)
     assert row["operation"] == "ssd" and row["reason"] == "BrokenProcessPool: killed" and "BrokenProcessPool" in capsys.readouterr().out
     said = {one["goal"]: one["verdict"] for one in (verdict(goal, [row]) for goal in GOALS)}
     assert said["ssd is no slower than the quickest peer"] == "not reached: 1 rows failed, BrokenProcessPool: killed"
+
+
+def test_rows_before_a_process_dies_are_kept(monkeypatch, capsys):
+    """They are in the result, in their order, before the row that says why there are no more; later operations go on."""
+    measured = []
+
+    def measure(name, *others):
+        measured.append(name)
+        if name == "gateloop" and measured.count(name) == 3:
+            raise BrokenProcessPool("killed")
+        return a_row(name, reason=f"row {len(measured)}")
+
+    monkeypatch.setattr(kernels, "OPERATIONS", {name: OPERATIONS[name] for name in ("linear_scan", "gateloop", "ssd_step")})
+    monkeypatch.setattr(kernels, "measure", measure)
+    monkeypatch.setattr(kernels, "attempt_to_tidy", lambda: None)
+    monkeypatch.setattr(kernels, "half_type", lambda: torch.float16)
+    monkeypatch.setattr(kernels, "in_a_process", lambda function, *arguments: function(*arguments))
+    before = torch.get_float32_matmul_precision()
+    rows = kernels.measure_all(LIMITS)
+    torch.set_float32_matmul_precision(before)
+    of_gateloop = [row for row in rows if row["operation"] == "gateloop"]
+    assert [row["model"] for row in of_gateloop] == ["1B", "1B", "all"]
+    assert of_gateloop[2]["reason"] == "BrokenProcessPool: killed" and "BrokenProcessPool" in capsys.readouterr().out
+    dead = measured.index("gateloop") + 2  # none of what was measured but this one is lost
+    assert [row["reason"] for row in rows if row["model"] != "all"] == [f"row {i + 1}" for i in range(len(measured)) if i != dead]
+    assert rows[-1]["operation"] == "ssd_step" and measured[-1] == "ssd_step"
 
 
 # peers that need a GPU, played by stand-ins written from their documentation

@@ -1,6 +1,10 @@
 """What kernels share: launches that are written down, types for the compiler, GPUs, how matrices are multiplied, and what is refused."""
 
+import ast
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +12,11 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
+import llamba_ref.kernels  # noqa: E402
 from llamba_ref.kernels.ahead import POINTERS, Launch, compile_for, recording, scan_as_tree  # noqa: E402
-from llamba_ref.kernels.launch import GPUS, INTERPRETED, gpu_of, launch, precision_of  # noqa: E402
+from llamba_ref.kernels.launch import (  # noqa: E402
+    GPUS, INTERPRETED, as_operation, gpu_of, launch, load_rows, precision_of, set_gradient, store_rows,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="about a process that interprets kernels")
@@ -166,6 +173,71 @@ def test_precision(gpu, dtype, matmul):
         assert found == {"TYPE": tl.float32, "PRECISION": "tf32" if matmul != "highest" and gpu.name != "T4" else "ieee"}
 
 
+# what a user imports
+
+
+def test_a_user_of_a_kernel_imports_nothing_of_tritons_inside():
+    """Kernels need torch and triton; what reaches into Triton (compiler, interpreter) is a module that only tests and bench import."""
+    kernels = ["conv", "gateloop", "matrix_distance", "scan", "ssd"]
+    code = (f"import sys, importlib\nfor name in {kernels}: importlib.import_module('llamba_ref.kernels.' + name)\n"
+            "print(sorted(name for name in sys.modules if name.startswith('llamba_ref.kernels.')))")
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert ast.literal_eval(loaded) == [f"llamba_ref.kernels.{name}" for name in sorted([*kernels, "launch"])]
+    package = Path(llamba_ref.kernels.__file__).parent
+    allowed = {"__future__", "collections.abc", "contextlib", "typing", "torch", "torch.library", "triton", "triton.language", "jaxtyping"}
+    for path in {*package.glob("*.py")} - {package / "ahead.py"}:
+        nodes = [*ast.walk(ast.parse(path.read_text()))]
+        wanted = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        wanted |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+        assert {name for name in wanted if not name.startswith("llamba_ref.")} <= allowed, path.name
+
+
+def test_kernels_share_one_way_to_load_rows():
+    package = Path(llamba_ref.kernels.__file__).parent
+    for name in ("load_rows", "store_rows", "register_autograd", "register_fake"):
+        found = [path.name for path in package.glob("*.py") if f"def {name}(" in path.read_text() or f".{name}(" in path.read_text()]
+        assert found == ["launch.py"], name
+
+
+# rows
+
+
+@triton.jit
+def copy_rows(x_ptr, y_ptr, first, length, stride, width, BL: tl.constexpr, BD: tl.constexpr):
+    t, d = first + tl.arange(0, BL), tl.arange(0, BD)
+    store_rows(y_ptr, t, width, t < length, d, width, load_rows(x_ptr, t, stride, (t > first) & (t < length), d, width))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_are_loaded_and_stored_under_their_masks(dtype):
+    """Rows of a slice of a wider array; those that are not there are zeros, and nothing is written beside the array."""
+    x = torch.randn(7, 9, device=DEVICE)[:, 2:7]
+    y = torch.full((8, 5), 7.0, dtype=dtype, device=DEVICE)
+    launch(copy_rows, (1,), x, y, 1, 7, x.stride(0), 5, BL=8, BD=8)
+    assert torch.equal(y[2:7], x[2:].to(dtype)) and (y[1] == 0).all() and (y[0] == 7).all() and (y[7] == 7).all()
+
+
+# operations
+
+
+def test_gradients_of_an_operation():
+    """Results are kept if wanted, inputs that are None get no gradient, numbers have none to begin with."""
+    def scaled(x, shift, factor: float):
+        return (factor * x + (0 if shift is None else shift)).exp()
+
+    def backward(grad, y, x, shift, factor):
+        return factor * grad * y, grad * y, None
+
+    op = as_operation("scaled_in_a_test", scaled, lambda x, shift, factor: torch.empty_like(x), schema="(Tensor x, Tensor? shift, float factor) -> Tensor")
+    set_gradient(op, backward, keep=True)
+    x, shift = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    for given in ([x, shift], [x]):
+        out = op(*(given if len(given) == 2 else (x, None)), 2.0)
+        expected = torch.autograd.grad((2 * x + (shift if len(given) == 2 else 0)).exp().sum(), given)
+        assert all(map(torch.equal, torch.autograd.grad(out.sum(), given), expected))
+    torch.library.opcheck(op, (x, None, 2.0))
+
+
 # compiling
 
 
@@ -175,6 +247,19 @@ def test_a_process_that_interprets_cannot_compile():
         call(torch.empty(4), None, torch.empty(4))
     with pytest.raises(RuntimeError, match="kernels of this process are interpreted: compile in one that was started without TRITON_INTERPRET"):
         compile_for(GPUS["T4"], launches[0])
+
+
+@interpreted
+def test_the_faster_interpreter_prepares_its_language_once_a_launch(monkeypatch):
+    """A kernel that calls two functions, in two programs: one preparation, and the functions of `tl` are as before afterwards."""
+    from triton.runtime import interpreter
+
+    prepared, before = [], tl.load
+    patch = interpreter._patch_lang
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda kernel: prepared.append(kernel) or patch(kernel))
+    x = torch.randn(4, 3)
+    launch(copy_rows, (2,), x, torch.empty(4, 3), 0, 4, 3, 3, BL=4, BD=4)
+    assert len(prepared) == 1 and tl.load is before
 
 
 @interpreted
@@ -188,7 +273,6 @@ def test_scan_as_tree_may_be_called_again():
 
 def test_operations_of_a_notebook_leave_those_of_the_package_alone():
     """To register a name again destroys what had it: a chapter that defines the package's operations must not do that."""
-    from llamba_ref.kernels.launch import as_operation
     from llamba_ref.kernels.scan import scan_op
 
     def twice(x: torch.Tensor) -> torch.Tensor:
