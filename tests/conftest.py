@@ -40,7 +40,8 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what is marked `gpu` where there is none; look at compiled kernels last, when the compiler has had its time."""
+    """Skip what is marked `gpu` where there is none; look at compiled kernels last, when the compiler has had its
+    time."""
     items.sort(key=of_compiler)
     if not GPU:
         for item in items:
@@ -62,7 +63,8 @@ compiler_folder = pytest.StashKey[Path]()
 
 
 class Parallel:
-    """What pytest-xdist asks the process that hands out tests to `-n` workers: it has the one compiler, they wait for it."""
+    """What pytest-xdist asks the process that hands out tests to `-n` workers: it has the one compiler, they wait for
+    it."""
 
     def pytest_configure_node(self, node):
         node.workerinput["compiler_folder"] = str(node.config.stash[compiler_folder])
@@ -84,7 +86,8 @@ def pytest_collection_finish(session):
 
 
 def start_compiler(config, paths):
-    """If its tests are wanted, compile all kernels from scratch, beside the other tests, in a process that does not interpret."""
+    """If its tests are wanted, compile all kernels from scratch, beside the other tests, in a process that does not
+    interpret."""
     if compiler in config.stash or not any(path.name == "test_ahead.py" for path in paths):
         return
     folder = config.stash[compiler_folder]
