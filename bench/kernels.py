@@ -1,26 +1,31 @@
-"""The kernels on a GPU: time, memory and how near they come to what the card can do, beside other implementations where installed.
+"""The kernels on a GPU: time, memory and how near they come to what the card can do, beside other implementations
+where installed.
 
-    make bench BENCH=kernels        about ten minutes on an H100, and what Triton takes to compile and the peers to tune themselves
+    make bench BENCH=kernels        about ten minutes on an H100, beside Triton's compiler and the peers' tuning
 
-Every operation is called as a user would, with backend="triton". The limits are measured too: the bandwidth of a copy and the speed of
-matrix products. `count` beside each operation says how many bytes have to move and how many operations of matrix products are needed,
-whatever the algorithm; the fraction of the limit is the time that these would take over the time it took. float32 rows run in tf32,
-as all peers do. A peer's numbers are compared with ours before its time counts; it gets its inputs in its own layout, made beforehand.
-Each operation runs in a process of its own: a program that breaks the device there breaks nothing else.
+Every operation is called as a user would, with backend="triton". The limits are measured too: the bandwidth of a copy
+and the speed of matrix products. `count` beside each operation says how many bytes have to move and how many
+operations of matrix products are needed, whatever the algorithm; the fraction of the limit is the time that these
+would take over the time it took. float32 rows run in tf32, as all peers do. A peer's numbers are compared with ours
+before its time counts; it gets its inputs in its own layout, made beforehand. Each operation runs in a process of its
+own: a program that breaks the device there breaks nothing else.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
+import json
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from math import inf
 from multiprocessing import get_context
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -38,7 +43,10 @@ PACKAGES = ("triton", "fla-core", "mamba-ssm", "causal-conv1d")
 BUDGET = 0.2  # seconds of repetitions for one time
 TOKENS = 65536  # batch x length
 LENGTHS = (2048, 8192, 32768, 65536)
-MODELS = {"1B": {"heads": 32, "headdim": 64, "state": 64, "groups": 32}, "8B": {"heads": 32, "headdim": 128, "state": 64, "groups": 32}}
+MODELS = {
+    "1B": {"heads": 32, "headdim": 64, "state": 64, "groups": 32},
+    "8B": {"heads": 32, "headdim": 128, "state": 64, "groups": 32},
+}
 AGREE = {torch.float32: 0.02, torch.complex64: 1e-4}  # largest relative error of a peer; tf32 and half precision round
 AGREE_IN_HALF = 0.1  # rounding in half precision is far below, another formula far above
 LARGE = 2**26  # bytes: to move fewer takes no longer than to launch a kernel
@@ -99,7 +107,10 @@ def lengths_and_types() -> Iterator[tuple[str, dict, bool]]:
 
 
 def make_scan(batch, length, width, dtype, device, **_):
-    return {"log_a": decays(batch, length, width, device=device), "x": normal(batch, length, width, dtype=dtype, device=device)}
+    return {
+        "log_a": decays(batch, length, width, device=device),
+        "x": normal(batch, length, width, dtype=dtype, device=device),
+    }
 
 
 def make_complex_scan(batch, length, width, dtype, device, **_):
@@ -109,7 +120,8 @@ def make_complex_scan(batch, length, width, dtype, device, **_):
 
 
 def count_scan(batch, length, width, size, backward, **_) -> Work:
-    """Forward: x and log_a (float32) read, h written. Backward: the gradient, log_a and h read, gradients of x and log_a written."""
+    """Forward: x and log_a (float32) read, h written. Backward: the gradient, log_a and h read, gradients of x and
+    log_a written."""
     return Work(batch * length * width * (2 * size + 4 + backward * (3 * size + 8)))
 
 
@@ -131,12 +143,23 @@ def hgrn(name: str) -> Peer:
 
 
 SCAN = Operation(
-    make_scan, lambda log_a, x: (linear_scan(log_a, x, backend="triton"),), lambda log_a, x: (linear_scan(log_a, x, backend="naive"),),
-    count_scan, partial(scan_cases, True), ("log_a", "x"), {f"fla {name}": hgrn(name) for name in ("chunk_hgrn", "fused_recurrent_hgrn")})
+    make_scan,
+    lambda log_a, x: (linear_scan(log_a, x, backend="triton"),),
+    lambda log_a, x: (linear_scan(log_a, x, backend="naive"),),
+    count_scan,
+    partial(scan_cases, True),
+    ("log_a", "x"),
+    {f"fla {name}": hgrn(name) for name in ("chunk_hgrn", "fused_recurrent_hgrn")},
+)
 
 COMPLEX_SCAN = Operation(
-    make_complex_scan, lambda log_a, x, phase: (linear_scan(log_a, x, phase, backend="triton"),),
-    lambda log_a, x, phase: (linear_scan(log_a, x, phase, backend="naive"),), count_complex_scan, partial(scan_cases, False), ("log_a", "x", "phase"))
+    make_complex_scan,
+    lambda log_a, x, phase: (linear_scan(log_a, x, phase, backend="triton"),),
+    lambda log_a, x, phase: (linear_scan(log_a, x, phase, backend="naive"),),
+    count_complex_scan,
+    partial(scan_cases, False),
+    ("log_a", "x", "phase"),
+)
 
 
 # gateloop and ssd
@@ -149,12 +172,17 @@ def make_gateloop(batch, length, heads, headdim, state, dtype, device, **_):
 
 
 def count_gateloop(batch, length, heads, headdim, state, size, backward, **_) -> Work:
-    """Bytes forward: q, k, v and log_a (float32) read, y written; backward: these four and the gradient of y read, four gradients written.
+    """Bytes forward: q, k, v and log_a (float32) read, y written; backward: these four and the gradient of y read,
+    four gradients written.
 
-    Products of a token and head: k v^T into the state, q out of it. Backward: the state again, its adjoint, the gradients of q, k and v."""
+    Products of a token and head: k v^T into the state, q out of it. Backward: the state again, its adjoint, the
+    gradients of q, k and v."""
     numbers = batch * length * heads
     read = 2 * state * size + headdim * size + 4 * state
-    return Work(numbers * (read + headdim * size + backward * (2 * read + headdim * size)), numbers * 2 * state * headdim * (2 + 5 * backward))
+    return Work(
+        numbers * (read + headdim * size + backward * (2 * read + headdim * size)),
+        numbers * 2 * state * headdim * (2 + 5 * backward),
+    )
 
 
 def by_gateloop(backend: str, q, k, v, log_a):
@@ -162,13 +190,29 @@ def by_gateloop(backend: str, q, k, v, log_a):
 
 
 GATELOOP = Operation(
-    make_gateloop, partial(by_gateloop, "triton"), partial(by_gateloop, "naive"), count_gateloop, lengths_and_types, ("q", "k", "v", "log_a"),
-    {"fla chunk_gla": Peer(lambda q, k, v, g: imported("fla.ops.gla", "chunk_gla")(q, k, v, g, scale=1.0)[:1], lambda q, k, v, log_a: (q, k, v, log_a))})
+    make_gateloop,
+    partial(by_gateloop, "triton"),
+    partial(by_gateloop, "naive"),
+    count_gateloop,
+    lengths_and_types,
+    ("q", "k", "v", "log_a"),
+    {
+        "fla chunk_gla": Peer(
+            lambda q, k, v, g: imported("fla.ops.gla", "chunk_gla")(q, k, v, g, scale=1.0)[:1],
+            lambda q, k, v, log_a: (q, k, v, log_a),
+        )
+    },
+)
 
 
 def make_ssd(batch, length, heads, headdim, state, groups, dtype, device):
     B, C = (normal(batch, length, groups, state, dtype=dtype, device=device) for _ in range(2))
-    return {"x": normal(batch, length, heads, headdim, dtype=dtype, device=device), "log_a": decays(batch, length, heads, device=device), "B": B, "C": C}
+    return {
+        "x": normal(batch, length, heads, headdim, dtype=dtype, device=device),
+        "log_a": decays(batch, length, heads, device=device),
+        "B": B,
+        "C": C,
+    }
 
 
 def count_ssd(batch, length, heads, headdim, state, groups, size, backward) -> Work:
@@ -200,10 +244,17 @@ def mamba_inputs(x, log_a, B, C):
 
 
 SSD = Operation(
-    make_ssd, lambda x, log_a, B, C: (ssd(x, log_a, B, C, backend="triton"),), lambda x, log_a, B, C: (ssd(x, log_a, B, C, backend="naive"),),
-    count_ssd, lengths_and_types, ("x", "log_a", "B", "C"),
-    {**{f"fla {name}": simple_gla(name) for name in ("chunk_simple_gla", "fused_recurrent_simple_gla")},
-     "mamba_ssm mamba_chunk_scan_combined": Peer(mamba_scan, mamba_inputs)})
+    make_ssd,
+    lambda x, log_a, B, C: (ssd(x, log_a, B, C, backend="triton"),),
+    lambda x, log_a, B, C: (ssd(x, log_a, B, C, backend="naive"),),
+    count_ssd,
+    lengths_and_types,
+    ("x", "log_a", "B", "C"),
+    {
+        **{f"fla {name}": simple_gla(name) for name in ("chunk_simple_gla", "fused_recurrent_simple_gla")},
+        "mamba_ssm mamba_chunk_scan_combined": Peer(mamba_scan, mamba_inputs),
+    },
+)
 
 
 # One token
@@ -211,12 +262,17 @@ SSD = Operation(
 
 def make_step(batch, heads, headdim, state, groups, dtype, device):
     one = make_ssd(1, batch, heads, headdim, state, groups, dtype, device)
-    return {**{f"{name}_t": z[0] for name, z in one.items()}, "state": normal(batch, heads, headdim, state, device=device)}
+    return {
+        **{f"{name}_t": z[0] for name, z in one.items()},
+        "state": normal(batch, heads, headdim, state, device=device),
+    }
 
 
 def count_step(batch, heads, headdim, state, groups, size, backward) -> Work:
     """The state (float32) read and written; the token's x, B, C and log_a (float32) read, y written."""
-    return Work(batch * (2 * 4 * heads * headdim * state + 2 * heads * headdim * size + 4 * heads + 2 * groups * state * size))
+    return Work(
+        batch * (2 * 4 * heads * headdim * state + 2 * heads * headdim * size + 4 * heads + 2 * groups * state * size)
+    )
 
 
 def step_cases() -> Iterator[tuple[str, dict, bool]]:
@@ -234,7 +290,14 @@ def mamba_step_inputs(x_t, log_a_t, B_t, C_t, state):
     """As for the whole sequence; dt and A for each channel, as views of one number a head."""
     heads, headdim, size = state.shape[1:]
     A = torch.full((heads, 1, 1), -1.0, device=state.device).expand(heads, headdim, size)
-    return state, (x_t / -log_a_t.unsqueeze(-1)).to(x_t.dtype), (-log_a_t).unsqueeze(-1).expand(-1, -1, headdim), A, B_t, C_t
+    return (
+        state,
+        (x_t / -log_a_t.unsqueeze(-1)).to(x_t.dtype),
+        (-log_a_t).unsqueeze(-1).expand(-1, -1, headdim),
+        A,
+        B_t,
+        C_t,
+    )
 
 
 def fla_step(q, k, v, g, state):
@@ -250,22 +313,33 @@ def fla_step_inputs(x_t, log_a_t, B_t, C_t, state):
 
 
 STEP = Operation(
-    make_step, lambda **inputs: ssd_step(**inputs, in_place=True, backend="triton"), lambda **inputs: ssd_step(**inputs, backend="naive"), count_step,
-    step_cases, (), {"mamba_ssm selective_state_update": Peer(mamba_step, mamba_step_inputs),
-                     "fla fused_recurrent_simple_gla": Peer(fla_step, fla_step_inputs)})
+    make_step,
+    lambda **inputs: ssd_step(**inputs, in_place=True, backend="triton"),
+    lambda **inputs: ssd_step(**inputs, backend="naive"),
+    count_step,
+    step_cases,
+    (),
+    {
+        "mamba_ssm selective_state_update": Peer(mamba_step, mamba_step_inputs),
+        "fla fused_recurrent_simple_gla": Peer(fla_step, fla_step_inputs),
+    },
+)
 
 
 # The convolution
 
 
 def make_conv(batch, length, channels, dtype, device):
-    return {"x": normal(batch, length, channels, dtype=dtype, device=device), "weight": normal(channels, 1, 4, dtype=dtype, device=device),
-            "bias": normal(channels, dtype=dtype, device=device)}
+    return {
+        "x": normal(batch, length, channels, dtype=dtype, device=device),
+        "weight": normal(channels, 1, 4, dtype=dtype, device=device),
+        "bias": normal(channels, dtype=dtype, device=device),
+    }
 
 
 def count_conv(batch, length, channels, size, backward) -> Work:
-    """Forward: x, four taps and a bias a channel read, y and the window written; backward: x, the taps, the bias and the gradient read,
-    the gradients of x, taps and bias written."""
+    """Forward: x, four taps and a bias a channel read, y and the window written; backward: x, the taps, the bias and
+    the gradient read, the gradients of x, taps and bias written."""
     x, filters, window = batch * length * channels, 5 * channels, 4 * batch * channels
     return Work(size * (2 * x + filters + window + backward * (3 * x + 2 * filters)))
 
@@ -300,7 +374,12 @@ CONV = Operation(
 
 def make_conv_step(batch, channels, dtype, device):
     made = make_conv(1, batch, channels, dtype, device)
-    return {"x_t": made["x"][0], "weight": made["weight"], "bias": made["bias"], "window": normal(batch, channels, 4, dtype=dtype, device=device)}
+    return {
+        "x_t": made["x"][0],
+        "weight": made["weight"],
+        "bias": made["bias"],
+        "window": normal(batch, channels, 4, dtype=dtype, device=device),
+    }
 
 
 def count_conv_step(batch, channels, size, backward) -> Work:
@@ -323,8 +402,18 @@ def tri_dao_conv_step(x, window, weight, bias):
 
 
 CONV_STEP = Operation(
-    make_conv_step, partial(by_conv_step, "triton"), partial(by_conv_step, "naive"), count_conv_step, conv_step_cases, (),
-    {"causal_conv1d causal_conv1d_update": Peer(tri_dao_conv_step, lambda x_t, weight, bias, window: (x_t, window, weight.squeeze(1), bias))})
+    make_conv_step,
+    partial(by_conv_step, "triton"),
+    partial(by_conv_step, "naive"),
+    count_conv_step,
+    conv_step_cases,
+    (),
+    {
+        "causal_conv1d causal_conv1d_update": Peer(
+            tri_dao_conv_step, lambda x_t, weight, bias, window: (x_t, window, weight.squeeze(1), bias)
+        )
+    },
+)
 
 
 # Stage 1
@@ -337,9 +426,11 @@ def make_distance(batch, length, heads, keys, headdim, state, groups, dtype, dev
 
 
 def count_distance(batch, length, heads, keys, headdim, state, groups, size, backward) -> Work:
-    """Neither matrix has to be in memory: q, k, B, C, log_a are read, and again for the backward pass, which writes gradients of the last three.
+    """Neither matrix has to be in memory: q, k, B, C, log_a are read, and again for the backward pass, which writes
+    gradients of the last three.
 
-    Products: half of the entries of q k^T and of C B^T; backward these again, and the gradients of C and of B. D is nothing beside them."""
+    Products: half of the entries of q k^T and of C B^T; backward these again, and the gradients of C and of B. D is
+    nothing beside them."""
     tokens, triangle = batch * length, batch * heads * length * (length + 1) // 2
     mixer = 2 * groups * state * size + 4 * heads
     attention = (heads + keys) * headdim * size
@@ -351,18 +442,35 @@ def distance_cases() -> Iterator[tuple[str, dict, bool]]:
     """At 8192 tokens naive has matrices of 8 GiB: a quarter of the heads as well, where they fit."""
     for model, sizes in MODELS.items():
         for length, heads, half in ((2048, 32, True), (2048, 32, False), (8192, 8, True), (8192, 32, True)):
-            yield model, {**sizes, "batch": 1, "length": length, "heads": heads, "groups": heads, "keys": heads // 4}, half
+            yield (
+                model,
+                {**sizes, "batch": 1, "length": length, "heads": heads, "groups": heads, "keys": heads // 4},
+                half,
+            )
 
 
 def by_distance(backend: str, **inputs):
     return (mohawk.matrix_distance(*(inputs[name] for name in ("q", "k", "log_a", "B", "C", "D")), backend=backend),)
 
 
-DISTANCE = Operation(make_distance, partial(by_distance, "triton"), partial(by_distance, "naive"), count_distance, distance_cases, ("log_a", "B", "C", "D"))
+DISTANCE = Operation(
+    make_distance,
+    partial(by_distance, "triton"),
+    partial(by_distance, "naive"),
+    count_distance,
+    distance_cases,
+    ("log_a", "B", "C", "D"),
+)
 
 OPERATIONS = {
-    "linear_scan": SCAN, "linear_scan complex": COMPLEX_SCAN, "gateloop": GATELOOP, "ssd": SSD, "ssd_step": STEP, "causal_conv": CONV,
-    "causal_conv_step": CONV_STEP, "matrix_distance": DISTANCE,
+    "linear_scan": SCAN,
+    "linear_scan complex": COMPLEX_SCAN,
+    "gateloop": GATELOOP,
+    "ssd": SSD,
+    "ssd_step": STEP,
+    "causal_conv": CONV,
+    "causal_conv_step": CONV_STEP,
+    "matrix_distance": DISTANCE,
 }
 
 
@@ -377,7 +485,11 @@ class Limits(NamedTuple):
 
     def seconds(self, work: Work, dtype: torch.dtype) -> float:
         """The least time that some work takes."""
-        fast = self.matmul.get(str(dtype).removeprefix("torch."), inf) if dtype != torch.float32 else self.matmul.get("tf32", self.matmul["float32"])
+        fast = (
+            self.matmul.get(str(dtype).removeprefix("torch."), inf)
+            if dtype != torch.float32
+            else self.matmul.get("tf32", self.matmul["float32"])
+        )
         return max(work.bytes / self.bandwidth, work.flops / fast)
 
 
@@ -470,9 +582,14 @@ def results(operation: Operation, peer: Peer, inputs: dict[str, Tensor], backwar
         return finish(outputs, [leaves[name] for name in operation.wanted], backward)
 
 
-def timed(operation: Operation, peer: Peer, inputs: dict[str, Tensor], backward: bool, device: str, budget: float) -> dict:
+def timed(
+    operation: Operation, peer: Peer, inputs: dict[str, Tensor], backward: bool, device: str, budget: float
+) -> dict:
     """Time and memory with inputs in the peer's own layout."""
-    own = [z.detach().requires_grad_(backward and z.requires_grad) for z in peer.prepare(**fresh(inputs, operation.wanted, backward))]
+    own = [
+        z.detach().requires_grad_(backward and z.requires_grad)
+        for z in peer.prepare(**fresh(inputs, operation.wanted, backward))
+    ]
     leaves = [z for z in own if z.requires_grad]
     weight = None
 
@@ -490,12 +607,18 @@ def timed(operation: Operation, peer: Peer, inputs: dict[str, Tensor], backward:
 
 def as_peer(names: list[str], function: Callable) -> Peer:
     """A function of our inputs by name."""
-    return Peer(lambda *values: function(**dict(zip(names, values))), lambda **inputs: tuple(inputs[name] for name in names))
+    return Peer(
+        lambda *values: function(**dict(zip(names, values))), lambda **inputs: tuple(inputs[name] for name in names)
+    )
 
 
-def compare(operation: Operation, peer: Peer, inputs, ours: list[Tensor], limit: float, mine: float, backward, device, budget) -> dict:
+def compare(
+    operation: Operation, peer: Peer, inputs, ours: list[Tensor], limit: float, mine: float, backward, device, budget
+) -> dict:
     """A peer's errors against ours; its time, memory and ratio if it computes the same; else the reason."""
-    names = [f"output {i}" for i in range(len(ours) - backward * len(operation.wanted))] + list(operation.wanted) * backward
+    names = [f"output {i}" for i in range(len(ours) - backward * len(operation.wanted))] + list(
+        operation.wanted
+    ) * backward
 
     def errors():
         theirs = results(operation, peer, inputs, backward)
@@ -508,10 +631,23 @@ def compare(operation: Operation, peer: Peer, inputs, ours: list[Tensor], limit:
     if not found[worst] <= limit:  # nan is not
         return {"errors": found, "reason": f"disagrees: relative error {found[worst]:.1e} of {worst}"}
     times, reason = attempt(partial(timed, operation, peer, inputs, backward, device, budget))
-    return {"errors": found, "reason": reason} if reason else {"errors": found, "reason": None, **times, "ratio": times["seconds"] / mine}
+    return (
+        {"errors": found, "reason": reason}
+        if reason
+        else {"errors": found, "reason": None, **times, "ratio": times["seconds"] / mine}
+    )
 
 
-def measure(name: str, model: str, sizes: dict, dtype: torch.dtype, backward: bool, limits: Limits, device: str, budget: float = BUDGET) -> dict:
+def measure(
+    name: str,
+    model: str,
+    sizes: dict,
+    dtype: torch.dtype,
+    backward: bool,
+    limits: Limits,
+    device: str,
+    budget: float = BUDGET,
+) -> dict:
     """A row of the table: one operation at one size, forward or with the backward pass, beside all peers."""
     operation = OPERATIONS[name]
     row = {"operation": name, "model": model, "sizes": sizes, "dtype": str(dtype).removeprefix("torch."),
@@ -522,13 +658,22 @@ def measure(name: str, model: str, sizes: dict, dtype: torch.dtype, backward: bo
         return row
     us, plain = (as_peer(list(inputs), function) for function in (operation.run, operation.naive))
     ours, row["reason"] = attempt(lambda: results(operation, us, inputs, backward))
-    times, row["reason"] = (None, row["reason"]) if row["reason"] else attempt(partial(timed, operation, us, inputs, backward, device, budget))
+    times, row["reason"] = (
+        (None, row["reason"])
+        if row["reason"]
+        else attempt(partial(timed, operation, us, inputs, backward, device, budget))
+    )
     peers = {"naive": plain, **operation.peers}
     if row["reason"]:
         return {**row, "peers": {peer: {"reason": "not compared: ours failed"} for peer in peers}}
     work = operation.count(**sizes, size=dtype.itemsize, backward=backward)
-    row |= {**times, **work._asdict(), "bytes_per_second": work.bytes / times["seconds"], "flops_per_second": work.flops / times["seconds"],
-            "fraction": limits.seconds(work, dtype) / times["seconds"]}
+    row |= {
+        **times,
+        **work._asdict(),
+        "bytes_per_second": work.bytes / times["seconds"],
+        "flops_per_second": work.flops / times["seconds"],
+        "fraction": limits.seconds(work, dtype) / times["seconds"],
+    }
     agree = AGREE.get(dtype, AGREE_IN_HALF)
     for peer, one in peers.items():
         row["peers"][peer] = compare(operation, one, inputs, ours, agree, times["seconds"], backward, device, budget)
@@ -545,16 +690,17 @@ def dtype_of(name: str, half: bool) -> torch.dtype:
     return torch.complex64 if name == "linear_scan complex" else half_type() if half else torch.float32
 
 
-def measure_operation(name: str, limits: Limits) -> list[dict]:
-    """All rows of one operation, printed as they come."""
+def measure_operation(name: str, limits: Limits, kept: Path) -> None:
+    """All rows of one operation, printed as they come, and each written to the file `kept` before the next is
+    measured."""
     torch.set_float32_matmul_precision("high")  # tf32: the peers multiply float32 so, and so do we here
-    rows = []
     for model, sizes, half in OPERATIONS[name].cases():
         for backward in (False, True)[: 1 + bool(OPERATIONS[name].wanted)]:
-            rows.append(measure(name, model, sizes, dtype_of(name, half), backward, limits, "cuda"))
-            print(line(rows[-1]), flush=True)
+            row = measure(name, model, sizes, dtype_of(name, half), backward, limits, "cuda")
+            with kept.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(line(row), flush=True)
             attempt_to_tidy()
-    return rows
 
 
 def in_a_process(function: Callable, *arguments) -> object:
@@ -564,14 +710,26 @@ def in_a_process(function: Callable, *arguments) -> object:
 
 
 def measure_all(limits: Limits) -> list[dict]:
-    """Every operation, each in a process of its own; one that fails as a whole, or dies, leaves a row that says so."""
+    """Every operation, each in a process of its own; one that fails or dies leaves the rows before and one that says
+    so."""
     rows = []
     for name in OPERATIONS:
-        found, reason = attempt(partial(in_a_process, measure_operation, name, limits))
+        with tempfile.TemporaryDirectory() as folder:
+            kept = Path(folder, "rows")
+            _, reason = attempt(partial(in_a_process, measure_operation, name, limits, kept))
+            rows += [json.loads(text) for text in kept.read_text().splitlines()] if kept.exists() else []
         if reason:
-            found = [{"operation": name, "model": "all", "sizes": {}, "dtype": "", "pass": "", "reason": reason, "peers": {}}]
-            print(line(found[0]), flush=True)
-        rows += found
+            failed = {
+                "operation": name,
+                "model": "all",
+                "sizes": {},
+                "dtype": "",
+                "pass": "",
+                "reason": reason,
+                "peers": {},
+            }
+            rows.append(failed)
+            print(line(failed), flush=True)
     return rows
 
 
@@ -580,13 +738,21 @@ def measure_all(limits: Limits) -> list[dict]:
 
 def line(row: dict) -> str:
     """A row as text: what it is, what it took, and each peer's ratio or the reason why there is none."""
-    sizes = " ".join(f"{name} {row['sizes'][name]}" for name in ("batch", "length", "heads", "width", "channels") if name in row["sizes"])
+    sizes = " ".join(
+        f"{name} {row['sizes'][name]}"
+        for name in ("batch", "length", "heads", "width", "channels")
+        if name in row["sizes"]
+    )
     head = f"{row['operation']:19} {row['model']:3} {sizes:28} {row['dtype']:9} {row['pass']:18}"
     if row["reason"]:
         return f"{head} {row['reason']}"
     speed = f"{row['bytes_per_second'] / 1e9:6.0f} GB/s {row['flops_per_second'] / 1e12:6.1f} TFLOP/s"
-    found = f"{1e3 * row['seconds']:9.3f} ms {speed} {row['fraction']:6.1%} of the limit {row['peak_bytes'] / 2**20:8.1f} MiB"
-    peers = [f"{name}: " + (peer["reason"] or f"{peer['ratio']:.2f} x our time (error {max(peer['errors'].values()):.0e})") for name, peer in row["peers"].items()]
+    found = f"{1e3 * row['seconds']:9.3f} ms {speed} {row['fraction']:6.1%} of the limit"
+    found += f" {row['peak_bytes'] / 2**20:8.1f} MiB"
+    peers = [
+        f"{name}: " + (peer["reason"] or f"{peer['ratio']:.2f} x our time (error {max(peer['errors'].values()):.0e})")
+        for name, peer in row["peers"].items()
+    ]
     return "\n".join([f"{head} {found}", *(f"    {peer}" for peer in peers)])
 
 
@@ -619,14 +785,17 @@ def memory_ratio(row: dict) -> float | None:
 GOALS = (
     Goal("ssd is no slower than the quickest peer", quickest_ratio, 1.0, True, ("ssd",)),
     Goal("the scan reaches 80% of the bandwidth", large_fraction, 0.8, True, ("linear_scan", "linear_scan complex")),
-    Goal("the convolution reaches 80% of the bandwidth", large_fraction, 0.8, True, ("causal_conv", "causal_conv_step")),
+    Goal(
+        "the convolution reaches 80% of the bandwidth", large_fraction, 0.8, True, ("causal_conv", "causal_conv_step")
+    ),
     Goal("the decode step reaches 80% of the bandwidth", large_fraction, 0.8, True, ("ssd_step",)),
     Goal("stage 1 takes under 5% of naive's memory at 8192 tokens", memory_ratio, 0.05, False, ("matrix_distance",)),
 )
 
 
 def verdict(goal: Goal, rows: list[dict]) -> dict:
-    """Whether a goal is reached, and the worst row. A row that failed counts as missed, unless the card's memory was too small for it."""
+    """Whether a goal is reached, and the worst row. A row that failed counts as missed, unless the card's memory was
+    too small for it."""
     own = [row for row in rows if row["operation"] in goal.operations]
     failed = [row for row in own if row["reason"] and row["reason"] != "out of memory"]
     figures = [(figure, row) for row in own if not row["reason"] and (figure := goal.figure(row)) is not None]
@@ -667,8 +836,16 @@ def main() -> None:
     rows = measure_all(limits)
     verdicts = [verdict(goal, rows) for goal in GOALS]
     print(summary(verdicts))
-    save(f"kernels_{short_name(torch.cuda.get_device_name())}", "make bench BENCH=kernels", packages=PACKAGES, limits=limits._asdict(),
-         goals=verdicts, rows=rows, large=LARGE, total_seconds=time.perf_counter() - began)
+    save(
+        f"kernels_{short_name(torch.cuda.get_device_name())}",
+        "make bench BENCH=kernels",
+        packages=PACKAGES,
+        limits=limits._asdict(),
+        goals=verdicts,
+        rows=rows,
+        large=LARGE,
+        total_seconds=time.perf_counter() - began,
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m bench.orientation_memory        about two minutes on a CPU
 
-One text, one head. `peak_bytes` counts the bytes of all tensors that are alive, on any device: without a GPU the kernels run in Triton's
-interpreter, slowly, but with the same tensors. Inputs are not counted, gradients are. Errors of the distance and of all gradients together
-are those of float32 against both matrices in float64.
+One text, one head. `peak_bytes` counts the bytes of all tensors that are alive, on any device: without a GPU the
+kernels run in Triton's interpreter, slowly, but with the same tensors. Inputs are not counted, gradients are. Errors
+of the distance and of all gradients together are those of float32 against both matrices in float64.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def inputs(length: int, dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(length)
     q, k, B, C = (torch.randn(1, length, 1, width, generator=generator) for width in (WIDTH, WIDTH, STATE, STATE))
     log_a, D = -torch.rand(1, length, 1, generator=generator), torch.ones(1)
-    q, k, *student = (z.to("cuda" if torch.cuda.is_available() else "cpu", dtype) for z in (q, k, log_a, B / STATE, C, D))
+    q, k, *student = (
+        z.to("cuda" if torch.cuda.is_available() else "cpu", dtype) for z in (q, k, log_a, B / STATE, C, D)
+    )
     return [q, k, *(z.requires_grad_() for z in student)]
 
 
@@ -59,10 +61,16 @@ def main() -> None:
         _, *expected = measure(length, "naive", torch.float64)
         for backend in ("naive", "triton"):
             row, *found = measure(length, backend)
-            errors = {name: relative_error(*pair) for name, *pair in zip(("distance_error", "gradient_error"), found, expected)}
+            errors = {
+                name: relative_error(*pair)
+                for name, *pair in zip(("distance_error", "gradient_error"), found, expected)
+            }
             rows.append(row | errors)
-            print(f"L = {length:5d} {backend:>6}: {row['mib']:8.2f} MiB {row['seconds']:5.1f} s, errors of distance and gradients "
-                  f"{errors['distance_error']:.1e} {errors['gradient_error']:.1e}", flush=True)
+            print(
+                f"L = {length:5d} {backend:>6}: {row['mib']:8.2f} MiB {row['seconds']:5.1f} s, "
+                f"errors of distance and gradients {errors['distance_error']:.1e} {errors['gradient_error']:.1e}",
+                flush=True,
+            )
         print(f"tiles take {rows[-1]['mib'] / rows[-2]['mib']:.3%} of the memory", flush=True)
     save("orientation_memory", "python -m bench.orientation_memory", width=WIDTH, state=STATE, rows=rows)
 

@@ -2,8 +2,8 @@
 
     python -m bench.resources        about three minutes, writes bench/results/resources.json
 
-The kernels are compiled for sm_75 (T4), sm_80 (A100) and sm_90 (H100) with the types, sizes and constants with which the package
-would launch them there at the shapes of Llamba and Mamba-2.
+The kernels are compiled for sm_75 (T4), sm_80 (A100) and sm_90 (H100) with the types, sizes and constants with which
+the package would launch them there at the shapes of Llamba and Mamba-2.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ from llamba_ref.kernels.matrix_distance import matrix_distance_backward, matrix_
 from llamba_ref.kernels.scan import scan_backward, scan_forward
 from llamba_ref.kernels.ssd import ssd_backward, ssd_forward, step_forward
 
-FLOATS = ("float32", "tf32", "float16", "bfloat16")  # tf32: float32 whose matrix products may be rounded on tensor cores
+FLOATS = (
+    "float32",
+    "tf32",
+    "float16",
+    "bfloat16",
+)  # tf32: float32 whose matrix products may be rounded on tensor cores
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -44,9 +49,14 @@ def call_scan(dtype: torch.dtype) -> None:
 
 
 def call_ssd(dtype: torch.dtype) -> None:
-    """Llamba-1B, and the widest of all: values of 128 as in Llamba-8B, keys of 128 that all heads share as in Mamba-2."""
+    """Llamba-1B, and the widest of all: values of 128 as in Llamba-8B, keys of 128 that all heads share as in
+    Mamba-2."""
     for headdim, groups, state in ((64, 32, 64), (128, 1, 128)):
-        x, log_a, keys = empty(2, 2048, 32, headdim, dtype=dtype), empty(2, 2048, 32), empty(2, 2048, groups, state, dtype=dtype)
+        x, log_a, keys = (
+            empty(2, 2048, 32, headdim, dtype=dtype),
+            empty(2, 2048, 32),
+            empty(2, 2048, groups, state, dtype=dtype),
+        )
         start = empty(2, 32, headdim, state)
         ssd_forward(x, log_a, keys, keys, start)
         ssd_backward(x, start, x, log_a, keys, keys, start)
@@ -69,11 +79,18 @@ def call_distance(dtype: torch.dtype) -> None:
 
 
 def call_conv(dtype: torch.dtype) -> None:
-    """The convolutions of Llamba-1B and 8B on a slice of the projection; in float32 also 8 taps, the most that the kernels take."""
-    for d_inner, d_state, heads, width in ((2048, 64, 32, 4), (4096, 64, 32, 4), (4096, 64, 32, 8))[: 3 if dtype == torch.float32 else 2]:
+    """The convolutions of Llamba-1B and 8B on a slice of the projection; in float32 also 8 taps, the most that the
+    kernels take."""
+    for d_inner, d_state, heads, width in ((2048, 64, 32, 4), (4096, 64, 32, 4), (4096, 64, 32, 8))[
+        : 3 if dtype == torch.float32 else 2
+    ]:
         channels = d_inner + 2 * heads * d_state
         x = empty(1, 8192, d_inner + channels + heads, dtype=dtype)[..., d_inner : d_inner + channels]
-        weight, bias, window = empty(channels, 1, width, dtype=dtype), empty(channels, dtype=dtype), empty(1, channels, width, dtype=dtype)
+        weight, bias, window = (
+            empty(channels, 1, width, dtype=dtype),
+            empty(channels, dtype=dtype),
+            empty(1, channels, width, dtype=dtype),
+        )
         for silu in (False, True) if width == 4 else (True,):
             grad = conv_forward(x, weight, bias, window, silu)
             conv_backward(grad, x, weight, bias, window, silu)
@@ -81,10 +98,15 @@ def call_conv(dtype: torch.dtype) -> None:
 
 
 def call_gateloop(dtype: torch.dtype) -> None:
-    """GateLoop with a gate for each of 64 channels in 32 heads: real, then complex gates, with pairs of queries and keys twice as wide."""
+    """GateLoop with a gate for each of 64 channels in 32 heads: real, then complex gates, with pairs of queries and
+    keys twice as wide."""
     gates, v = empty(1, 8192, 32, 64), empty(1, 8192, 32, 64, dtype=dtype)
     for queries, key, phase in ((1, 64, None), (2, 128, gates)):
-        q, k, start = empty(1, 8192, 32, queries, key, dtype=dtype), empty(1, 8192, 32, key, dtype=dtype), empty(1, 32, key, 64)
+        q, k, start = (
+            empty(1, 8192, 32, queries, key, dtype=dtype),
+            empty(1, 8192, 32, key, dtype=dtype),
+            empty(1, 32, key, 64),
+        )
         y, last = gateloop_forward(q, k, v, gates, phase, start)
         gateloop_backward(y, last, q, k, v, gates, phase, start)
 
@@ -125,7 +147,7 @@ def jobs() -> Iterator[Job]:
         for call, (_, dtypes) in CALLS.items():
             for dtype in dtypes:
                 for index, launch in enumerate(launches_of(gpu, call, dtype)):
-                    program = f"{gpu.name} {launch.kernel.__name__} {launch.signature()} {launch.num_warps} {launch.num_stages}"
+                    program = launch.program(gpu)
                     if program not in seen:
                         seen.add(program)
                         yield Job(gpu, call, dtype, index)
@@ -138,9 +160,20 @@ def compile_job(job: Job) -> dict:
     found = compile_for(job.gpu, launch)
     tensor_cores = any(word in found.ptx for word in ("mma.sync", "wgmma"))
     constants = {name: str(launch.arguments[name]) for name in sorted(launch.constants)}
-    return {"gpu": job.gpu.name, "call": job.call, "dtype": job.dtype, "kernel": launch.kernel.__name__,
-            "constants": constants, "warps": launch.num_warps, "registers": found.registers, "stack": found.stack, "spills": found.spills,
-            "shared": found.shared, "tensor_cores": tensor_cores, "seconds": time.perf_counter() - began}
+    return {
+        "gpu": job.gpu.name,
+        "call": job.call,
+        "dtype": job.dtype,
+        "kernel": launch.kernel.__name__,
+        "constants": constants,
+        "warps": launch.num_warps,
+        "registers": found.registers,
+        "stack": found.stack,
+        "spills": found.spills,
+        "shared": found.shared,
+        "tensor_cores": tensor_cores,
+        "seconds": time.perf_counter() - began,
+    }
 
 
 def compile_all(processes: int = 2) -> list[dict]:
@@ -152,6 +185,12 @@ def compile_all(processes: int = 2) -> list[dict]:
 if __name__ == "__main__":
     rows = compile_all()
     for row in rows:
-        print(f"{row['gpu']:5} {row['kernel']:24} {row['dtype']:10} {row['registers']:4} registers {row['spills']:5} bytes spilled "
-              f"{row['shared'] / 1024:6.1f} KiB shared  {row['seconds']:5.1f} s")
-    save("resources", "python -m bench.resources", rows=[{name: value for name, value in row.items() if name != "seconds"} for row in rows])
+        print(
+            f"{row['gpu']:5} {row['kernel']:24} {row['dtype']:10} {row['registers']:4} registers "
+            f"{row['spills']:5} bytes spilled {row['shared'] / 1024:6.1f} KiB shared  {row['seconds']:5.1f} s"
+        )
+    save(
+        "resources",
+        "python -m bench.resources",
+        rows=[{name: value for name, value in row.items() if name != "seconds"} for row in rows],
+    )

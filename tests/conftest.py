@@ -4,9 +4,11 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 # Read when these libraries are first imported, so they are set before any of them is.
@@ -29,15 +31,17 @@ if not GPU:
 if not importlib.util.find_spec("triton"):  # there is none for macOS
     collect_ignore_glob = ["test_kernels_*.py", "test_ahead.py", "test_bench_kernels.py"]
 elif not GPU:
-    from llamba_ref.kernels.ahead import scan_as_tree
+    from llamba_ref.kernels.ahead import interpret_faster, scan_as_tree
 
     scan_as_tree()
+    interpret_faster()
 
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what is marked `gpu` where there is none; look at compiled kernels last, when the compiler has had its time."""
+    """Skip what is marked `gpu` where there is none; look at compiled kernels last, when the compiler has had its
+    time."""
     items.sort(key=of_compiler)
     if not GPU:
         for item in items:
@@ -49,38 +53,69 @@ def of_compiler(item) -> bool:
     return item.path.name == "test_ahead.py"
 
 
-COMPILE = "import json, bench.resources\nif __name__ == '__main__': print(json.dumps(bench.resources.compile_all(processes=1)))"
-compiler = pytest.StashKey[tuple[subprocess.Popen, Path]]()
+COMPILE = """
+import json, bench.resources
+if __name__ == "__main__":  # the pool starts this file anew
+    print(json.dumps(bench.resources.compile_all(processes=1)))
+"""
+compiler = pytest.StashKey[subprocess.Popen]()
+compiler_folder = pytest.StashKey[Path]()
+
+
+class Parallel:
+    """What pytest-xdist asks the process that hands out tests to `-n` workers: it has the one compiler, they wait for
+    it."""
+
+    def pytest_configure_node(self, node):
+        node.workerinput["compiler_folder"] = str(node.config.stash[compiler_folder])
+
+    def pytest_xdist_node_collection_finished(self, node, ids):
+        start_compiler(node.config, (Path(one.partition("::")[0]) for one in ids))
+
+
+def pytest_configure(config):
+    worker = getattr(config, "workerinput", None)
+    config.stash[compiler_folder] = Path(worker["compiler_folder"] if worker else tempfile.mkdtemp())
+    if config.pluginmanager.hasplugin("xdist") and not worker:
+        config.pluginmanager.register(Parallel())
 
 
 def pytest_collection_finish(session):
-    """If their tests are wanted, compile all kernels from scratch, beside the other tests, in a process that does not interpret."""
-    if any(of_compiler(item) for item in session.items) and not session.config.option.collectonly:
-        folder = tempfile.mkdtemp()
-        script = Path(folder, "compile_kernels.py")  # a file, because its pool starts it anew
-        script.write_text(COMPILE)
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment |= {"TRITON_CACHE_DIR": folder, "PYTHONPATH": str(session.config.rootpath)}
-        with open(Path(folder, "rows.json"), "w") as rows, open(Path(folder, "errors.txt"), "w") as errors:
-            process = subprocess.Popen([sys.executable, script], env=environment, stdout=rows, stderr=errors)
-        session.config.stash[compiler] = process, Path(folder)
+    if not hasattr(session.config, "workerinput") and not session.config.option.collectonly:
+        start_compiler(session.config, (item.path for item in session.items))
 
 
-def pytest_sessionfinish(session):
+def start_compiler(config, paths):
+    """If its tests are wanted, compile all kernels from scratch, beside the other tests, in a process that does not
+    interpret."""
+    if compiler in config.stash or not any(path.name == "test_ahead.py" for path in paths):
+        return
+    folder = config.stash[compiler_folder]
+    Path(folder, "compile_kernels.py").write_text(COMPILE)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(config.rootpath)}
+    command = '"$0" compile_kernels.py > rows.json 2> errors.txt; echo $? > code.part; mv code.part code'
+    config.stash[compiler] = subprocess.Popen(  # a session of its own, to end shell, compiler and assembler together
+        ["sh", "-c", command, sys.executable], cwd=folder, env=environment, start_new_session=True)
+
+
+def pytest_unconfigure(config):
     """Leave nothing behind, also when the tests stopped early."""
-    if compiler in session.config.stash:
-        process, folder = session.config.stash[compiler]
-        process.terminate()
-        process.wait()
-        shutil.rmtree(folder)
+    if compiler in config.stash and config.stash[compiler].poll() is None:
+        os.killpg(config.stash[compiler].pid, signal.SIGKILL)
+        config.stash[compiler].wait()
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(config.stash[compiler_folder], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def compiled(pytestconfig):
     """All programs of `bench.resources`, compiled."""
-    process, folder = pytestconfig.stash[compiler]
-    assert process.wait() == 0, (folder / "errors.txt").read_text()
-    return json.loads((folder / "rows.json").read_text())
+    folder = pytestconfig.stash[compiler_folder]
+    while not Path(folder, "code").exists():
+        time.sleep(0.1)
+    assert Path(folder, "code").read_text() == "0\n", Path(folder, "errors.txt").read_text()
+    return json.loads(Path(folder, "rows.json").read_text())
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,5 @@
-"""What bench.kernels counts, measures and says, at tiny sizes in Triton's interpreter; stand-ins play the peers that need a GPU."""
+"""What bench.kernels counts, measures and says, at tiny sizes in Triton's interpreter; stand-ins play the peers that
+need a GPU."""
 
 import json
 import subprocess
@@ -45,9 +46,11 @@ def count(name, sizes, size, backward):
 @pytest.mark.parametrize("name, forward, both", [
     ("linear_scan", 2 * 20 * 3 * (2 + 4 + 2), 2 * 20 * 3 * (2 + 4 + 2 + 2 + 2 + 4 + 2 + 4)),
     ("gateloop", 20 * 2 * (16 * 2 * 4 + 16 * 4), 20 * 2 * (16 * 2 * 4 + 16 * 4 + 2 * (16 * 2 * 3 + 16 * 4) + 16 * 2)),
-    ("ssd", 20 * (32 * 2 * 2 + 2 * 4 + 32 * 2 * 2), 20 * (32 * 2 * 2 + 2 * 4 + 32 * 2 * 2 + 2 * (32 * 2 + 2 * 4 + 32 * 2 * 2) + 32 * 2)),
+    ("ssd", 20 * (32 * 2 * 2 + 2 * 4 + 32 * 2 * 2),
+     20 * (32 * 2 * 2 + 2 * 4 + 32 * 2 * 2 + 2 * (32 * 2 + 2 * 4 + 32 * 2 * 2) + 32 * 2)),
     ("causal_conv", 2 * (2 * 9 * 8 * 2 + 8 * 5 + 2 * 8 * 4), 2 * (2 * 9 * 8 * 5 + 8 * 5 * 3 + 2 * 8 * 4)),
-    ("matrix_distance", 20 * (3 * 16 * 2 + 32 * 2 * 2 + 2 * 4), 20 * (2 * (3 * 16 * 2 + 32 * 2 * 2 + 2 * 4) + 32 * 2 * 2 + 2 * 4)),
+    ("matrix_distance", 20 * (3 * 16 * 2 + 32 * 2 * 2 + 2 * 4),
+     20 * (2 * (3 * 16 * 2 + 32 * 2 * 2 + 2 * 4) + 32 * 2 * 2 + 2 * 4)),
 ])  # fmt: skip
 def test_bytes(name, forward, both):
     assert count(name, TINY[name], 2, False).bytes == forward and count(name, TINY[name], 2, True).bytes == both
@@ -55,35 +58,62 @@ def test_bytes(name, forward, both):
 
 def test_bytes_of_complex_numbers_and_of_one_token():
     assert count("linear_scan complex", TINY["linear_scan complex"], 8, False).bytes == 120 * (8 + 4 + 4 + 8)
-    assert count("linear_scan complex", TINY["linear_scan complex"], 8, True).bytes == 120 * (24 + 8 + 8 + 4 + 4 + 8 + 4 + 4)
-    assert count("ssd_step", TINY["ssd_step"], 2, False).bytes == 2 * (2 * 2 * 16 * 16 * 4 + 2 * 32 * 2 + 2 * 4 + 2 * 32 * 2)
-    assert count("causal_conv_step", TINY["causal_conv_step"], 2, False).bytes == 2 * (2 * 8 * 4 * 2 + 2 * 2 * 8 + 8 * 5)
+    assert count("linear_scan complex", TINY["linear_scan complex"], 8, True).bytes == 120 * (
+        24 + 8 + 8 + 4 + 4 + 8 + 4 + 4
+    )
+    assert count("ssd_step", TINY["ssd_step"], 2, False).bytes == 2 * (
+        2 * 2 * 16 * 16 * 4 + 2 * 32 * 2 + 2 * 4 + 2 * 32 * 2
+    )
+    assert count("causal_conv_step", TINY["causal_conv_step"], 2, False).bytes == 2 * (
+        2 * 8 * 4 * 2 + 2 * 2 * 8 + 8 * 5
+    )
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_bytes_are_those_of_the_inputs_and_outputs(name):
-    """Forward, an operation reads what `make` makes and writes its outputs; k and v of fewer heads and the one D are counted as they are."""
+    """Forward, an operation reads what `make` makes and writes its outputs; k and v of fewer heads and the one D are
+    counted as they are."""
     operation, sizes = OPERATIONS[name], TINY[name]
     inputs = operation.make(**sizes, dtype=torch.complex64 if "complex" in name else torch.bfloat16, device="cpu")
     read = sum(z.nbytes for key, z in inputs.items() if key != "D")
-    written = {"linear_scan": "x", "linear_scan complex": "x", "gateloop": "v", "ssd": "x", "ssd_step": "x_t state", "causal_conv": "x",
-               "causal_conv_step": "x_t window", "matrix_distance": ""}[name].split()
+    written = {
+        "linear_scan": "x",
+        "linear_scan complex": "x",
+        "gateloop": "v",
+        "ssd": "x",
+        "ssd_step": "x_t state",
+        "causal_conv": "x",
+        "causal_conv_step": "x_t window",
+        "matrix_distance": "",
+    }[name].split()
     window = 2 * 2 * 4 * 8 if name == "causal_conv" else 0
-    assert count(name, sizes, 8 if "complex" in name else 2, False).bytes == read + sum(inputs[key].nbytes for key in written) + window
+    assert (
+        count(name, sizes, 8 if "complex" in name else 2, False).bytes
+        == read + sum(inputs[key].nbytes for key in written) + window
+    )
 
 
 def test_operations_of_matrix_products():
-    for name in ("gateloop", "ssd"):  # for a token and head a product of 16 x 16 into the state, one out of it; backward five more
+    for name in (
+        "gateloop",
+        "ssd",
+    ):  # for a token and head a product of 16 x 16 into the state, one out of it; backward five more
         assert count(name, TINY[name], 2, False).flops == 20 * 2 * 2 * (2 * 16 * 16)
         assert count(name, TINY[name], 2, True).flops == 20 * 2 * 7 * (2 * 16 * 16)
     entries = 2 * (20 * 21 // 2)
     assert count("matrix_distance", TINY["matrix_distance"], 2, False).flops == entries * 2 * (16 + 16)
     assert count("matrix_distance", TINY["matrix_distance"], 2, True).flops == entries * 2 * (2 * (16 + 16) + 2 * 16)
-    assert all(count(name, TINY[name], 2, False).flops == 0 for name in ("linear_scan", "ssd_step", "causal_conv", "causal_conv_step"))
+    assert all(
+        count(name, TINY[name], 2, False).flops == 0
+        for name in ("linear_scan", "ssd_step", "causal_conv", "causal_conv_step")
+    )
 
 
 def test_the_least_time_is_the_longer_one():
-    assert LIMITS.seconds(Work(2 * 10**9, 10**10), torch.bfloat16) == 2 and LIMITS.seconds(Work(10**9, 8 * 10**10), torch.bfloat16) == 2
+    assert (
+        LIMITS.seconds(Work(2 * 10**9, 10**10), torch.bfloat16) == 2
+        and LIMITS.seconds(Work(10**9, 8 * 10**10), torch.bfloat16) == 2
+    )
     assert LIMITS.seconds(Work(1, 4 * 10**10), torch.float32) == 2  # tf32
     assert LIMITS._replace(matmul={"float32": 1e10}).seconds(Work(1, 4 * 10**10), torch.float32) == 4  # a T4 has none
     assert LIMITS.seconds(Work(10**9, 0), torch.complex64) == 1
@@ -114,13 +144,28 @@ def test_measure(name, backward):
     """Ours through the public function with backend="triton", naive beside it, at a tiny size."""
     if backward and not OPERATIONS[name].wanted:
         return  # one token has no backward pass
-    row = measure(name, "tiny", TINY[name], torch.complex64 if "complex" in name else torch.float32, backward, LIMITS, DEVICE, budget=0.0)
+    row = measure(
+        name,
+        "tiny",
+        TINY[name],
+        torch.complex64 if "complex" in name else torch.float32,
+        backward,
+        LIMITS,
+        DEVICE,
+        budget=0.0,
+    )
     assert row["reason"] is None, row["reason"]
     assert row["pass"] == ("forward + backward" if backward else "forward")
     assert row["seconds"] > 0 and row["peak_bytes"] > 0 and row["bytes_per_second"] == row["bytes"] / row["seconds"]
-    assert 0 < row["fraction"] and row["fraction"] == pytest.approx(max(row["bytes"] / 1e9, row["flops"] / 2e10) / row["seconds"])
+    assert 0 < row["fraction"] and row["fraction"] == pytest.approx(
+        max(row["bytes"] / 1e9, row["flops"] / 2e10) / row["seconds"]
+    )
     naive = row["peers"]["naive"]
-    assert naive["reason"] is None and naive["ratio"] == naive["seconds"] / row["seconds"] and max(naive["errors"].values()) < 1e-4
+    assert (
+        naive["reason"] is None
+        and naive["ratio"] == naive["seconds"] / row["seconds"]
+        and max(naive["errors"].values()) < 1e-4
+    )
     assert set(naive["errors"]) >= set(OPERATIONS[name].wanted if backward else ["output 0"])
     for peer, found in row["peers"].items():  # those that are not here, or need a GPU
         assert found["reason"] is not None or found["ratio"] > 0, peer
@@ -131,7 +176,9 @@ def test_measure(name, backward):
 def naive_scan_with(peers, monkeypatch):
     """The scan, ours played by naive, with other peers."""
     scan = OPERATIONS["linear_scan"]
-    monkeypatch.setitem(OPERATIONS, "toy", Operation(scan.make, scan.naive, scan.naive, scan.count, scan.cases, scan.wanted, peers))
+    monkeypatch.setitem(
+        OPERATIONS, "toy", Operation(scan.make, scan.naive, scan.naive, scan.count, scan.cases, scan.wanted, peers)
+    )
 
 
 def same(**inputs):
@@ -151,16 +198,28 @@ def test_a_peer_that_fails_or_disagrees_is_recorded_with_its_reason(monkeypatch)
     def fails_backward(log_a, x):
         return (linear_scan(log_a, x).detach(),)
 
-    functions = {"fails": fails, "missing": is_missing, "large": takes_too_much, "differs": lambda log_a, x: (linear_scan(log_a, 1.1 * x),),
-                 "nan": lambda log_a, x: (linear_scan(log_a, x) * float("nan"),), "no gradient": fails_backward,
-                 "another shape": lambda log_a, x: (linear_scan(log_a, x)[:, :5],), "equal": lambda log_a, x: (linear_scan(log_a, x),)}
+    functions = {
+        "fails": fails,
+        "missing": is_missing,
+        "large": takes_too_much,
+        "differs": lambda log_a, x: (linear_scan(log_a, 1.1 * x),),
+        "nan": lambda log_a, x: (linear_scan(log_a, x) * float("nan"),),
+        "no gradient": fails_backward,
+        "another shape": lambda log_a, x: (linear_scan(log_a, x)[:, :5],),
+        "equal": lambda log_a, x: (linear_scan(log_a, x),),
+    }
     naive_scan_with({name: Peer(function, same) for name, function in functions.items()}, monkeypatch)
     row = measure("toy", "tiny", TINY["linear_scan"], torch.float32, True, LIMITS, "cpu", budget=0.0)
     reasons = {name: peer["reason"] for name, peer in row["peers"].items()}
-    assert reasons["fails"] == "ValueError: no such shape" and reasons["missing"] == "not installed: a_package_that_is_not_there"
+    assert (
+        reasons["fails"] == "ValueError: no such shape"
+        and reasons["missing"] == "not installed: a_package_that_is_not_there"
+    )
     assert reasons["large"] == "out of memory" and reasons["equal"] is reasons["naive"] is None
     assert reasons["differs"].startswith("disagrees: relative error 1.0e-01 of ") and "nan" in reasons["nan"]
-    assert reasons["no gradient"].startswith("RuntimeError: ") and reasons["another shape"].startswith("ValueError: out has shape")
+    assert reasons["no gradient"].startswith("RuntimeError: ") and reasons["another shape"].startswith(
+        "ValueError: out has shape"
+    )
     assert [name for name, peer in row["peers"].items() if "ratio" in peer] == ["naive", "equal"]
     assert row["peers"]["differs"]["errors"]["output 0"] == pytest.approx(0.1, rel=1e-3)  # is kept
     assert all(f"{name}: {reason}" in kernels.line(row) for name, reason in reasons.items() if reason)
@@ -190,18 +249,28 @@ def test_an_operation_in_place_leaves_the_inputs_of_the_next_alone(monkeypatch):
         x.zero_()
         return (h,)
 
-    naive_scan_with({"in place": Peer(in_place, same), "later": Peer(lambda log_a, x: (linear_scan(log_a, x),), same)}, monkeypatch)
+    naive_scan_with(
+        {"in place": Peer(in_place, same), "later": Peer(lambda log_a, x: (linear_scan(log_a, x),), same)}, monkeypatch
+    )
     row = measure("toy", "tiny", TINY["linear_scan"], torch.float32, False, LIMITS, "cpu", budget=0.0)
     assert all(peer["reason"] is None for peer in row["peers"].values())
 
 
 def test_what_a_peer_wants_is_made_before_the_clock_starts():
     made, calls = [], []
-    peer = Peer(lambda a, b: calls.append(a.requires_grad) or (a * b,), lambda log_a, x: made.append(1) or (log_a.mT, x.mT))
+    peer = Peer(
+        lambda a, b: calls.append(a.requires_grad) or (a * b,), lambda log_a, x: made.append(1) or (log_a.mT, x.mT)
+    )
     scan = OPERATIONS["linear_scan"]
     inputs = scan.make(**TINY["linear_scan"], dtype=torch.float32, device="cpu")
     found = kernels.timed(scan, peer, inputs, True, "cpu", 1e-3)
-    assert len(made) == 1 and len(calls) > 3 and all(calls) and found["seconds"] > 0 and found["peak_bytes"] >= 2 * inputs["x"].nbytes
+    assert (
+        len(made) == 1
+        and len(calls) > 3
+        and all(calls)
+        and found["seconds"] > 0
+        and found["peak_bytes"] >= 2 * inputs["x"].nbytes
+    )
 
 
 def test_repetitions_follow_from_the_budget():
@@ -219,16 +288,50 @@ def test_limits_in_a_process_of_its_own():
 
 
 def test_an_operation_whose_process_dies_is_a_row(monkeypatch, capsys):
-    def dies(function, name, limits):
+    def dies(function, name, limits, kept):
         if name == "ssd":
             raise BrokenProcessPool("killed")
-        return []
 
     monkeypatch.setattr(kernels, "in_a_process", dies)
     (row,) = kernels.measure_all(LIMITS)
-    assert row["operation"] == "ssd" and row["reason"] == "BrokenProcessPool: killed" and "BrokenProcessPool" in capsys.readouterr().out
+    assert (
+        row["operation"] == "ssd"
+        and row["reason"] == "BrokenProcessPool: killed"
+        and "BrokenProcessPool" in capsys.readouterr().out
+    )
     said = {one["goal"]: one["verdict"] for one in (verdict(goal, [row]) for goal in GOALS)}
     assert said["ssd is no slower than the quickest peer"] == "not reached: 1 rows failed, BrokenProcessPool: killed"
+
+
+def test_rows_before_a_process_dies_are_kept(monkeypatch, capsys):
+    """They are in the result, in their order, before the row that says why there are no more; later operations go
+    on."""
+    measured = []
+
+    def measure(name, *others):
+        measured.append(name)
+        if name == "gateloop" and measured.count(name) == 3:
+            raise BrokenProcessPool("killed")
+        return a_row(name, reason=f"row {len(measured)}")
+
+    monkeypatch.setattr(
+        kernels, "OPERATIONS", {name: OPERATIONS[name] for name in ("linear_scan", "gateloop", "ssd_step")}
+    )
+    monkeypatch.setattr(kernels, "measure", measure)
+    monkeypatch.setattr(kernels, "attempt_to_tidy", lambda: None)
+    monkeypatch.setattr(kernels, "half_type", lambda: torch.float16)
+    monkeypatch.setattr(kernels, "in_a_process", lambda function, *arguments: function(*arguments))
+    before = torch.get_float32_matmul_precision()
+    rows = kernels.measure_all(LIMITS)
+    torch.set_float32_matmul_precision(before)
+    of_gateloop = [row for row in rows if row["operation"] == "gateloop"]
+    assert [row["model"] for row in of_gateloop] == ["1B", "1B", "all"]
+    assert of_gateloop[2]["reason"] == "BrokenProcessPool: killed" and "BrokenProcessPool" in capsys.readouterr().out
+    dead = measured.index("gateloop") + 2  # none of what was measured but this one is lost
+    assert [row["reason"] for row in rows if row["model"] != "all"] == [
+        f"row {i + 1}" for i in range(len(measured)) if i != dead
+    ]
+    assert rows[-1]["operation"] == "ssd_step" and measured[-1] == "ssd_step"
 
 
 # peers that need a GPU, played by stand-ins written from their documentation
@@ -245,7 +348,10 @@ def agrees(name, peer, backward, **sizes):
     """The largest relative error of a peer against naive, outputs and gradients."""
     operation = OPERATIONS[name]
     inputs = operation.make(**{**TINY[name], **sizes}, dtype=torch.float32, device="cpu")
-    ours, theirs = (kernels.results(operation, one, inputs, backward) for one in (kernels.as_peer(list(inputs), naive_of(name)), operation.peers[peer]))
+    ours, theirs = (
+        kernels.results(operation, one, inputs, backward)
+        for one in (kernels.as_peer(list(inputs), naive_of(name)), operation.peers[peer])
+    )
     return max(relative_error(one, other) for one, other in zip(theirs, ours, strict=True))
 
 
@@ -276,7 +382,9 @@ def test_inputs_of_mamba_chunk_scan_combined(monkeypatch, groups, backward):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_inputs_of_selective_state_update(monkeypatch, groups):
     def selective_state_update(state, x, dt, A, B, C, D=None):
-        assert dt.shape == x.shape and A.shape == state.shape[1:] and A.stride()[1:] == (0, 0) and dt.stride(-1) == 0  # one number a head
+        assert (
+            dt.shape == x.shape and A.shape == state.shape[1:] and A.stride()[1:] == (0, 0) and dt.stride(-1) == 0
+        )  # one number a head
         y, new = ssd_step(x * dt, (dt * A[..., 0])[..., 0], B, C, state)
         state.copy_(new)
         return y
@@ -352,12 +460,25 @@ def test_inputs_of_the_convolutions(monkeypatch, backward):
 # what is said about it
 
 
-def a_row(operation, fraction=0.9, ratios=(), moved=LARGE, reason=None, length=8192, peak=1, naive_peak=None, model="1B"):
-    peers = {f"peer {i}": {"reason": None, "ratio": ratio} for i, ratio in enumerate(ratios)} | {"absent": {"reason": "not installed: absent"}}
+def a_row(
+    operation, fraction=0.9, ratios=(), moved=LARGE, reason=None, length=8192, peak=1, naive_peak=None, model="1B"
+):
+    peers = {f"peer {i}": {"reason": None, "ratio": ratio} for i, ratio in enumerate(ratios)} | {
+        "absent": {"reason": "not installed: absent"}
+    }
     if naive_peak:
         peers["naive"] = {"reason": None, "ratio": 3.0, "peak_bytes": naive_peak}
     measured = {} if reason else {"fraction": fraction, "bytes": moved, "peak_bytes": peak}
-    return {"operation": operation, "model": model, "sizes": {"length": length}, "dtype": "bfloat16", "pass": "forward", "reason": reason, "peers": peers, **measured}
+    return {
+        "operation": operation,
+        "model": model,
+        "sizes": {"length": length},
+        "dtype": "bfloat16",
+        "pass": "forward",
+        "reason": reason,
+        "peers": peers,
+        **measured,
+    }
 
 
 def said(index, *rows):
@@ -370,13 +491,22 @@ def test_verdict_on_ssd():
     assert said(0, a_row("ssd", ratios=(1.5, 2.0)), a_row("ssd", ratios=(3.0, 0.99))) == ("not reached", 0.99)
     assert said(0, a_row("ssd"), a_row("linear_scan", ratios=(0.5,))) == ("not measured", None)
     assert said(0, a_row("ssd", ratios=(2.0,)), a_row("ssd", reason="out of memory")) == ("reached", 2.0)
-    assert said(0, a_row("ssd", ratios=(2.0,)), a_row("ssd", reason="ValueError: x")) == ("not reached: 1 rows failed, ValueError: x", 2.0)
+    assert said(0, a_row("ssd", ratios=(2.0,)), a_row("ssd", reason="ValueError: x")) == (
+        "not reached: 1 rows failed, ValueError: x",
+        2.0,
+    )
 
 
-@pytest.mark.parametrize("index, operations", [(1, ("linear_scan", "linear_scan complex")), (2, ("causal_conv", "causal_conv_step")), (3, ("ssd_step",))])
+@pytest.mark.parametrize(
+    "index, operations",
+    [(1, ("linear_scan", "linear_scan complex")), (2, ("causal_conv", "causal_conv_step")), (3, ("ssd_step",))],
+)
 def test_verdict_on_bandwidth(index, operations):
     for operation in operations:
-        assert said(index, a_row(operation, 0.95), a_row(operation, 0.8), a_row(operation, 0.1, moved=LARGE - 1)) == ("reached", 0.8)
+        assert said(index, a_row(operation, 0.95), a_row(operation, 0.8), a_row(operation, 0.1, moved=LARGE - 1)) == (
+            "reached",
+            0.8,
+        )
         assert said(index, a_row(operation, 0.79), a_row(operation, 0.9)) == ("not reached", 0.79)
     assert said(index, a_row("ssd", 0.1)) == ("not measured", None)
     assert said(index, a_row(operations[0], 0.1, moved=1)) == ("not measured", None)
@@ -390,14 +520,27 @@ def test_verdict_on_memory():
 
 
 def test_summary_names_the_worst_row():
-    text = kernels.summary([verdict(goal, [a_row("ssd", ratios=(1.5,)), a_row("ssd", ratios=(0.75,), model="8B")]) for goal in GOALS])
+    text = kernels.summary(
+        [verdict(goal, [a_row("ssd", ratios=(1.5,)), a_row("ssd", ratios=(0.75,), model="8B")]) for goal in GOALS]
+    )
     assert text.splitlines()[0] == ("ssd is no slower than the quickest peer: not reached; worst of 2: 0.750 "
                                     "(ssd 8B {'length': 8192} bfloat16 forward)")
-    assert text.splitlines()[1] == "the scan reaches 80% of the bandwidth: not measured" and len(text.splitlines()) == len(GOALS)
+    assert text.splitlines()[1] == "the scan reaches 80% of the bandwidth: not measured" and len(
+        text.splitlines()
+    ) == len(GOALS)
 
 
-@pytest.mark.parametrize("gpu, name", [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-40GB", "a100"), ("Tesla T4", "t4"),
-                                       ("NVIDIA H200", "h200"), ("NVIDIA GeForce RTX 4090", "geforce_rtx_4090"), ("NVIDIA T400", "t400")])
+@pytest.mark.parametrize(
+    "gpu, name",
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GeForce RTX 4090", "geforce_rtx_4090"),
+        ("NVIDIA T400", "t400"),
+    ],
+)
 def test_short_names(gpu, name):
     assert kernels.short_name(gpu) == name
 
@@ -409,31 +552,59 @@ def test_the_command_from_end_to_end(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(kernels, "in_a_process", lambda function, *arguments: LIMITS if function is kernels.measure_limits else function(*arguments))
+    monkeypatch.setattr(
+        kernels,
+        "in_a_process",
+        lambda function, *arguments: LIMITS if function is kernels.measure_limits else function(*arguments),
+    )
     monkeypatch.setattr(kernels, "measure", lambda name, *others: a_row(name, reason="out of memory"))
     before = torch.get_float32_matmul_precision()
     kernels.main()
     torch.set_float32_matmul_precision(before)
     saved = json.loads((tmp_path / "kernels_h100.json").read_text())
-    assert saved["limits"]["bandwidth"] == 1e9 and saved["device"] == "NVIDIA H100 80GB HBM3" and len(saved["goals"]) == len(GOALS)
-    assert {"torch", "triton", "fla-core", "mamba-ssm", "causal-conv1d"} <= saved["versions"].keys() and saved["versions"]["triton"]
+    assert (
+        saved["limits"]["bandwidth"] == 1e9
+        and saved["device"] == "NVIDIA H100 80GB HBM3"
+        and len(saved["goals"]) == len(GOALS)
+    )
+    assert {"torch", "triton", "fla-core", "mamba-ssm", "causal-conv1d"} <= saved["versions"].keys() and saved[
+        "versions"
+    ]["triton"]
     passes = {name: 1 + bool(operation.wanted) for name, operation in OPERATIONS.items()}
-    assert len(saved["rows"]) == sum(passes[name] * len(list(operation.cases())) for name, operation in OPERATIONS.items())
+    assert len(saved["rows"]) == sum(
+        passes[name] * len(list(operation.cases())) for name, operation in OPERATIONS.items()
+    )
     printed = capsys.readouterr().out
     assert "copy 1 GB/s" in printed and "written: bench/results/kernels_h100.json" in printed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_without_a_gpu_it_says_so():
-    done = subprocess.run([sys.executable, "-m", "bench.kernels"], cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr == "bench.kernels needs a CUDA device: there is none here\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.kernels"], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 1
+        and done.stdout == ""
+        and done.stderr == "bench.kernels needs a CUDA device: there is none here\n"
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_gpu_a_small_case_of_everything(name):
-    """As the command does it, at the tiny size, in half precision: ours agrees with naive, every installed peer runs and agrees."""
+    """As the command does it, at the tiny size, in half precision: ours agrees with naive, every installed peer runs
+    and agrees."""
     dtype = torch.complex64 if "complex" in name else kernels.half_type()
-    row = measure(name, "tiny", TINY[name] | {"length": 256} if "length" in TINY[name] else TINY[name], dtype, bool(OPERATIONS[name].wanted), LIMITS, "cuda", 0.01)
+    row = measure(
+        name,
+        "tiny",
+        TINY[name] | {"length": 256} if "length" in TINY[name] else TINY[name],
+        dtype,
+        bool(OPERATIONS[name].wanted),
+        LIMITS,
+        "cuda",
+        0.01,
+    )
     reasons = [row["reason"], *(peer["reason"] for peer in row["peers"].values())]
     assert all(reason is None or reason.startswith("not installed") for reason in reasons), row

@@ -1,4 +1,5 @@
-"""The convolution's kernels against the naive path in float64, outputs and every gradient, and against the mistakes that they could make."""
+"""The convolution's kernels against the naive path in float64, outputs and every gradient, and against the mistakes
+that they could make."""
 
 import pytest
 import torch
@@ -17,7 +18,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def example(length, width=4, channels=35, batch=2, bias=True, window=True, dtype=torch.float32, device=DEVICE):
     """x as a slice of something wider, weight, bias and window; None for what is left out."""
-    shapes = {"x": (batch, length, channels + 9), "weight": (channels, 1, width), "bias": (channels,), "window": (batch, channels, width)}
+    shapes = {
+        "x": (batch, length, channels + 9),
+        "weight": (channels, 1, width),
+        "bias": (channels,),
+        "window": (batch, channels, width),
+    }
     drawn = {name: torch.randn(shape).to(device, dtype) for name, shape in shapes.items()}
     drawn["x"] = drawn["x"][..., 3 : 3 + channels]
     return {name: z if given else None for (name, z), given in zip(drawn.items(), (True, True, bias, window))}
@@ -25,7 +31,11 @@ def example(length, width=4, channels=35, batch=2, bias=True, window=True, dtype
 
 def run(inputs, backend, dtype=None, **options):
     """Output, new window, and the gradients of a fixed weighting of both, by name."""
-    leaves = {name: (z.to(dtype or z.dtype) if name == "x" or dtype else z).detach().requires_grad_() for name, z in inputs.items() if z is not None}
+    leaves = {
+        name: (z.to(dtype or z.dtype) if name == "x" or dtype else z).detach().requires_grad_()
+        for name, z in inputs.items()
+        if z is not None
+    }
     y, last = causal_conv(*(leaves.get(name) for name in NAMES), backend=backend, **options)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z.device, z.dtype) for z in (y, last)]
@@ -52,7 +62,11 @@ def assert_equal_to_naive(inputs, limit, **options):
 @pytest.mark.parametrize("length", [1, 3, 65])
 def test_equals_naive(length, bias, window, activation):
     """Shorter than the filter in a last block of channels that is nearly empty, and over an edge between tiles."""
-    assert_equal_to_naive(example(length, channels=35 if length < 60 else 5, batch=1 if length < 60 else 2, bias=bias, window=window), 1e-5, activation=activation)
+    assert_equal_to_naive(
+        example(length, channels=35 if length < 60 else 5, batch=1 if length < 60 else 2, bias=bias, window=window),
+        1e-5,
+        activation=activation,
+    )
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 8])
@@ -78,7 +92,13 @@ def test_filters_of_another_type_than_the_input():
     narrow = run(inputs | {"x": inputs["x"].bfloat16()}, "triton", activation="silu")
     wide = run(inputs, "naive", torch.float64, activation="silu")
     assert {name: z.dtype for name, z in narrow.items()} == {
-        "y": torch.bfloat16, "last": torch.bfloat16, "dx": torch.bfloat16, "dweight": torch.float32, "dbias": torch.float32, "dwindow": torch.float32}
+        "y": torch.bfloat16,
+        "last": torch.bfloat16,
+        "dx": torch.bfloat16,
+        "dweight": torch.float32,
+        "dbias": torch.float32,
+        "dwindow": torch.float32,
+    }
     assert all(relative_error(narrow[name], wide[name]) < 1e-2 for name in wide)
 
 
@@ -87,7 +107,9 @@ def test_filters_of_another_type_than_the_input():
 def test_silu_far_out(scale):
     """Where exp(-y) overflows or the gradient is nearly 0 or 1 nothing turns into a NaN."""
     inputs = example(20, channels=5)
-    assert_equal_to_naive(inputs | {"x": inputs["x"] * scale, "window": inputs["window"] * scale}, 1e-5, activation="silu")
+    assert_equal_to_naive(
+        inputs | {"x": inputs["x"] * scale, "window": inputs["window"] * scale}, 1e-5, activation="silu"
+    )
 
 
 def strided(kind):
@@ -106,7 +128,9 @@ def strided(kind):
     return inputs | {"x": x, "window": window}
 
 
-@pytest.mark.parametrize("kind", ["transposed", "every second token", "batch in the middle", "expanded", "window by tokens"])
+@pytest.mark.parametrize(
+    "kind", ["transposed", "every second token", "batch in the middle", "expanded", "window by tokens"]
+)
 def test_strides(kind):
     inputs = strided(kind)
     before = inputs["x"].clone()
@@ -117,7 +141,9 @@ def test_strides(kind):
 def test_a_slice_is_not_copied(monkeypatch):
     """The kernels get the memory of the projection itself."""
     seen = []
-    monkeypatch.setattr("llamba_ref.kernels.conv.launch", lambda kernel, grid, x, *rest, **constants: seen.append(x.data_ptr()))
+    monkeypatch.setattr(
+        "llamba_ref.kernels.conv.launch", lambda kernel, grid, x, *rest, **constants: seen.append(x.data_ptr())
+    )
     inputs = example(6)
     conv_op(*inputs.values(), True)
     assert seen == [inputs["x"].data_ptr()]
@@ -182,8 +208,13 @@ def test_steps_equal_forward(backend, width, activation, bias):
     wide = [z if z is None else z.double() for z in inputs.values()]
     whole, end = causal_conv(*wide, activation=activation)
     window = inputs["window"].clone()
-    y = torch.stack([causal_conv_step(x_t, inputs["weight"], inputs["bias"], window, activation=activation, backend=backend)
-                     for x_t in inputs["x"].unbind(1)], 1)
+    y = torch.stack(
+        [
+            causal_conv_step(x_t, inputs["weight"], inputs["bias"], window, activation=activation, backend=backend)
+            for x_t in inputs["x"].unbind(1)
+        ],
+        1,
+    )
     assert relative_error(y, whole) < 1e-6 and torch.equal(window, end.float())
 
 
@@ -216,9 +247,14 @@ def test_step_works_in_place(backend):
 
 @pytest.mark.parametrize("bias, window", [(True, True), (False, False)])
 def test_opcheck(bias, window):
-    inputs = [z if z is None else z.detach().requires_grad_() for z in example(5, width=2, channels=3, batch=1, bias=bias, window=window).values()]
+    inputs = [
+        z if z is None else z.detach().requires_grad_()
+        for z in example(5, width=2, channels=3, batch=1, bias=bias, window=window).values()
+    ]
     torch.library.opcheck(conv_op, (*inputs, True))
-    torch.library.opcheck(conv_backward_op, (torch.randn(1, 5, 3, device=DEVICE), *(z if z is None else z.detach() for z in inputs), True))
+    torch.library.opcheck(
+        conv_backward_op, (torch.randn(1, 5, 3, device=DEVICE), *(z if z is None else z.detach() for z in inputs), True)
+    )
 
 
 def test_opcheck_of_the_step():
@@ -243,7 +279,9 @@ def test_compiles():
 def test_step_compiles():
     inputs = example(1, channels=3)
     windows = [inputs["window"].clone() for _ in range(2)]
-    step = lambda x_t, window: causal_conv_step(x_t, inputs["weight"], inputs["bias"], window, activation="silu", backend="triton")
+    step = lambda x_t, window: causal_conv_step(
+        x_t, inputs["weight"], inputs["bias"], window, activation="silu", backend="triton"
+    )
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         ours, theirs = (function(inputs["x"][:, 0], window) for function, window in zip((compiled, step), windows))
@@ -283,7 +321,9 @@ def test_auto_is_naive_on_a_cpu(monkeypatch):
 
 def test_what_cannot_run_says_why(monkeypatch):
     inputs = example(5, width=9)
-    with pytest.raises(RuntimeError, match="kernel causal_conv has at most 8 taps, weight has width = 9; use backend='naive' or 'auto'"):
+    with pytest.raises(
+        RuntimeError, match="kernel causal_conv has at most 8 taps, weight has width = 9; use backend='naive' or 'auto'"
+    ):
         causal_conv(*inputs.values(), backend="triton")
     assert causal_conv(*inputs.values())[0].shape == (2, 5, 35)
     wide = [z.double() for z in example(5).values()]
@@ -299,11 +339,13 @@ def test_what_cannot_run_says_why(monkeypatch):
 @pytest.mark.parametrize("change, message", [
     ({"x": torch.zeros(2, 35)}, r"x has shape \(2, 35\): it must be \(batch, len, channels\)"),
     ({"x": torch.zeros(2, 0, 35)}, "x has len = 0: it must hold at least one token"),
-    ({"x": torch.zeros(2, 5, 35, dtype=torch.int64)}, "x is torch.int64: it must be a tensor of real floating-point numbers"),
+    ({"x": torch.zeros(2, 5, 35, dtype=torch.int64)},
+     "x is torch.int64: it must be a tensor of real floating-point numbers"),
     ({"weight": torch.zeros(34, 1, 4)}, r"weight has shape \(34, 1, 4\): it must be \(channels = 35, 1, width\)"),
     ({"weight": torch.zeros(35, 2, 4)}, r"weight has shape \(35, 2, 4\): it must be \(channels = 35, 1, width\)"),
     ({"bias": torch.zeros(1)}, r"bias has shape \(1,\): it must be \(channels = 35\)"),
-    ({"window": torch.zeros(2, 35, 3)}, r"window has shape \(2, 35, 3\): it must be \(batch = 2, channels = 35, width = 4\)"),
+    ({"window": torch.zeros(2, 35, 3)},
+     r"window has shape \(2, 35, 3\): it must be \(batch = 2, channels = 35, width = 4\)"),
     ({"activation": "relu"}, "activation is 'relu': it must be 'identity' or 'silu'"),
     ({"backend": "cuda"}, "backend is 'cuda': it must be 'naive', 'triton' or 'auto'"),
 ])  # fmt: skip
@@ -336,7 +378,9 @@ def test_wrong_arguments_of_the_step():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("length, width, channels", [(1, 4, 6144), (513, 4, 6144), (4096, 4, 100), (700, 8, 333), (65, 1, 64)])
+@pytest.mark.parametrize(
+    "length, width, channels", [(1, 4, 6144), (513, 4, 6144), (4096, 4, 100), (700, 8, 333), (65, 1, 64)]
+)
 @pytest.mark.parametrize("activation", ["identity", "silu"])
 @pytest.mark.parametrize("given", [False, True])
 def test_on_a_gpu(dtype, limit, length, width, channels, activation, given):
@@ -346,7 +390,10 @@ def test_on_a_gpu(dtype, limit, length, width, channels, activation, given):
     assert all(torch.equal(first[name], again[name]) for name in first)  # deterministic, and "auto" is the kernel
     window = torch.zeros(2, channels, width, device="cuda", dtype=dtype)
     whole, _ = causal_conv(inputs["x"].double(), inputs["weight"].double(), None, activation=activation)
-    steps = [causal_conv_step(x_t, inputs["weight"], None, window, activation=activation) for x_t in inputs["x"][:, :20].unbind(1)]
+    steps = [
+        causal_conv_step(x_t, inputs["weight"], None, window, activation=activation)
+        for x_t in inputs["x"][:, :20].unbind(1)
+    ]
     assert relative_error(torch.stack(steps, 1), whole[:, :20]) < limit
 
 

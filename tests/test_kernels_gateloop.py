@@ -23,8 +23,21 @@ def wide_blocks(monkeypatch):
         monkeypatch.setattr(scan, "_block", lambda turning: 512)
 
 
-def example(length, kind="real", batch=1, heads=1, key=16, value=16, gates=MIXED, per_head=False, start=True, dtype=torch.float32, seed=0) -> dict:
-    """Arguments of `gateloop`: log_a is drawn from `gates`, or between two of them; which inputs are complex depends on the kind."""
+def example(
+    length,
+    kind="real",
+    batch=1,
+    heads=1,
+    key=16,
+    value=16,
+    gates=MIXED,
+    per_head=False,
+    start=True,
+    dtype=torch.float32,
+    seed=0,
+) -> dict:
+    """Arguments of `gateloop`: log_a is drawn from `gates`, or between two of them; which inputs are complex depends
+    on the kind."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, complex_too=False, dtype=torch.float32):
@@ -33,13 +46,17 @@ def example(length, kind="real", batch=1, heads=1, key=16, value=16, gates=MIXED
 
     sizes = {"q": key, "k": key, "v": value}
     which = {"complex keys": "qk", "complex values": "v"}.get(kind, "qkv" if kind in COMPLEX else "")
-    inputs = {name: normal(batch, length, heads, size, complex_too=name in which, dtype=dtype) for name, size in sizes.items()}
+    inputs = {
+        name: normal(batch, length, heads, size, complex_too=name in which, dtype=dtype) for name, size in sizes.items()
+    }
     shape = (batch, length, heads, 1 if per_head else key)
     inputs["log_a"] = torch.tensor(gates)[torch.randint(len(gates), shape, generator=generator)].to(DEVICE)
     if kind in TURNING:
         inputs["phase"] = 3 * normal(*shape)
     if start:
-        inputs["initial_state"] = normal(batch, heads, key, value, complex_too=kind in (*TURNING, *COMPLEX, "complex state"))
+        inputs["initial_state"] = normal(
+            batch, heads, key, value, complex_too=kind in (*TURNING, *COMPLEX, "complex state")
+        )
     return inputs
 
 
@@ -52,9 +69,13 @@ def results(inputs: dict, backend: str, wide: bool, **options) -> dict[str, Tens
     y, state = gateloop(**leaves, mode="chunked", return_state=True, backend=backend, **options)
     loss, generator = 0.0, torch.Generator().manual_seed(1)
     for out in (y, state):
-        weight = torch.randn(out.shape, generator=generator, dtype=torch.complex128 if out.is_complex() else torch.float64).to(DEVICE)
+        weight = torch.randn(
+            out.shape, generator=generator, dtype=torch.complex128 if out.is_complex() else torch.float64
+        ).to(DEVICE)
         loss = loss + (out.to(weight.dtype) * weight).sum().real
-    return {"y": y.detach(), "state": state.detach()} | dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
+    return {"y": y.detach(), "state": state.detach()} | dict(
+        zip(leaves, torch.autograd.grad(loss, list(leaves.values())))
+    )
 
 
 def check(inputs: dict, tolerance: float = 1e-5) -> None:
@@ -76,7 +97,9 @@ def test_lengths_of_complex_gates(length):
     check(example(length, "phase"))
 
 
-@pytest.mark.parametrize("kind", ["phase", "complex inputs", "phase and complex inputs", "complex keys", "complex values", "complex state"])
+@pytest.mark.parametrize(
+    "kind", ["phase", "complex inputs", "phase and complex inputs", "complex keys", "complex values", "complex state"]
+)
 def test_kinds(kind):
     check(example(20, kind))
 
@@ -112,7 +135,8 @@ def test_gates(gates, kind):
 
 
 def test_strong_gates_keep_their_gradient():
-    """Every term of it fades by e^-20: next to the undecayed terms of the textbook identity it would be nothing but rounding."""
+    """Every term of it fades by e^-20: next to the undecayed terms of the textbook identity it would be nothing but
+    rounding."""
     inputs = example(40, "phase", gates=(-20.0,), start=False)
     inputs["phase"] *= 0.1
     check(inputs)
@@ -144,7 +168,9 @@ def test_half_precision(kind, dtype):
     inputs = example(40, kind, dtype=dtype)
     check(inputs, 1e-2)
     y, state = gateloop(**inputs, mode="chunked", return_state=True, backend="triton")
-    assert y.dtype == (dtype if kind == "real" else torch.complex64) and state.dtype == (torch.float32 if kind == "real" else torch.complex64)
+    assert y.dtype == (dtype if kind == "real" else torch.complex64) and state.dtype == (
+        torch.float32 if kind == "real" else torch.complex64
+    )
 
 
 def test_not_contiguous():
@@ -175,10 +201,23 @@ def test_operation(queries):
     def draw(*shape):
         return torch.randn(shape, device=DEVICE)
 
-    q, k, v, log_a, start = draw(1, 9, 2, queries, 16), draw(1, 9, 2, 16), draw(1, 9, 2, 16), -draw(1, 9, 2, 8).abs(), draw(1, 2, 16, 16)
+    q, k, v, log_a, start = (
+        draw(1, 9, 2, queries, 16),
+        draw(1, 9, 2, 16),
+        draw(1, 9, 2, 16),
+        -draw(1, 9, 2, 8).abs(),
+        draw(1, 2, 16, 16),
+    )
     y, state = gateloop_op(q, k, v, log_a, None, start)
     for r in range(queries):
-        expected = gateloop(q[:, :, :, r].double(), k.double(), v.double(), log_a.double().repeat_interleave(2, -1), mode="chunked", initial_state=start.double())
+        expected = gateloop(
+            q[:, :, :, r].double(),
+            k.double(),
+            v.double(),
+            log_a.double().repeat_interleave(2, -1),
+            mode="chunked",
+            initial_state=start.double(),
+        )
         assert relative_error(y[:, :, :, r], expected) < 1e-5
     if queries < 4:
         inputs = [z.requires_grad_() for z in (q, k, v, log_a, torch.zeros_like(log_a), start)]
@@ -190,7 +229,11 @@ def test_compile(turning):
     inputs = [z.requires_grad_() for z in example(20).values()]
 
     def run(q, k, v, log_a, start):
-        y, state = gateloop_op(q.unsqueeze(3), k, v, log_a, log_a, start) if turning else triton_gateloop(q, k, v, log_a, None, start)
+        y, state = (
+            gateloop_op(q.unsqueeze(3), k, v, log_a, log_a, start)
+            if turning
+            else triton_gateloop(q, k, v, log_a, None, start)
+        )
         return y.square().sum() + state.sum()
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -207,7 +250,9 @@ def test_repeats_itself():
 @pytest.mark.parametrize("kind", ["real", "phase"])
 def test_scan_mode_has_its_kernel(kind):
     inputs = example(20, kind)
-    expected = gateloop(**{name: z.to(torch.promote_types(z.dtype, torch.float64)) for name, z in inputs.items()}, mode="scan")
+    expected = gateloop(
+        **{name: z.to(torch.promote_types(z.dtype, torch.float64)) for name, z in inputs.items()}, mode="scan"
+    )
     assert relative_error(gateloop(**inputs, mode="scan", backend="triton"), expected) < 1e-5
 
 
@@ -241,13 +286,20 @@ def test_auto_is_naive_on_a_cpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["real", "phase", "phase and complex inputs"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), ("tf32", 1e-3), (torch.float16, 1e-2), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), ("tf32", 1e-3), (torch.float16, 1e-2), (torch.bfloat16, 1e-2)]
+)
 def test_on_a_gpu(kind, dtype, tolerance):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     try:
         dtype = torch.float32 if dtype == "tf32" else dtype
-        for length, sizes in ((65, {}), (1000, {"batch": 2, "heads": 3, "key": 64, "value": 64}), (300, {"key": 80, "value": 40}), (4096, {"key": 128, "value": 128})):
+        for length, sizes in (
+            (65, {}),
+            (1000, {"batch": 2, "heads": 3, "key": 64, "value": 64}),
+            (300, {"key": 80, "value": 40}),
+            (4096, {"key": 128, "value": 128}),
+        ):
             check(example(length, kind, dtype=dtype, **sizes), tolerance)
     finally:
         torch.set_float32_matmul_precision(before)

@@ -1,4 +1,5 @@
-"""Stage 1 tile by tile: distances and every gradient against both matrices in float64, extreme gates and scores, and what cannot run."""
+"""Stage 1 tile by tile: distances and every gradient against both matrices in float64, extreme gates and scores, and
+what cannot run."""
 
 import functools
 
@@ -25,14 +26,28 @@ GATES = {
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def example(length=70, batch=2, heads=4, kv_heads=2, groups=2, width=16, state=16, gates="weak", skip=True, sharp=1.0, dtype=torch.float32):
+def example(
+    length=70,
+    batch=2,
+    heads=4,
+    kv_heads=2,
+    groups=2,
+    width=16,
+    state=16,
+    gates="weak",
+    skip=True,
+    sharp=1.0,
+    dtype=torch.float32,
+):
     """q, k, log_a, B, C and D (None without `skip`); scores are `sharp` squared times those of random numbers."""
     def normal(*shape):
         return torch.randn(shape, device=DEVICE)
 
     q, k = (sharp * normal(batch, length, n, width) for n in (heads, kv_heads))
     B, C = normal(batch, length, groups, state) / state, normal(batch, length, groups, state)
-    log_a = torch.tensor(GATES[gates], device=DEVICE)[torch.randint(len(GATES[gates]), (batch, length, heads), device=DEVICE)]
+    log_a = torch.tensor(GATES[gates], device=DEVICE)[
+        torch.randint(len(GATES[gates]), (batch, length, heads), device=DEVICE)
+    ]
     return [q.to(dtype), k.to(dtype), log_a, B.to(dtype), C.to(dtype), normal(heads) if skip else None]
 
 
@@ -139,7 +154,8 @@ def test_no_nan_on_the_target(backend):
 
 
 def test_nothing_is_let_through_a_shut_gate():
-    """Gates that are zero in float32 have no gradient, not the rounding error of one; nor has the first, which fades nothing."""
+    """Gates that are zero in float32 have no gradient, not the rounding error of one; nor has the first, which fades
+    nothing."""
     inputs = example(60, gates="mixed")
     _, log_a, *_ = run(inputs, "triton")
     assert (log_a[inputs[2] < -104] == 0).all() and (log_a[:, 0] == 0).all() and log_a.isfinite().all()
@@ -151,7 +167,9 @@ def test_operations_are_registered_well():
     torch.library.opcheck(kernels.matrix_distance_op, (q, k, *student, 0.25))
     inputs = [z.detach() for z in (q, k, *student)]
     distance, lse = kernels.matrix_distance_op(*inputs, 0.25)
-    torch.library.opcheck(kernels.matrix_distance_backward_op, (torch.ones_like(distance), distance, lse, *inputs, 0.25))
+    torch.library.opcheck(
+        kernels.matrix_distance_backward_op, (torch.ones_like(distance), distance, lse, *inputs, 0.25)
+    )
 
 
 def test_compiles_whole():
@@ -167,7 +185,10 @@ def test_compiles_whole():
 # --- memory
 
 def test_memory_grows_with_the_length():
-    peaks = {backend: [peak_bytes(lambda: run(example(length, 1, 1, 1, 1), backend)) for length in (256, 512)] for backend in ("naive", "triton")}
+    peaks = {
+        backend: [peak_bytes(lambda: run(example(length, 1, 1, 1, 1), backend)) for length in (256, 512)]
+        for backend in ("naive", "triton")
+    }
     assert peaks["naive"][1] > 3.7 * peaks["naive"][0]
     assert peaks["triton"][1] < 2.1 * peaks["triton"][0] and peaks["triton"][1] < 0.2 * peaks["naive"][1]
 
@@ -200,7 +221,10 @@ def stage_1(teacher, student, input_ids, backend):
 def test_a_step_of_stage_1(mixer):
     teacher, student = models(mixer)
     input_ids = torch.randint(40, (2, 33), device=DEVICE)
-    ours, theirs = stage_1(teacher, student, input_ids, "triton"), stage_1(teacher.double(), student.double(), input_ids, "naive")
+    ours, theirs = (
+        stage_1(teacher, student, input_ids, "triton"),
+        stage_1(teacher.double(), student.double(), input_ids, "naive"),
+    )
     assert ours.keys() == theirs.keys() and len(ours) > 8
     for name in ours:
         assert relative_error(ours[name], theirs[name]) < 1e-5, name
@@ -268,7 +292,8 @@ def without(place):
     (without(4), r"C has shape \(2, 8, 2, 16\): it must be \(batch = 2, len = 9, groups = 2, state = 16\)"),
     (lambda z: [*z[:5], z[5][1:]], r"D has shape \(3,\): it must be \(heads = 4\)"),
     (lambda z: [z[0], z[1][:, :, [0, 0, 0]], *z[2:]], "k has kv_heads = 3: it must be a divisor of heads = 4"),
-    (lambda z: [*z[:3], *(m[:, :, [0, 0, 0]] for m in z[3:5]), z[5]], "B has groups = 3: it must be a divisor of heads = 4"),
+    (lambda z: [*z[:3], *(m[:, :, [0, 0, 0]] for m in z[3:5]), z[5]],
+     "B has groups = 3: it must be a divisor of heads = 4"),
     (lambda z: [*z[:2], -z[2], *z[3:]], "log_a reaches 1: it is the log of a decay"),
     (lambda z: [z[0].long(), *z[1:]], "q is torch.int64: it must be a tensor of real floating-point numbers"),
     (lambda z: [*(m[:, :0] for m in z[:5]), z[5]], "q has len = 0: it must hold at least one token"),
@@ -290,7 +315,8 @@ def test_wrong_scale(scale):
 @pytest.mark.parametrize("width,state", [(64, 64), (128, 64), (128, 128), (17, 33)])
 @pytest.mark.parametrize("gates", ["weak", "mixed"])
 @pytest.mark.parametrize("dtype,precision,tolerance", [
-    (torch.float32, "highest", 1e-5), (torch.float32, "high", 1e-3), (torch.float16, "highest", 1e-2), (torch.bfloat16, "highest", 1e-2),
+    (torch.float32, "highest", 1e-5), (torch.float32, "high", 1e-3),
+    (torch.float16, "highest", 1e-2), (torch.bfloat16, "highest", 1e-2),
 ])  # fmt: skip
 def test_on_a_gpu(dtype, precision, tolerance, gates, width, state):
     before = torch.get_float32_matmul_precision()

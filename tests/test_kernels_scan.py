@@ -1,5 +1,5 @@
-"""The scan's kernel against naive PyTorch in float64: every kind of number, every way to share a gate, lengths, widths, gates at the edge, and
-sequences cut into parts; and the small functions that it is made of."""
+"""The scan's kernel against naive PyTorch in float64: every kind of number, every way to share a gate, lengths,
+widths, gates at the edge, and sequences cut into parts; and the small functions that it is made of."""
 
 import importlib.util
 import sys
@@ -16,17 +16,41 @@ from triton.runtime import interpreter  # noqa: E402
 from llamba_ref.core import relative_error  # noqa: E402
 from llamba_ref.kernels import scan as kernels  # noqa: E402
 from llamba_ref.kernels.launch import GPUS, launch  # noqa: E402
-from llamba_ref.kernels.scan import combine, combine_complex, expm1, last_row, scan_backward_op, scan_op, triton_scan, cos_sin  # noqa: E402
+from llamba_ref.kernels.scan import (
+    combine,
+    combine_complex,
+    expm1,
+    last_row,
+    scan_backward_op,
+    scan_op,
+    triton_scan,
+    cos_sin,
+)  # noqa: E402
 from llamba_ref.scan import linear_scan  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="looks into Triton's interpreter")
-KINDS = {"real": (False, False), "complex gates": (True, False), "complex inputs": (False, True), "all complex": (True, True)}
+KINDS = {
+    "real": (False, False),
+    "complex gates": (True, False),
+    "complex inputs": (False, True),
+    "all complex": (True, True),
+}
 GATES = (0.0, -1e-6, -50.0, -0.3, -1.0)
 TURNS = (1e-3, 1.0, 1000.0)  # sizes of the phases
 
 
-def example(length, kind="real", rest=(5,), log_rest=None, phase_rest=None, batch=2, gates=GATES, turns=TURNS, dtype=torch.float32):
+def example(
+    length,
+    kind="real",
+    rest=(5,),
+    log_rest=None,
+    phase_rest=None,
+    batch=2,
+    gates=GATES,
+    turns=TURNS,
+    dtype=torch.float32,
+):
     """log_a, x, phase (None unless gates turn) and a state that require gradients; each log_a is one of `gates`."""
     generator = torch.Generator().manual_seed(0)
     turning, complex_inputs = KINDS[kind]
@@ -41,18 +65,30 @@ def example(length, kind="real", rest=(5,), log_rest=None, phase_rest=None, batc
         return torch.complex(normal(*shape), normal(*shape)) if complex_inputs else normal(*shape).to(dtype)
 
     of_log, of_phase = ((batch, length, *(rest if one is None else one)) for one in (log_rest, phase_rest))
-    made = [drawn(gates, of_log), values(batch, length, *rest), drawn(turns, of_phase) * normal(*of_phase) if turning else None, values(batch, *rest)]
+    made = [
+        drawn(gates, of_log),
+        values(batch, length, *rest),
+        drawn(turns, of_phase) * normal(*of_phase) if turning else None,
+        values(batch, *rest),
+    ]
     return [None if z is None else z.to(DEVICE).requires_grad_() for z in made]
 
 
 def doubles(inputs):
     """The same numbers in double precision."""
-    return [None if z is None else z.detach().to(torch.promote_types(z.dtype, torch.float64)).requires_grad_() for z in inputs]
+    return [
+        None if z is None else z.detach().to(torch.promote_types(z.dtype, torch.float64)).requires_grad_()
+        for z in inputs
+    ]
 
 
 def gradients(out, inputs):
     """Gradients of a fixed random weighting of `out` with respect to every input that was given."""
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.complex128 if out.is_complex() else torch.float64)
+    weight = torch.randn(
+        out.shape,
+        generator=torch.Generator().manual_seed(1),
+        dtype=torch.complex128 if out.is_complex() else torch.float64,
+    )
     loss = (out * weight.to(out)).sum()
     return torch.autograd.grad(loss.real if loss.is_complex() else loss, [z for z in inputs if z is not None])
 
@@ -107,7 +143,9 @@ def test_the_gradient_of_a_shared_gate_is_the_sum_over_its_neighbours():
 
 def test_shared_gates_are_not_copied(monkeypatch):
     seen = []
-    monkeypatch.setattr(kernels, "scan_op", lambda x, log_a, phase, start: seen.append((x.shape, log_a.shape)) or torch.empty_like(x))
+    monkeypatch.setattr(
+        kernels, "scan_op", lambda x, log_a, phase, start: seen.append((x.shape, log_a.shape)) or torch.empty_like(x)
+    )
     for shared in ((3, 4, 1), (3, 1, 1), (1, 1, 1), (3, 4, 2)):
         log_a, x, _, state = example(7, "real", (3, 4, 2), shared)
         linear_scan(log_a, x, None, state, backend="triton")
@@ -123,7 +161,8 @@ def test_one_axis():
 
 @settings(max_examples=12, deadline=None)
 @given(
-    length=st.integers(1, 40), batch=st.integers(1, 2), rest=st.lists(st.integers(1, 3), max_size=3), kind=st.sampled_from(list(KINDS)),
+    length=st.integers(1, 40), batch=st.integers(1, 2), rest=st.lists(st.integers(1, 3), max_size=3),
+    kind=st.sampled_from(list(KINDS)),
     shared=st.lists(st.booleans(), min_size=6, max_size=6), with_state=st.booleans(),
 )  # fmt: skip
 def test_any_shape(length, batch, rest, kind, shared, with_state):
@@ -137,7 +176,9 @@ def test_any_shape(length, batch, rest, kind, shared, with_state):
 def test_nothing_in_a_batch_or_a_channel_is_fine(kind, shape):
     inputs = example(6, kind, shape[2:], batch=shape[0])
     h = linear_scan(*inputs, backend="triton")
-    assert h.shape == shape and all(z.numel() == grad.numel() for z, grad in zip((z for z in inputs if z is not None), gradients(h, inputs)))
+    assert h.shape == shape and all(
+        z.numel() == grad.numel() for z, grad in zip((z for z in inputs if z is not None), gradients(h, inputs))
+    )
 
 
 # gates and phases at the edge
@@ -173,7 +214,8 @@ LONG_GATES = (0.0, -1e-7, -1e-6, -1e-5, -1e-4, -1e-3, -0.1, -50.0)
 
 @pytest.mark.parametrize("turning", [False, True])
 def test_4096_tokens_channel_by_channel(turning):
-    """A constant gate in each channel, with large random phases in one half of them, constant ones in the other; x is positive."""
+    """A constant gate in each channel, with large random phases in one half of them, constant ones in the other; x is
+    positive."""
     log_a = torch.tensor(LONG_GATES).repeat(2).expand(1, 4096, 16).contiguous()
     constant = torch.tensor([0.0, 0.01, 0.3, -2.0, 2.1, 3.1, 1e-4, 1e3]).expand(1, 4096, 8)
     phase = torch.cat([1000 * torch.randn(1, 4096, 8), constant], -1) if turning else None
@@ -200,10 +242,13 @@ def cut(monkeypatch, multiprocessors):
     monkeypatch.setattr(kernels, "gpu_of", lambda device: GPUS["A100"]._replace(multiprocessors=multiprocessors))
 
 
-@pytest.mark.parametrize("kind, length, parts", [("real", 1100, 2), ("real", 1601, 3), ("real", 2561, 5), ("complex inputs", 1100, 2),
-                                                 ("all complex", 1601, 3)])
+@pytest.mark.parametrize(
+    "kind, length, parts",
+    [("real", 1100, 2), ("real", 1601, 3), ("real", 2561, 5), ("complex inputs", 1100, 2), ("all complex", 1601, 3)],
+)
 def test_a_sequence_in_parts(monkeypatch, kind, length, parts):
-    """Each part starts from zero, and a scan over their ends tells what enters them. Gates near 1, so that all of it matters."""
+    """Each part starts from zero, and a scan over their ends tells what enters them. Gates near 1, so that all of it
+    matters."""
     inputs = example(length, kind, (1,), batch=1, gates=(-1e-6, -1e-4, -1e-3))
     cut(monkeypatch, parts)
     assert kernels._parts(inputs[1]) == parts
@@ -219,7 +264,9 @@ def test_every_part_has_tokens(monkeypatch):
             segment = triton.cdiv(length, parts)
             assert 1 <= parts <= max(1, length // 512) and (parts - 1) * segment < length <= parts * segment
     cut(monkeypatch, 100)
-    assert kernels._parts(torch.empty(1, 65536, 64, device="meta")) == 100  # two programs a part, two programs a multiprocessor
+    assert (
+        kernels._parts(torch.empty(1, 65536, 64, device="meta")) == 100
+    )  # two programs a part, two programs a multiprocessor
     assert kernels._parts(torch.empty(64, 65536, 2048, device="meta")) == 1
 
 
@@ -236,7 +283,10 @@ def test_half_precision_rounds_only_the_results(kind, dtype, bound):
 
 def test_gates_in_half_precision():
     log_a, x, phase, state = example(65, "complex gates", gates=(-0.01, -0.5), turns=(1.0,))
-    assert max(errors(log_a.detach().bfloat16().requires_grad_(), x, phase.detach().bfloat16().requires_grad_(), state)) < 2**-7
+    assert (
+        max(errors(log_a.detach().bfloat16().requires_grad_(), x, phase.detach().bfloat16().requires_grad_(), state))
+        < 2**-7
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -258,7 +308,9 @@ def test_a_gradient_may_be_strided():
     h = linear_scan(log_a, x, None, state, backend="triton")
     grad = torch.randn(4, 20, 2, device=DEVICE).transpose(0, 2)
     ours = torch.autograd.grad(h, x, grad, retain_graph=True)[0]
-    assert not grad.is_contiguous() and torch.equal(ours, torch.autograd.grad(h, x, grad.contiguous(), retain_graph=True)[0])
+    assert not grad.is_contiguous() and torch.equal(
+        ours, torch.autograd.grad(h, x, grad.contiguous(), retain_graph=True)[0]
+    )
     expanded = torch.ones((), device=DEVICE).expand(2, 20, 4)
     assert torch.equal(torch.autograd.grad(h, x, expanded, retain_graph=True)[0], torch.autograd.grad(h.sum(), x)[0])
 
@@ -267,13 +319,20 @@ def test_a_gradient_may_be_strided():
 def test_conjugated_inputs(kind):
     log_a, x, phase, state = (None if z is None else z.detach() for z in example(20, kind))
     marked = linear_scan(log_a, x.conj(), phase, state.conj(), backend="triton")
-    assert x.conj().is_conj() and torch.equal(marked, linear_scan(log_a, x.conj_physical(), phase, state.conj_physical(), backend="triton"))
-    assert x.conj().imag.is_neg() and torch.equal(linear_scan(log_a, x.conj().imag, backend="triton"), linear_scan(log_a, -x.imag, backend="triton"))
+    assert x.conj().is_conj() and torch.equal(
+        marked, linear_scan(log_a, x.conj_physical(), phase, state.conj_physical(), backend="triton")
+    )
+    assert x.conj().imag.is_neg() and torch.equal(
+        linear_scan(log_a, x.conj().imag, backend="triton"), linear_scan(log_a, -x.imag, backend="triton")
+    )
     leaf = x.clone().requires_grad_()
     exact = x.to(torch.complex128).requires_grad_()
     wide = (z if z is None else z.double() for z in (log_a, phase))
     log_wide, phase_wide = wide
-    pairs = [(linear_scan(log_a, leaf.conj(), phase, backend="triton"), leaf), (linear_scan(log_wide, exact.conj(), phase_wide), exact)]
+    pairs = [
+        (linear_scan(log_a, leaf.conj(), phase, backend="triton"), leaf),
+        (linear_scan(log_wide, exact.conj(), phase_wide), exact),
+    ]
     ours, theirs = (gradients(h, [z])[0] for h, z in pairs)
     assert relative_error(ours, theirs) < 1e-5
 
@@ -288,7 +347,9 @@ def test_autocast_does_not_narrow():
 def test_the_same_bits_every_time():
     inputs = example(130, "all complex")
     first, second = (linear_scan(*inputs, backend="triton") for _ in range(2))
-    assert torch.equal(first, second) and all(torch.equal(*pair) for pair in zip(gradients(first, inputs), gradients(second, inputs)))
+    assert torch.equal(first, second) and all(
+        torch.equal(*pair) for pair in zip(gradients(first, inputs), gradients(second, inputs))
+    )
 
 
 # as operators of PyTorch
@@ -357,11 +418,14 @@ def test_auto_is_naive_on_a_cpu(monkeypatch):
         linear_scan(*example(6), backend="triton")
 
 
-@pytest.mark.parametrize("place, kind", [(0, "real"), (1, "real"), (2, "complex gates"), (3, "real"), (1, "all complex"), (3, "all complex")])
+@pytest.mark.parametrize(
+    "place, kind", [(0, "real"), (1, "real"), (2, "complex gates"), (3, "real"), (1, "all complex"), (3, "all complex")]
+)
 def test_double_precision_is_refused(place, kind):
     inputs = example(6, kind)
     inputs[place] = inputs[place].detach().to(torch.promote_types(inputs[place].dtype, torch.float64))
-    message = f"backend='triton': kernel scan computes in float32, but an argument is {inputs[place].dtype}; use backend='naive' or 'auto'"
+    message = (f"backend='triton': kernel scan computes in float32, but an argument is {inputs[place].dtype}; "
+               "use backend='naive' or 'auto'")
     with pytest.raises(RuntimeError, match=message):
         linear_scan(*inputs, backend="triton")
     assert torch.equal(linear_scan(*inputs), linear_scan(*inputs, backend="naive"))
@@ -422,7 +486,16 @@ def forgetful(r1, x1, r2, x2):
 
 
 @triton.jit
-def scan_tiles(r_ptr, x_ptr, out_ptr, rows: tl.constexpr, columns: tl.constexpr, axis: tl.constexpr, reverse: tl.constexpr, right: tl.constexpr):
+def scan_tiles(
+    r_ptr,
+    x_ptr,
+    out_ptr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+    axis: tl.constexpr,
+    reverse: tl.constexpr,
+    right: tl.constexpr,
+):
     """One tile, scanned along one axis with the right combine or the wrong one."""
     place = tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
     if right:
@@ -476,7 +549,12 @@ def test_the_tree_equals_the_scan_from_left_to_right(from_left_to_right, shape, 
 def test_only_the_tree_notices_a_combine_that_is_not_associative(from_left_to_right):
     r, x = -torch.rand(16, 2), torch.randn(16, 2)
     exact = by_loop(r, x, 0, False)
-    assert relative_error(scan_tile(r, x, 0, right=True), exact) < 1e-6 < 1e-2 < relative_error(scan_tile(r, x, 0, right=False), exact)
+    assert (
+        relative_error(scan_tile(r, x, 0, right=True), exact)
+        < 1e-6
+        < 1e-2
+        < relative_error(scan_tile(r, x, 0, right=False), exact)
+    )
     from_left_to_right()
     assert relative_error(scan_tile(r, x, 0, right=False), exact) < 1e-6  # blind
 
@@ -484,8 +562,12 @@ def test_only_the_tree_notices_a_combine_that_is_not_associative(from_left_to_ri
 def test_only_the_combines_of_the_scan_are_associative():
     """The check above can fail: each of these differs in one place."""
     first, second, third = (one[:2] for one in numbers(1000))
-    wrong = [forgetful.fn, lambda r1, x1, r2, x2: (r1 + r2, x1 + (r2 * x1 + x2)), lambda r1, x1, r2, x2: (r1 + r2 + r1 * r2, r2 * x1 + x2),
-             lambda r1, x1, r2, x2: (r1 + r2 + r1 * r2, x1 + (r1 * x1 + x2))]
+    wrong = [
+        forgetful.fn,
+        lambda r1, x1, r2, x2: (r1 + r2, x1 + (r2 * x1 + x2)),
+        lambda r1, x1, r2, x2: (r1 + r2 + r1 * r2, r2 * x1 + x2),
+        lambda r1, x1, r2, x2: (r1 + r2 + r1 * r2, x1 + (r1 * x1 + x2)),
+    ]
     for function in wrong:
         left, right = function(*function(*first, *second), *third), function(*first, *function(*second, *third))
         assert max(relative_error(one, other) for one, other in zip(left, right)) > 1e-3
@@ -510,7 +592,9 @@ def run_small_functions(x, angle):
 
 def test_expm1_keeps_its_digits():
     """Every number by itself, from -100 to -1e-30, on both sides of the seam, and at the edges."""
-    x = torch.cat([-torch.logspace(-30, 2, 20_000), torch.linspace(-100, 0, 20_000), -0.5 + 1e-4 * torch.linspace(-1, 1, 2001)])
+    x = torch.cat(
+        [-torch.logspace(-30, 2, 20_000), torch.linspace(-100, 0, 20_000), -0.5 + 1e-4 * torch.linspace(-1, 1, 2001)]
+    )
     ours, exact = run_small_functions(x, torch.zeros_like(x).double())[0], x.double().expm1()
     apart = (ours - exact).abs() / exact.abs().clamp(min=1e-300)
     assert apart[exact != 0].max() < 5e-7 and not ours[exact == 0].any()
@@ -522,7 +606,13 @@ def test_expm1_keeps_its_digits():
 
 def test_unit_of_large_angles():
     """Angles that have gone round 160,000 times: float32 would be off by a tenth of a radian."""
-    angle = torch.cat([torch.linspace(-10, 10, 5001).double(), 1e6 * torch.randn(20_000).double(), torch.pi * torch.arange(-50, 50).double() / 2])
+    angle = torch.cat(
+        [
+            torch.linspace(-10, 10, 5001).double(),
+            1e6 * torch.randn(20_000).double(),
+            torch.pi * torch.arange(-50, 50).double() / 2,
+        ]
+    )
     _, c, s = run_small_functions(torch.zeros(len(angle)), angle)
     assert (c - angle.cos()).abs().max() < 5e-7 and (s - angle.sin()).abs().max() < 5e-7
     assert (angle.float().cos().double() - angle.cos()).abs().max() > 1e-3  # the usual way

@@ -23,13 +23,22 @@ CLOSE = 1e-5 if DEVICE == "cuda" else 2e-6
 ROUNDED = {torch.float16: 2**-11, torch.bfloat16: 2**-8}  # the interpreter multiplies in float32 and cuts bfloat16 off
 HALF = dict.fromkeys(ROUNDED, 1e-2) if DEVICE == "cuda" else ROUNDED
 GATES = (0.0, -1e-6, -0.01, -0.3, -1.0, -50.0)
-NAMES = ("y", "state", "gradient of x", "gradient of log_a", "gradient of B", "gradient of C", "gradient of initial_state")
+NAMES = (
+    "y",
+    "state",
+    "gradient of x",
+    "gradient of log_a",
+    "gradient of B",
+    "gradient of C",
+    "gradient of initial_state",
+)
 pretends = pytest.mark.skipif(DEVICE == "cuda", reason="pretends to have a GPU that is not there")
 
 
 @pytest.fixture(autouse=True)
 def wide_blocks(monkeypatch):
-    """The interpreter takes its time for every program: let the scan between the chunks, which has tests of its own, be few."""
+    """The interpreter takes its time for every program: let the scan between the chunks, which has tests of its own,
+    be few."""
     if DEVICE == "cpu":
         monkeypatch.setattr(scan_kernels, "_block", lambda turning: 1024)
 
@@ -42,8 +51,13 @@ def example(length, batch=1, heads=1, groups=1, headdim=16, state=16, gates=GATE
     """x, log_a, B, C and a state; each gate is drawn from `gates`."""
     drawn = torch.randint(len(gates), (batch, length, heads), generator=torch.Generator().manual_seed(0))
     keys = (batch, length, groups, state)
-    return (normal(batch, length, heads, headdim, dtype=dtype), torch.tensor(gates)[drawn].to(DEVICE),
-            normal(*keys, dtype=dtype, seed=1), normal(*keys, dtype=dtype, seed=2), normal(batch, heads, headdim, state, seed=3))
+    return (
+        normal(batch, length, heads, headdim, dtype=dtype),
+        torch.tensor(gates)[drawn].to(DEVICE),
+        normal(*keys, dtype=dtype, seed=1),
+        normal(*keys, dtype=dtype, seed=2),
+        normal(batch, heads, headdim, state, seed=3),
+    )
 
 
 def double(tensors):
@@ -96,14 +110,18 @@ def test_outputs_and_gradients(length, batch, heads, groups, headdim, state):
 
 
 def test_extreme_gates(monkeypatch):
-    """A row for each, and one with all of them: no row may hide in another. With a T4's tiles, 40 tokens are two chunks."""
+    """A row for each, and one with all of them: no row may hide in another. With a T4's tiles, 40 tokens are two
+    chunks."""
     monkeypatch.setattr(kernels, "gpu_of", lambda device: GPUS["T4"])
     gates = (0.0, -1e-6, -50.0, -5000.0, -torch.inf)
     x, log_a, B, C, start = example(40, 6, gates=gates)
     log_a[:5] = torch.tensor(gates, device=DEVICE)[:, None, None]
     inputs = (x, log_a, B, C, start)
     grads = cotangents(inputs)
-    out, exact = run(inputs, grads, backend="triton"), run(double(inputs), double(grads), mode="recurrent", backend="naive")
+    out, exact = (
+        run(inputs, grads, backend="triton"),
+        run(double(inputs), double(grads), mode="recurrent", backend="naive"),
+    )
     for name, one, ref in zip(NAMES, out, exact):
         assert one.isfinite().all()
         for row, gate in enumerate((*gates, "mixed")):
@@ -164,7 +182,8 @@ def test_the_last_state_does_not_depend_on_queries():
 
 
 def test_slices_of_a_projection():
-    """x, B and C as `SSDMixer.convolve` makes them are read where they are, and a sum sends back an expanded gradient."""
+    """x, B and C as `SSDMixer.convolve` makes them are read where they are, and a sum sends back an expanded
+    gradient."""
     batch, length, heads, groups, headdim, state = 2, 5, 2, 1, 16, 24
     _, log_a, *_ = example(length, batch, heads)
     wide = normal(batch, length, heads * headdim + 2 * groups * state, seed=7)
@@ -172,7 +191,11 @@ def test_slices_of_a_projection():
     def run_on(wide, log_a, **options):
         leaf = wide.detach().requires_grad_()
         x, B, C = leaf.split([heads * headdim, groups * state, groups * state], dim=-1)
-        x, B, C = x.reshape(batch, length, heads, headdim), B.reshape(batch, length, groups, state), C.reshape(batch, length, groups, state)
+        x, B, C = (
+            x.reshape(batch, length, heads, headdim),
+            B.reshape(batch, length, groups, state),
+            C.reshape(batch, length, groups, state),
+        )
         y = ssd(x, log_a, B, C, **options)
         y.sum().backward()
         return (x, B, C), y, leaf.grad
@@ -194,12 +217,20 @@ def test_other_layouts():
     inputs = example(5, 2, 2, 2, 16, 20)
     odd = [transposed(z, *axes) for z, axes in zip(inputs, ((0, 1), (1, 2), (2, 3), (1, 2), (2, 3)))]
     grads = cotangents(inputs)
-    plain, other = run(inputs, grads, backend="triton"), run(odd, [transposed(z, 1, 2) for z in grads], backend="triton")
+    plain, other = (
+        run(inputs, grads, backend="triton"),
+        run(odd, [transposed(z, 1, 2) for z in grads], backend="triton"),
+    )
     assert not any(z.is_contiguous() for z in odd)
     for name, one, ref in zip(NAMES, other, plain):
         assert torch.equal(one, ref), name
     x, log_a, B, C, start = inputs
-    shared = [x[:, :1].expand(x.shape), log_a[:1, :, :1].expand(log_a.shape), B[:1, :1].expand(B.shape), C[:1].expand(C.shape)]
+    shared = [
+        x[:, :1].expand(x.shape),
+        log_a[:1, :, :1].expand(log_a.shape),
+        B[:1, :1].expand(B.shape),
+        C[:1].expand(C.shape),
+    ]
     kept = [z.clone() for z in shared]
     out = ssd(*shared, initial_state=start[:1].expand(start.shape), backend="triton")
     assert torch.equal(out, ssd(*kept, initial_state=start[:1].repeat(2, 1, 1, 1), backend="triton"))
@@ -256,7 +287,9 @@ def bundles(monkeypatch):
     return pretend
 
 
-@pytest.mark.parametrize("heads, groups, multiprocessors, together", [(4, 1, 1, 4), (4, 1, 2, 2), (4, 1, 3, 1), (6, 2, 4, 1), (6, 2, 1, 3)])
+@pytest.mark.parametrize(
+    "heads, groups, multiprocessors, together", [(4, 1, 1, 4), (4, 1, 2, 2), (4, 1, 3, 1), (6, 2, 4, 1), (6, 2, 1, 3)]
+)
 def test_bundles_of_heads(heads, groups, multiprocessors, together, bundles):
     """Few bundles where there is enough to do for all multiprocessors, more where not; partial sums are added up."""
     x, log_a, B, C, start = example(33, 1, heads, groups)
@@ -301,7 +334,11 @@ def test_choice_of_tiles():
             assert tiles["T4"] == kernels.tiles_for(torch.float32, a100, backward) and tiles["A100"] == tiles["H100"]
             assert all(16 <= size and size & (size - 1) == 0 for found in tiles.values() for size in found[:3])
             assert tiles["interpreter"] == kernels.tiles_for(torch.float32, a100, backward)
-    chunks = {(dtype, backward): kernels.tiles_for(dtype, h100, backward).chunk for dtype in (torch.float32, *ROUNDED) for backward in (False, True)}
+    chunks = {
+        (dtype, backward): kernels.tiles_for(dtype, h100, backward).chunk
+        for dtype in (torch.float32, *ROUNDED)
+        for backward in (False, True)
+    }
     assert list(chunks.values()) == [64, 32, 128, 64, 128, 64]
 
 
@@ -309,7 +346,9 @@ def test_choice_of_tiles():
 def test_tf32_does_not_change_the_tiles(allowed, precision):
     exact = [kernels.tiles_for(torch.float32, gpu, backward) for gpu in GPUS.values() for backward in (False, True)]
     precision(allowed)
-    assert exact == [kernels.tiles_for(torch.float32, gpu, backward) for gpu in GPUS.values() for backward in (False, True)]
+    assert exact == [
+        kernels.tiles_for(torch.float32, gpu, backward) for gpu in GPUS.values() for backward in (False, True)
+    ]
 
 
 def test_the_same_again():
@@ -323,7 +362,15 @@ def test_the_same_again():
 # one step
 
 
-def step_example(batch=2, heads=4, groups=2, headdim=16, state=16, gates=(0.0, -1e-6, -0.3, -50.0, -5000.0, -torch.inf), dtype=torch.float32):
+def step_example(
+    batch=2,
+    heads=4,
+    groups=2,
+    headdim=16,
+    state=16,
+    gates=(0.0, -1e-6, -0.3, -50.0, -5000.0, -torch.inf),
+    dtype=torch.float32,
+):
     *inputs, start = example(1, batch, heads, groups, headdim, state, gates, dtype)
     return [*(z[:, 0] for z in inputs), start]
 
@@ -331,7 +378,16 @@ def step_example(batch=2, heads=4, groups=2, headdim=16, state=16, gates=(0.0, -
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(
     "heads, groups, headdim, state",
-    [(1, 1, 16, 16), (4, 2, 16, 24), (4, 1, 20, 16), (3, 3, 1, 1), (2, 1, 3, 5), (2, 2, 64, 64), (1, 1, 40, 200), (1, 1, 1, 3000)],
+    [
+        (1, 1, 16, 16),
+        (4, 2, 16, 24),
+        (4, 1, 20, 16),
+        (3, 3, 1, 1),
+        (2, 1, 3, 5),
+        (2, 2, 64, 64),
+        (1, 1, 40, 200),
+        (1, 1, 1, 3000),
+    ],
 )
 def test_step(heads, groups, headdim, state, in_place):
     """Any width: nothing is multiplied as a matrix. The old state stays as it is, or makes room for the new one."""
@@ -419,7 +475,8 @@ def test_steps_are_the_sequence(in_place):
 
 
 def test_steps_do_not_drift():
-    """float32 rounds exp(gate) to a neighbour 3e-8 away; over 50 steps, 4096 numbers would all be off by 1.5e-6 in one direction."""
+    """float32 rounds exp(gate) to a neighbour 3e-8 away; over 50 steps, 4096 numbers would all be off by 1.5e-6 in one
+    direction."""
     gate = -16.5 * 2**-24
     *token, start = step_example(1, 1, 1, 64, 64, gates=(gate,))
     token[0].zero_()
@@ -442,7 +499,9 @@ def test_naive_step_in_place():
 def test_step_has_no_gradient_on_the_gpu(index):
     given = step_example(gates=(-0.3,))
     given[index].requires_grad_()
-    with pytest.raises(RuntimeError, match="backend='triton': kernel ssd_step has no gradient; use backend='naive' or 'auto'"):
+    with pytest.raises(
+        RuntimeError, match="backend='triton': kernel ssd_step has no gradient; use backend='naive' or 'auto'"
+    ):
         ssd_step(*given, backend="triton")
     y_t, new = ssd_step(*given)
     assert torch.autograd.grad(y_t.sum() + new.sum(), given[index])[0].any()
@@ -483,7 +542,11 @@ def test_shapes_without_numbers_are_the_true_ones():
     x, log_a, B, C, start = example(3, 1, 2, 2, dtype=torch.bfloat16)
     x, B, C = (transposed(z, 1, 3) for z in (x, B, C))
     forward, backward = (x, log_a, B, C, start), (*cotangents((x, log_a, B, C, start)), x, log_a, B, C, start)
-    for op, arguments in ((kernels.ssd_op, forward), (kernels.ssd_backward_op, backward), (kernels.step_op, [*(z[:, 0] for z in forward[:4]), start])):
+    for op, arguments in (
+        (kernels.ssd_op, forward),
+        (kernels.ssd_backward_op, backward),
+        (kernels.step_op, [*(z[:, 0] for z in forward[:4]), start]),
+    ):
         with torch._subclasses.FakeTensorMode() as mode:
             believed = op(*(mode.from_tensor(z) for z in arguments))
         for one, fake in zip(op(*arguments), believed):
@@ -505,7 +568,9 @@ def test_compile_a_step_without_breaks(in_place):
     *token, start = step_example()
     expected = ssd_step(*token, start, backend="triton")
     old = start.clone()
-    compiled = torch.compile(partial(ssd_step, in_place=in_place, backend="triton"), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        partial(ssd_step, in_place=in_place, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
     out = compiled(*token, start)
     assert all(torch.equal(one, ref) for one, ref in zip(out, expected))
     assert torch.equal(start, expected[1] if in_place else old)
@@ -548,7 +613,9 @@ def test_a_cpu_that_does_not_interpret(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="backend='triton': kernel ssd needs a CUDA tensor, this one is on cpu; use"):
         ssd(*inputs, backend="triton")
-    with pytest.raises(RuntimeError, match="backend='triton': kernel ssd_step needs a CUDA tensor, this one is on cpu; use"):
+    with pytest.raises(
+        RuntimeError, match="backend='triton': kernel ssd_step needs a CUDA tensor, this one is on cpu; use"
+    ):
         ssd_step(*token, start, backend="triton")
 
 
@@ -585,7 +652,11 @@ def test_chunk_size_is_of_no_concern_to_the_kernel():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: Mamba2(16, 16, 16, n_groups=1), lambda: DiscreteMamba2(32, 16, 2, 2), lambda: DiscreteMamba2(32, 16, 2, 1, activation="silu")],
+    [
+        lambda: Mamba2(16, 16, 16, n_groups=1),
+        lambda: DiscreteMamba2(32, 16, 2, 2),
+        lambda: DiscreteMamba2(32, 16, 2, 1, activation="silu"),
+    ],
     ids=["Mamba2", "DiscreteMamba2", "DiscreteMamba2 with shared keys"],
 )
 def test_mixers(make, monkeypatch):
@@ -626,10 +697,17 @@ def test_mixers(make, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads, groups, headdim, state", [(8, 8, 64, 64), (8, 1, 64, 128), (4, 2, 128, 64), (6, 3, 80, 48)])
+@pytest.mark.parametrize(
+    "heads, groups, headdim, state", [(8, 8, 64, 64), (8, 1, 64, 128), (4, 2, 128, 64), (6, 3, 80, 48)]
+)
 @pytest.mark.parametrize(
     "dtype, allowed, bound",
-    [(torch.float32, "highest", 1e-5), (torch.float32, "high", 1e-3), (torch.float16, "highest", 1e-2), (torch.bfloat16, "highest", 1e-2)],
+    [
+        (torch.float32, "highest", 1e-5),
+        (torch.float32, "high", 1e-3),
+        (torch.float16, "highest", 1e-2),
+        (torch.bfloat16, "highest", 1e-2),
+    ],
 )
 def test_large_on_a_gpu(heads, groups, headdim, state, dtype, allowed, bound, precision):
     precision(allowed)
@@ -649,7 +727,11 @@ def test_auto_is_triton_on_a_gpu(monkeypatch):
     """Where the kernel can do what is asked for, and only there."""
     calls = []
     for name in ("ssd_op", "triton_step"):
-        monkeypatch.setattr(kernels, name, lambda *arguments, real=getattr(kernels, name), name=name: calls.append(name) or real(*arguments))
+        monkeypatch.setattr(
+            kernels,
+            name,
+            lambda *arguments, real=getattr(kernels, name), name=name: calls.append(name) or real(*arguments),
+        )
     *inputs, start = example(4)
     token = [z[:, 0] for z in inputs]
     ssd(*inputs)
