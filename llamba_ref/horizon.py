@@ -9,15 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from .core import check_sizes
-from .decoder import Decoder
 
 # %% auto #0
-__all__ = ['horizon_sequences', 'since_reset', 'horizon_targets', 'HorizonBatches', 'HorizonObjective', 'horizon_accuracy']
+__all__ = ['horizon_sequences', 'since_reset', 'horizon_targets', 'horizon_accuracy']
 
 # %% ../nbs/03_memory_horizon.ipynb #860b6943
 def horizon_sequences(
@@ -54,41 +52,6 @@ def horizon_targets(
     total = digits.cumsum(1)
     last_reset = torch.arange(input_ids.shape[1], device=input_ids.device) - since_reset(input_ids, modulus)
     return (total - (total - digits).gather(1, last_reset)) % modulus
-
-# %% ../nbs/03_memory_horizon.ipynb #4b9a8256
-class HorizonBatches:
-    """Endless batches of fresh sequences, for `train`; a killed run goes on with the same numbers."""
-
-    def __init__(self, batch_size: int, length: int, modulus: int = 5, seed: int = 0):
-        self.sizes = (batch_size, length, modulus)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def next(self) -> Int[Tensor, "batch len"]:
-        """The next batch."""
-        return horizon_sequences(*self.sizes, generator=self.generator)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Where in the stream of random numbers it is."""
-        return {"random": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go back to where `state_dict` was called."""
-        self.generator.set_state(state["random"])
-
-
-class HorizonObjective:
-    """Cross-entropy between the model's logits and the targets, at every position."""
-
-    parts = ("sums",)
-
-    def __init__(self, model: Decoder, modulus: int = 5):
-        self.model, self.modulus = model, modulus
-
-    def __call__(self, input_ids: Int[Tensor, "batch len"], backward: Callable[[Tensor], None]) -> Float[Tensor, "1"]:
-        logits = self.model(input_ids)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), horizon_targets(input_ids, self.modulus).flatten())
-        backward(loss)
-        return loss.detach()[None]
 
 # %% ../nbs/03_memory_horizon.ipynb #5e95dade
 @torch.no_grad()

@@ -8,13 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from jaxtyping import Float, Int
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .core import check_tensors, choose_backend, wide_dtype
@@ -22,28 +19,29 @@ from .decoder import Decoder, LayerView
 from .llama import Attention, attention_matrix
 from .mamba2 import SSDMixer
 from .ssd import ssd_matrix
-from .training import Language, Objective, Stage, train
+from .training import Backward, CrossEntropy, Objective, Stage, hidden_states, mean_over_chunks, train
 
 # %% auto #0
-__all__ = ['OBJECTIVES', 'comparable', 'orientation_loss', 'LayerByLayer', 'matrix_distance', 'match_matrix', 'alignment_loss',
-           'match_output', 'distillation_loss', 'EndToEnd', 'check_separate', 'distill', 'draw_matrices']
+__all__ = ['OBJECTIVES', 'comparable', 'orientation_loss', 'check_sizes_of', 'LayerByLayer', 'matrix_distance', 'match_matrix',
+           'alignment_loss', 'match_output', 'distillation_loss', 'EndToEnd', 'check_separate', 'distill']
 
 # %% ../nbs/11_mohawk.ipynb #4099c065
 def comparable(
     what: str,  # what is compared, for the message
     student: Float[Tensor, "*shape"],  # the student's
-    teacher: Float[Tensor, "*shape"],  # the teacher's
+    teacher: Float[Tensor, "*of_teacher"],  # the teacher's
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:  # both, in float32 at least
     """Raise ValueError that names both shapes when they differ."""
     if student.shape != teacher.shape:
-        raise ValueError(f"student's {what} has shape {tuple(student.shape)}, teacher's {tuple(teacher.shape)}: they must be the same")
-    wide = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+        shapes = f"student's {what} has shape {tuple(student.shape)}, teacher's {tuple(teacher.shape)}"
+        raise ValueError(f"{shapes}: they must be the same")
+    wide = wide_dtype(student, teacher)
     return student.to(wide), teacher.to(wide)
 
 # %% ../nbs/11_mohawk.ipynb #3373c131
 def orientation_loss(
     student: Float[Tensor, "batch heads len len"],  # the student's matrices
-    teacher: Float[Tensor, "batch heads len len"],  # the teacher's attention matrices
+    teacher: Float[Tensor, "batch teacher_heads len len"],  # the teacher's attention matrices
 ) -> Float[Tensor, ""]:
     """Stage 1: the Frobenius norm of the difference, averaged over batch and heads (Bick et al. 2024, equation 3).
 
@@ -52,11 +50,23 @@ def orientation_loss(
     return torch.linalg.matrix_norm(student - teacher).mean()
 
 # %% ../nbs/11_mohawk.ipynb #9424898c
+def check_sizes_of(teacher: Decoder, student: Decoder, *names: str) -> None:
+    """Raise ValueError that names the first of these sizes in which the models differ."""
+    for name in names:
+        ours, theirs = ({
+            "layers": len(model.backbone.layers),
+            "channels": model.backbone.embedding.embedding_dim,
+            "token ids": model.vocab_size,
+        }[name] for model in (student, teacher))
+        if ours != theirs:
+            raise ValueError(f"student has {ours} {name}, teacher {theirs}: they must be the same")
+
+
 class LayerByLayer:
     """Stages 1 and 2: walk the teacher, and for every layer with a new mixer let the student's layer do the same work.
 
-    The loss of a layer goes backward, and its graph away, before the next layer is looked at: memory does not grow with depth.
-    """
+    The loss of a layer goes backward, and its graph away, before the next layer is looked at: memory does not grow with
+    depth."""
 
     def __init__(
         self,
@@ -65,22 +75,18 @@ class LayerByLayer:
         layer_loss: Callable[[nn.Module, LayerView], Tensor],  # loss of a student's block against a teacher's layer
     ):
         """Raises ValueError when the models differ in depth or width, or the student has no new mixer."""
-        ours, theirs = student.backbone, teacher.backbone
-        sizes = {"layers": [len(m.layers) for m in (ours, theirs)], "channels": [m.embedding.embedding_dim for m in (ours, theirs)]}
-        for name, (our, their) in sizes.items():
-            if our != their:
-                raise ValueError(f"student has {our} {name}, teacher {their}: they must be the same")
-        self.teacher, self.student, self.layer_loss = teacher, student, layer_loss
-        self.layers = [i for i, block in enumerate(ours.layers) if not isinstance(block.mixer, Attention)]
+        check_sizes_of(teacher, student, "layers", "channels")
+        self.models, self.layer_loss = {"teacher": teacher, "student": student}, layer_loss
+        self.layers = [i for i, block in enumerate(student.backbone.layers) if not isinstance(block.mixer, Attention)]
         self.parts = [f"layer {i}" for i in self.layers]
         if not self.layers:
             raise ValueError("every layer of the student keeps its attention: there is nothing to distil")
 
-    def __call__(self, input_ids: Int[Tensor, "batch len"], backward: Callable[[Tensor], None]) -> Float[Tensor, "parts"]:
+    def __call__(self, input_ids: Int[Tensor, "batch len"], backward: Backward) -> Float[Tensor, "parts"]:
         losses = []
-        for layer in self.teacher.walk(input_ids):
+        for layer in self.models["teacher"].walk(input_ids):
             if layer.index in self.layers:
-                loss = self.layer_loss(self.student.backbone.layers[layer.index], layer)
+                loss = self.layer_loss(self.models["student"].backbone.layers[layer.index], layer)
                 backward(loss)
                 losses.append(loss.detach())
             if layer.index == self.layers[-1]:
@@ -159,7 +165,9 @@ def alignment_loss(
     student: Float[Tensor, "batch len d_model"],  # what the student's layer gives
     teacher: Float[Tensor, "batch len d_model"],  # what the teacher's layer gives
 ) -> Float[Tensor, ""]:
-    """Stage 2: the 2-norm of the difference, averaged over tokens (Bick et al. 2024, equation 4). Raises ValueError when shapes differ."""
+    """Stage 2: the 2-norm of the difference, averaged over tokens (Bick et al. 2024, equation 4).
+
+    Raises ValueError when the shapes differ."""
     student, teacher = comparable("output", student, teacher)
     return torch.linalg.vector_norm(student - teacher, dim=-1).mean()
 
@@ -173,8 +181,8 @@ def match_output(
 
 # %% ../nbs/11_mohawk.ipynb #454c82ae
 def distillation_loss(
-    student: Float[Tensor, "batch len vocab"],  # the student's logits
-    teacher: Float[Tensor, "batch len vocab"],  # the teacher's logits
+    student: Float[Tensor, "*tokens vocab"],  # the student's logits
+    teacher: Float[Tensor, "*tokens vocab"],  # the teacher's logits
 ) -> Float[Tensor, ""]:
     """Stage 3: the cross-entropy from the teacher's next-token distribution to the student's, averaged over tokens.
 
@@ -194,14 +202,20 @@ class EndToEnd:
         student: Decoder,  # with the same vocabulary
     ):
         """Raises ValueError when the vocabularies differ."""
-        if teacher.vocab_size != student.vocab_size:
-            raise ValueError(f"student has {student.vocab_size} token ids, teacher {teacher.vocab_size}: they must be the same")
-        self.teacher, self.student = teacher, student
+        check_sizes_of(teacher, student, "token ids")
+        self.models = {"teacher": teacher, "student": student}
 
-    def __call__(self, input_ids: Int[Tensor, "batch len"], backward: Callable[[Tensor], None]) -> Float[Tensor, "1"]:
+    def __call__(self, input_ids: Int[Tensor, "batch len"], backward: Backward) -> Float[Tensor, "1"]:
+        teacher, student = self.models.values()
         with torch.no_grad():
-            target = self.teacher(input_ids)
-        loss = distillation_loss(self.student(input_ids), target)
+            target = hidden_states(teacher, input_ids)
+
+        def of_some(x: Float[Tensor, "tokens width"], target: Float[Tensor, "tokens teacher_width"]) -> Float[Tensor, ""]:
+            with torch.no_grad():
+                target = teacher.head(target)
+            return distillation_loss(student.head(x), target)
+
+        loss = mean_over_chunks(of_some, student.vocab_size, hidden_states(student, input_ids), target)
         backward(loss)
         return loss.detach()[None]
 
@@ -210,7 +224,7 @@ OBJECTIVES: dict[str, Callable[[Decoder, Decoder], Objective]] = {
     "orientation": lambda teacher, student: LayerByLayer(teacher, student, match_matrix),
     "alignment": lambda teacher, student: LayerByLayer(teacher, student, match_output),
     "distillation": EndToEnd,
-    "language": lambda teacher, student: Language(student),
+    "language": lambda teacher, student: CrossEntropy(student),
 }
 
 # %% ../nbs/11_mohawk.ipynb #07bf68e2
@@ -243,41 +257,3 @@ def distill(
     teacher.to(accelerator.device)
     objectives = {stage.objective: OBJECTIVES[stage.objective](teacher, student) for stage in stages if stage.steps}
     return train(student, stages, data, lambda stage: objectives[stage.objective], accelerator=accelerator, **options)
-
-# %% ../nbs/11_mohawk.ipynb #86cde7aa
-@torch.no_grad()
-def draw_matrices(
-    teacher: Decoder,  # the Transformer
-    before: Decoder,  # the student as it began
-    after: Decoder,  # the student after stage 1
-    input_ids: Int[Tensor, "1 len"],  # one text
-    tokens: int = 64,  # how many of its tokens to show
-) -> Figure:
-    """For one head of each new layer (four at most): the teacher's attention matrix above the student's, before and after training.
-
-    Of each layer the head with the median distance after training is shown. Entries on a log scale, without their sign.
-    """
-    new = LayerByLayer(teacher, after, match_matrix).layers
-    layers = [layer for layer in teacher.walk(input_ids[:1, :tokens].to(teacher.device)) if layer.index in new][:4]
-    figure, axes = plt.subplots(3, len(layers), figsize=(1.65 * len(layers) + 1.3, 5.7), squeeze=False, sharex=True, sharey=True,
-                                layout="constrained")
-    for column, layer in zip(axes.T, layers):
-        blocks = [model.backbone.layers[layer.index] for model in (before, after)]
-        matrices = [layer.matrix(), *(block.mixer.matrix(block.input_layernorm(layer.input)) for block in blocks)]
-        distances = [torch.linalg.matrix_norm(torch.sub(*comparable("matrix", matrix, matrices[0])))[0] for matrix in matrices[1:]]
-        head = int(distances[1].argsort()[len(distances[1]) // 2])
-        norm = torch.linalg.matrix_norm(matrices[0])[0, head]
-        notes = [f"layer {layer.index}, head {head}\nnorm {norm:.2f}", *(f"distance\n{distance[head]:.2f}" for distance in distances)]
-        for axis, matrix, note in zip(column, matrices, notes):
-            entries = matrix[0, head].abs().float().clamp(min=1e-3).cpu()
-            past = torch.ones_like(entries, dtype=torch.bool).tril()
-            image = axis.imshow(entries.where(past, torch.nan).numpy(), norm=LogNorm(1e-3, 1), cmap="magma", interpolation="nearest")
-            axis.text(1, 0.98, note, transform=axis.transAxes, ha="right", va="top", fontsize=7.5)
-            axis.set(xticks=[0, len(entries) - 1], yticks=[0, len(entries) - 1])
-            axis.spines[:].set_visible(False)
-    for axis, name in zip(axes[:, 0], ("teacher", "student before", "student after")):
-        axis.set_ylabel(name)
-    bar = figure.colorbar(image, ax=axes, shrink=0.5, aspect=25, label="size of the entry", extend="min")
-    bar.set_ticks([1e-3, 1e-2, 0.1, 1], labels=["0.001", "0.01", "0.1", "1"])
-    plt.close(figure)
-    return figure

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,22 +20,28 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from filelock import FileLock, Timeout
+from huggingface_hub.utils.sha import sha_fileobj
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from .checkpoint import atomic_directory, read_tensors, write_tensors
+from .checkpoint import atomic_directory, read_json, read_tensors, write_tensors
+from .core import check_sizes, wide_dtype
 from .decoder import Decoder
 
 # %% auto #0
-__all__ = ['Stage', 'Objective', 'Language', 'reached', 'describe', 'optimizer_for', 'warmup_stable_decay', 'check_finite',
-           'first_bad_layer', 'train_step', 'replace_text', 'Metrics', 'Run', 'write_state', 'read_state', 'Progress',
-           'training_state', 'restore', 'train_stage', 'check_settings', 'train']
+__all__ = ['Backward', 'LOGITS', 'FILES', 'Stage', 'Objective', 'hidden_states', 'mean_over_chunks', 'next_tokens',
+           'CrossEntropy', 'reached', 'describe', 'optimizer_for', 'warmup_stable_decay', 'first_bad', 'train_step',
+           'replace_text', 'read_metrics', 'Run', 'hold', 'check_config', 'forget', 'read_checkpoint', 'write_state',
+           'read_state', 'checksum', 'seal', 'Progress', 'training_state', 'restore', 'FreshBatches', 'freeze',
+           'train_stage', 'check_settings', 'train']
 
 # %% ../nbs/10_training.ipynb #9dda318b
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a training run: what is minimised, for how long, how fast. Raises ValueError for a number that makes no sense."""
+    """One stage of a training run: what is minimised, for how long, how fast. Raises ValueError for senseless numbers."""
 
     objective: str  # "orientation", "alignment", "distillation" (MOHAWK's three) or "language" (next-token prediction)
     steps: int  # optimiser steps; 0: the stage is left out
@@ -58,47 +64,87 @@ class Stage:
                 raise ValueError(f"stage {self.objective}: {name} is {getattr(self, name)}: it must be {wanted}")
 
 # %% ../nbs/10_training.ipynb #cc67054e
+Backward = Callable[[Tensor], None]  # takes the loss of a part
+
+
 class Objective(Protocol):
     """Something to minimise, as a sum of parts (for MOHAWK's first stages: one part a layer)."""
 
     parts: Sequence[str]  # what to call each part in a message
+    models: dict[str, Decoder]  # what data goes through, in this order: where to look for the first NaN
 
-    def __call__(self, input_ids: Int[Tensor, "batch len"], backward: Callable[[Tensor], None]) -> Float[Tensor, "parts"]:
-        """Call `backward` on the loss of each part as soon as it is there, so that its graph can be freed; return the losses.
+    def __call__(self, input_ids: Int[Tensor, "batch len"], backward: Backward) -> Float[Tensor, "parts"]:
+        """Call `backward` on the loss of each part as soon as it is there, so that its graph can be freed; return losses.
 
-        Each loss must be a mean over the rows of the batch: micro-batches and processes rely on it.
-        """
+        Each loss must be a mean over the rows of the batch: micro-batches and processes rely on it."""
+
+# %% ../nbs/10_training.ipynb #733bb24b
+LOGITS = 2**24  # how many are alive at a time, 64 MiB in float32
 
 
-class Language:
-    """Next-token prediction: cross-entropy between the model's logits and the text."""
+def hidden_states(model: Decoder, input_ids: Int[Tensor, "batch len"]) -> Float[Tensor, "tokens d_model"]:
+    """What leaves the last block, all tokens in one row. Raises ValueError for ids that are not the model's."""
+    model.check_ids(input_ids)
+    return model.hidden(input_ids).flatten(0, 1)
 
-    parts = ("text",)
 
-    def __init__(self, model: Decoder):
-        self.model = model
+def mean_over_chunks(
+    loss: Callable[..., Tensor],  # mean loss of some tokens, from their slices of `tensors`; makes logits
+    vocab_size: int,  # logits that a token takes
+    *tensors: Tensor,  # one row a token
+) -> Float[Tensor, ""]:
+    """The mean loss of all tokens, exactly. No more than LOGITS logits are alive at a time, forward and backward."""
+    size, tokens = max(1, LOGITS // vocab_size), len(tensors[0])
+    if tokens <= size:
+        return loss(*tensors)
+    chunks = zip(*(tensor.split(size) for tensor in tensors))
+    return sum(len(rows[0]) / tokens * checkpoint(loss, *rows, use_reentrant=False) for rows in chunks)
 
-    def __call__(self, input_ids: Int[Tensor, "batch len"], backward: Callable[[Tensor], None]) -> Float[Tensor, "1"]:
-        logits = self.model(input_ids[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].flatten())
+# %% ../nbs/10_training.ipynb #874879c4
+def next_tokens(input_ids: Int[Tensor, "batch len"]) -> Int[Tensor, "batch len"]:
+    """The target of a language model: at each position the token after it, at the last one nothing (-100)."""
+    return F.pad(input_ids[:, 1:], (0, 1), value=-100)
+
+
+class CrossEntropy:
+    """Cross-entropy between a model's logits and targets that a function makes of the tokens."""
+
+    def __init__(
+        self,
+        model: Decoder,  # makes the logits
+        targets: Callable[[Tensor], Tensor] = next_tokens,  # ids (batch, len) to as many targets; -100: nothing is asked
+        part: str = "text",  # what to call the loss in a message
+    ):
+        self.targets, self.parts, self.models = targets, (part,), {"model": model}
+
+    def __call__(self, input_ids: Int[Tensor, "batch len"], backward: Backward) -> Float[Tensor, "1"]:
+        """The mean over the positions where something is asked, as many in each row. Raises ValueError if there are none."""
+        model, targets = self.models["model"], self.targets(input_ids).flatten()
+        asked = targets != -100
+        if not asked.any():
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: too short to ask for anything")
+
+        def of_some(x: Float[Tensor, "tokens d_model"], wanted: Int[Tensor, "tokens"]) -> Float[Tensor, ""]:
+            logits = model.head(x)
+            return F.cross_entropy(logits.to(wide_dtype(logits)), wanted)
+
+        loss = mean_over_chunks(of_some, model.vocab_size, hidden_states(model, input_ids)[asked], targets[asked])
         backward(loss)
         return loss.detach()[None]
 
 # %% ../nbs/10_training.ipynb #77c49258
 def reached(
-    model: nn.Module,  # the model to be trained
+    model: nn.Module,  # the model to be trained; a parameter without requires_grad is left alone
     objective: Objective,  # what is minimised
-    input_ids: Int[Tensor, "batch len"],  # a few tokens
+    input_ids: Int[Tensor, "batch len"],  # a few texts
 ) -> dict[str, int]:  # parameter name -> how many of its entries a gradient reaches; 0: frozen
-    """What an objective trains, measured: freeze every parameter that no gradient reaches, and count the entries of the others.
+    """What an objective trains, measured: freeze every parameter that no gradient reaches, count entries of the others.
 
-    A parameter is frozen when it has no part in the loss. When it has one, but its gradient is zero in every entry, then a
-    zero further on hides it for the moment, as in a fresh output projection that starts at zero: it trains.
-    """
-    model.requires_grad_(True)
+    A parameter is frozen when it has no part in the loss. When it has one, but its gradient is zero in every entry, then
+    a zero further on hides it for the moment, as in a fresh output projection that starts at zero: it trains."""
     model.zero_grad()
-    with torch.random.fork_rng([input_ids.device] if input_ids.is_cuda else []):  # a look must not change what comes after it
-        objective(input_ids, lambda loss: loss.backward())
+    with torch.random.fork_rng([input_ids.device] if input_ids.is_cuda else []):  # a look must not change what follows
+        objective(input_ids, lambda loss: loss.requires_grad and loss.backward())
     counts = {}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, parameter in model.named_parameters():
@@ -114,11 +160,9 @@ def describe(model: nn.Module, counts: dict[str, int]) -> str:
     """What trains and what is frozen, a line for each kind of parameter."""
     kinds: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
-        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        row = kinds.setdefault(kind, [0, 0])
-        row[0] += counts[name]
-        row[1] += parameter.numel()
-    lines = [f"  {kind}: {some:,}" + (f" of {all_:,}" if some < all_ else "") for kind, (some, all_) in kinds.items() if some]
+        kind = kinds.setdefault(".".join("*" if part.isdigit() else part for part in name.split(".")), [0, 0])
+        kind[:] = kind[0] + counts[name], kind[1] + parameter.numel()
+    lines = [f"  {kind}: {n:,}" + (f" of {total:,}" if n < total else "") for kind, (n, total) in kinds.items() if n]
     trained, total = sum(counts.values()), sum(p.numel() for p in model.parameters())
     return "\n".join([f"trains {trained:,} of {total:,} parameters, the rest is frozen:", *lines])
 
@@ -149,22 +193,19 @@ def warmup_stable_decay(
     return max(floor, stage.lr * min(rise, fall))
 
 # %% ../nbs/10_training.ipynb #d09c1252
-def check_finite(values: Tensor, names: Sequence[str], where: str) -> None:
-    """Raise FloatingPointError that names the first value that is nan or infinite."""
-    if not values.isfinite().all():
-        index = int((~values.isfinite()).nonzero()[0])
-        raise FloatingPointError(f"{where}: the loss of {names[index]} is {values[index].item()}")
-
-
 @torch.no_grad()
-def first_bad_layer(model: Decoder, input_ids: Int[Tensor, "batch len"]) -> str:
-    """Where a nan or an infinity first appears in a forward pass: the embedding, a layer, the head, or nowhere."""
-    for layer in model.walk(input_ids):
-        if layer.index == 0 and not layer.input.isfinite().all():
-            return "the embedding"
-        if not layer.output.isfinite().all():
-            return f"layer {layer.index}"
-    return "the head" if not model(input_ids).isfinite().all() else "no layer"
+def first_bad(models: dict[str, Decoder], input_ids: Int[Tensor, "batch len"], rows: int) -> str:
+    """Where a nan or an infinity first appears when `rows` texts at a time go through the models, one after the other."""
+    for name, model in models.items():
+        for texts in input_ids.split(rows):
+            for layer in model.walk(texts):
+                if not layer.input.isfinite().all():
+                    return f"the first bad value comes out of the embedding of the {name}"
+                if not layer.output.isfinite().all():
+                    return f"the first bad value comes out of layer {layer.index} of the {name}"
+            if not model(texts).isfinite().all():
+                return f"the first bad value comes out of the head of the {name}"
+    return f"what comes out of every layer of the {' and the '.join(models)} is finite"
 
 # %% ../nbs/10_training.ipynb #aa6b307e
 def train_step(
@@ -174,21 +215,24 @@ def train_step(
     input_ids: Int[Tensor, "batch len"],  # this process's rows of the batch
     optimizer: torch.optim.Optimizer,  # over the parameters that train
     accelerator: Accelerator,  # device, precision, processes
-    micro_batch_size: int,  # rows that go through the model at a time
+    rows: int,  # texts that go through the model at a time
     where: str,  # what to call this step in a message
 ) -> tuple[Float[Tensor, "parts"], float]:  # the loss of each part, the norm of the gradient before clipping
-    """One optimiser step. Raises FloatingPointError, before anything is changed, when a loss or the gradient is not finite."""
+    """One optimiser step. Raises FloatingPointError that names the part, the model and the layer when a loss or the gradient
+    is not finite, before anything is changed."""
     losses = torch.zeros(len(objective.parts), device=input_ids.device)
-    for rows in input_ids.split(micro_batch_size):
-        share = len(rows) / len(input_ids)
+    for texts in input_ids.split(rows):
+        share = len(texts) / len(input_ids)
         with accelerator.autocast():
-            losses += share * objective(rows, lambda loss: accelerator.backward(share * loss))
+            losses += share * objective(texts, lambda loss: loss.requires_grad and accelerator.backward(share * loss))
     trained = [p for p in model.parameters() if p.grad is not None]
     if accelerator.num_processes > 1:
         losses = accelerator.reduce(losses, "mean")
         for parameter in trained:
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
-    check_finite(losses, objective.parts, where)
+    for name, loss in zip(objective.parts, losses.tolist()):
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{where}: the loss of {name} is {loss}; {first_bad(objective.models, input_ids, rows)}")
     norm = accelerator.clip_grad_norm_(trained, stage.clip)
     if not norm.isfinite():
         raise FloatingPointError(f"{where}: the losses are finite, but the norm of the gradient is {norm.item()}")
@@ -204,39 +248,23 @@ def replace_text(file: Path, text: str) -> None:
     unfinished.replace(file)
 
 
-class Metrics:
-    """The file metrics.jsonl of a directory: one JSON object a line."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    def log(self, **record) -> None:
-        """Append one line."""
-        with open(self.path / "metrics.jsonl", "a") as handle:
-            handle.write(json.dumps(record) + "\n")
-
-    def metrics(self) -> list[dict]:
-        """All lines. A kill may have cut the last one short: then it is left out. Raises ValueError for any other bad line."""
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        records = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                records.append(json.loads(line))
-            except ValueError as err:
-                if number < len(lines):
-                    raise ValueError(f"{file}: line {number} is not JSON ({err})") from err
-        return records
-
-    def forget_after(self, step: int) -> None:
-        """Drop the lines that were logged after a step, and a half-written one: a resumed run writes them again."""
-        if (self.path / "metrics.jsonl").exists():
-            kept = [record for record in self.metrics() if record.get("step", 0) <= step]
-            replace_text(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+def read_metrics(path: str | Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl. A kill may have cut the last one short: then it is left out. Raises ValueError
+    that names any other line which is no JSON object."""
+    file, records = Path(path) / "metrics.jsonl", []
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as err:
+            if number < len(lines):
+                raise ValueError(f"{file}: line {number} is no JSON object ({err})") from err
+    return records
 
 # %% ../nbs/10_training.ipynb #b404759b
-class Run(Metrics):
-    """A directory that holds a run: config.json, metrics.jsonl, checkpoints/, and whatever is added at the end."""
+class Run:
+    """A directory that holds a run: config.json, metrics.jsonl, checkpoints/, and whatever is added at the end. The first
+    write takes its lock, which ends with the `Run` or with its process: one process at a time writes."""
 
     def __init__(
         self,
@@ -245,57 +273,109 @@ class Run(Metrics):
         resume: bool = False,  # go on with the run that is there
         keep: int = 2,  # newest checkpoints that are kept
     ):
-        """Begin or reopen a run. Raises FileExistsError when there is one and it is not to be resumed, ValueError when its
-        config differs, FileNotFoundError when there is none to resume."""
-        super().__init__(path)
-        if keep < 1:
-            raise ValueError(f"keep is {keep}: it must be at least 1")
-        self.keep, config = keep, json.loads(json.dumps(config))  # as it will be read
-        file = self.path / "config.json"
-        if resume:
-            if not file.is_file():
-                raise FileNotFoundError(f"{path}: there is no run to resume")
-            before = json.loads(file.read_text())
-            changed = sorted(key for key in before.keys() | config.keys() if before.get(key) != config.get(key))
-            if changed:
-                raise ValueError(f"{path}: cannot resume, these settings differ from the run's: {', '.join(changed)}")
-        else:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*"))):
-                raise FileExistsError(f"{path}: there is a run already; resume it, remove it, or choose another directory")
+        """Begin or reopen a run. Raises FileExistsError when there is one and it is not to be resumed, FileNotFoundError
+        when there is none to resume, ValueError when its config differs or cannot be read."""
+        check_sizes(keep=keep)
+        self.path, self.keep, config = Path(path), keep, json.loads(json.dumps(config))  # as it will be read
+        self.lock = FileLock(self.path.resolve() / ".lock", timeout=0, thread_local=False, is_singleton=True)
+        check_config(self.path, config, resume)
+        if not resume:
             self.path.mkdir(parents=True, exist_ok=True)
-            replace_text(file, json.dumps(config, indent=2) + "\n")
+            hold(self.lock)
+            replace_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def log(self, **record) -> None:
+        """Append one line to metrics.jsonl."""
+        hold(self.lock)
+        with open(self.path / "metrics.jsonl", "a") as handle:
+            handle.write(json.dumps(record) + "\n")
+
+    def metrics(self) -> list[dict]:
+        """All lines of metrics.jsonl: see `read_metrics`."""
+        return read_metrics(self.path)
 
     def checkpoints(self) -> list[Path]:
-        """The checkpoints, oldest first. A directory is renamed to its name when it is whole, so that all of them are."""
+        """The checkpoints, oldest first. A directory is renamed to its name when all of it is written."""
         return sorted((self.path / "checkpoints").glob("step-*"))
 
     def save(self, step: int, model: nn.Module, state: dict) -> None:
         """Save weights and training state atomically, then drop what is older than the newest `keep`. Raises OSError."""
+        hold(self.lock)
         with atomic_directory(self.path / "checkpoints" / f"step-{step:08d}") as directory:
             write_state(directory / "training.pt", state)
             write_tensors(directory / "weights.safetensors", model.state_dict())
+            seal(directory)
         for old in self.checkpoints()[: -self.keep]:
             shutil.rmtree(old.rename(old.with_name(f".{old.name}-old")))
 
     def load(self, model: nn.Module) -> dict | None:
-        """Load the newest checkpoint into `model`; its training state, or None when there is no checkpoint."""
-        if not self.checkpoints():
-            return None
-        newest = self.checkpoints()[-1]
-        state = read_state(newest / "training.pt")
-        try:
-            model.load_state_dict(read_tensors(newest / "weights.safetensors"), strict=True)
-        except RuntimeError as err:
-            raise ValueError(f"{newest}: the weights do not fit the model: {' '.join(str(err).split())}") from err
-        return state
+        """Load the newest checkpoint into `model`: see `read_checkpoint`. None when there is no checkpoint."""
+        return read_checkpoint(self.checkpoints(), model) if self.checkpoints() else None
 
     def forget_after(self, step: int) -> None:
-        """Drop what a killed run left behind: lines that were logged after a step, directories that were not finished."""
-        super().forget_after(step)
-        for unfinished in (self.path / "checkpoints").glob(".step-*"):
-            shutil.rmtree(unfinished)
+        """Drop lines that a killed run logged after a step, and what it had not finished."""
+        hold(self.lock)
+        forget(self.path, step)
+
+# %% ../nbs/10_training.ipynb #d3e1faac
+def hold(lock: FileLock) -> None:
+    """Be the one process that writes. Raises BlockingIOError when another one is."""
+    try:
+        if not lock.is_locked:
+            lock.acquire()
+    except Timeout as err:
+        path = Path(lock.lock_file).parent
+        raise BlockingIOError(f"{path}: another process is writing this run: wait until it ends, or stop it") from err
+
+
+def check_config(path: Path, config: dict, resume: bool) -> None:
+    """Raise an error as `Run` does, for a directory in which no run can begin, or where this one cannot go on."""
+    if not resume:
+        if path.exists() and (not path.is_dir() or any(path.glob("[!.]*"))):
+            raise FileExistsError(f"{path}: there is a run already; resume it, remove it, or choose another directory")
+        return
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: there is no run to resume")
+    before = read_json(path / "config.json")
+    changed = sorted(key for key in before.keys() | config.keys() if before.get(key) != config.get(key))
+    if changed:
+        raise ValueError(f"{path}: cannot resume, these settings differ from the run's: {', '.join(changed)}")
+
+
+def forget(path: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl after a step, and what was being written when a process was killed."""
+    if (path / "metrics.jsonl").exists():
+        kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record.get("step", 0) <= step]
+        replace_text(path / "metrics.jsonl", "".join(kept))
+    for pattern in (".config.json", ".metrics.jsonl", f".*-{'[0-9a-f]' * 8}", "checkpoints/.step-*"):
+        for left in path.glob(pattern):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def read_checkpoint(checkpoints: Sequence[Path], model: nn.Module) -> dict:
+    """Load the last checkpoint into a model; its training state.
+
+    Raises ValueError that names a damaged file and the checkpoint to go on from, or what does not fit the model."""
+    *older, newest = checkpoints
+    try:
+        written = read_json(newest / "checksums.json")
+        for name in FILES:
+            if checksum(newest / name) != written.get(name):
+                raise ValueError(f"{newest / name}: damaged, its checksum is not the one that was written")
+        state, weights = read_state(newest / FILES[0]), read_tensors(newest / FILES[1])
+    except (ValueError, FileNotFoundError) as err:
+        hint = f"remove {newest} to go on from {older[-1].name}" if older else "there is none before it, begin a new run"
+        raise ValueError(f"{err}; {hint}") from err
+    try:
+        model.load_state_dict(weights, strict=True)  # into the model's own tensors, on their device and in their type
+    except RuntimeError as err:
+        raise ValueError(f"{newest}: the weights do not fit the model: {' '.join(str(err).split())}") from err
+    return state
 
 # %% ../nbs/10_training.ipynb #81e58c0e
+FILES = ("training.pt", "weights.safetensors")  # of a checkpoint
+
+
 def write_state(file: Path, state: dict) -> None:
     """Write a training state. Raises OSError."""
     try:
@@ -312,41 +392,49 @@ def read_state(file: Path) -> dict:
     except (pickle.UnpicklingError, EOFError, RuntimeError) as err:
         raise ValueError(f"{file}: damaged, or not a training state ({str(err).splitlines()[0]})") from err
 
+
+def checksum(file: Path) -> str:
+    """SHA-256 of a file. Raises FileNotFoundError."""
+    with open(file, "rb") as handle:
+        return sha_fileobj(handle).hex()
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the checksums of a checkpoint that is complete."""
+    replace_text(checkpoint / "checksums.json", json.dumps({name: checksum(checkpoint / name) for name in FILES}))
+
 # %% ../nbs/10_training.ipynb #7af9d09e
-class Progress:
+class Progress(tqdm):
     """How far a stage has come: a bar on a terminal, a line every ten seconds in a file or a notebook."""
 
     def __init__(self, stage: Stage, done: int, shown: bool):
-        self.stage, self.shown, self.printed = stage, shown, time.monotonic()
-        self.bar = tqdm(total=stage.steps, initial=done, desc=stage.objective, unit="step", file=sys.stdout, mininterval=0.5,
-                        disable=not (shown and sys.stdout.isatty()), bar_format="{l_bar}{bar:20}{r_bar}")
+        self.lines, self.printed = shown and not sys.stdout.isatty(), time.monotonic()
+        super().__init__(
+            total=stage.steps, initial=done, desc=stage.objective, unit="step", file=sys.stdout, mininterval=0.5,
+            disable=self.lines or not shown, bar_format="{l_bar}{bar:20}{r_bar}")
 
     def show(self, done: int, record: dict) -> None:
         """A step has been taken."""
         loss, speed = f"{record['loss']:.4f}", f"{record['tokens_per_second']:.0f}"
-        self.bar.set_postfix(loss=loss, tokens_s=speed, refresh=False)
-        self.bar.update()
-        due = time.monotonic() - self.printed >= 10 or done == self.stage.steps
-        if self.shown and self.bar.disable and due:
-            print(f"{self.stage.objective}: step {done} of {self.stage.steps}, loss {loss}, {speed} tokens/s", flush=True)
+        self.set_postfix(loss=loss, tokens_s=speed, refresh=False)
+        self.update()
+        if self.lines and (time.monotonic() - self.printed >= 10 or done == self.total):
+            print(f"{record['stage']}: step {done} of {self.total}, loss {loss}, {speed} tokens/s", flush=True)
             self.printed = time.monotonic()
 
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self.bar.close()
-
 # %% ../nbs/10_training.ipynb #1db95353
-def training_state(step: int, stages: Sequence[Stage], data, device: torch.device, optimizer: torch.optim.Optimizer | None) -> dict:
+def training_state(step: int, stages: Sequence[Stage], data, device: torch.device, **in_stage) -> dict:
     """What a run needs besides the weights to go on after `step`; `stages` are those that have begun."""
     random = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
-    state = {"step": step, "stages": [asdict(stage) for stage in stages], "data": data.state_dict(), "random": random}
-    return state if optimizer is None else state | {"optimizer": optimizer.state_dict()}
+    begun = [asdict(stage) for stage in stages]
+    return {"step": step, "stages": begun, "data": data.state_dict(), "random": random, **in_stage}
 
 
 def restore(state: dict, stages: Sequence[Stage], data, device: torch.device) -> int:
-    """Put data and random numbers back, and return the step. Raises ValueError when the run was made by other stages."""
+    """Put data and random numbers back; the step. Raises ValueError when the run was made by other stages, or `data` says
+    that its text is another one."""
     begun = [Stage(**stage) for stage in state["stages"]]
     if begun != list(stages[: len(begun)]):
         raise ValueError(f"cannot resume, the run's stages were {begun}, not {list(stages[: len(begun)])}")
@@ -356,7 +444,42 @@ def restore(state: dict, stages: Sequence[Stage], data, device: torch.device) ->
         torch.cuda.set_rng_state(state["random"]["cuda"], device)
     return state["step"]
 
+# %% ../nbs/10_training.ipynb #68bbe43c
+class FreshBatches:
+    """Endless batches that a function draws; a killed run goes on with the same numbers."""
+
+    def __init__(
+        self,
+        draw: Callable[[int, torch.Generator], Tensor],  # number of the batch, from 0, source of randomness -> ids
+        seed: int = 0,  # of the source of randomness
+    ):
+        self.draw, self.step, self.generator = draw, 0, torch.Generator().manual_seed(seed)
+
+    def next(self) -> Int[Tensor, "batch len"]:
+        """The next batch."""
+        self.step += 1
+        return self.draw(self.step - 1, self.generator)
+
+    def state_dict(self) -> dict:
+        """The number of batches so far, and where in the stream of random numbers it is."""
+        return {"step": self.step, "random": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go back to where `state_dict` was called."""
+        self.step = state["step"]
+        self.generator.set_state(state["random"])
+
 # %% ../nbs/10_training.ipynb #341b9099
+def freeze(model: nn.Module, counts: dict[str, int], stage: Stage) -> None:
+    """Train what `counts`, from `reached`, says. Raises ValueError when that is nothing, or something that is frozen."""
+    if not any(counts.values()):
+        raise ValueError(f"stage {stage.objective}: no gradient reaches a parameter that has requires_grad")
+    for name, parameter in model.named_parameters():
+        if counts[name] and not parameter.requires_grad:
+            raise ValueError(f"cannot resume, {name} was trained in stage {stage.objective} and is frozen now")
+        parameter.requires_grad_(counts[name] > 0)
+
+
 def train_stage(
     model: Decoder,  # what is trained
     stages: Sequence[Stage],  # those that have begun; the last one is run
@@ -364,67 +487,73 @@ def train_stage(
     data,  # `Batches` or `StreamBatches`
     *,
     state: dict | None,  # training state of a checkpoint within this stage; None: from its beginning
-    run: Run | None,  # where to log and save
+    run: Run | None,  # where this process logs and saves
     accelerator: Accelerator,
     save_every: int,  # steps between checkpoints; 0: only at the end of a stage
     micro_batch_size: int | None,  # None: the whole batch at once
     after_step: Callable[[int, Stage], None] | None,  # called after every step
     progress: bool,  # show how far it is
 ) -> list[dict]:  # a record a step
-    """Run one stage, or the rest of it."""
-    stage, first = stages[-1], sum(stage.steps for stage in stages[:-1])
-    probe = torch.randint(model.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0)).to(accelerator.device)
-    counts = reached(model, objective, probe)
-    optimizer, done = optimizer_for(model, stage), 0
-    if state is not None:
+    """Run one stage, or the rest of it. Raises ValueError when no parameter of it may train."""
+    stage, first, records = stages[-1], sum(stage.steps for stage in stages[:-1]), []
+    input_ids = data.next().to(accelerator.device)
+    if state is None:
+        with accelerator.autocast():
+            state = {"step": first, "trains": reached(model, objective, broadcast(input_ids[:micro_batch_size].clone()))}
+    done, counts = state["step"] - first, state["trains"]
+    freeze(model, counts, stage)
+    optimizer = optimizer_for(model, stage)
+    if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
-        done = state["step"] - first
     if progress:
-        accelerator.print(f"\n{stage.objective}: {stage.steps} steps, lr {stage.lr:g}; {describe(model, counts)}", flush=True)
-    records = []
-    with closing(Progress(stage, done, progress and accelerator.is_main_process)) as shown:
+        accelerator.print(f"\n{stage.objective}: {stage.steps} steps, lr {stage.lr:g}; {describe(model, counts)}")
+    with Progress(stage, done, progress and accelerator.is_main_process) as shown:
         for index in range(done, stage.steps):
             began, step = time.perf_counter(), first + index + 1
             for group in optimizer.param_groups:
                 group["lr"] = warmup_stable_decay(index, stage)
-            input_ids = data.next().to(accelerator.device)
+            input_ids = input_ids if index == done else data.next().to(accelerator.device)
             where, rows = f"stage {stage.objective}, step {index + 1} of {stage.steps}", micro_batch_size or len(input_ids)
-            try:
-                losses, norm = train_step(model, stage, objective, input_ids, optimizer, accelerator, rows, where)
-            except FloatingPointError as err:
-                places = (first_bad_layer(model, part) for part in input_ids.split(rows))
-                place = next((place for place in places if place != "no layer"), "no layer")
-                raise FloatingPointError(f"{err}; in a forward pass of this model the first bad value is in {place}") from err
+            losses, norm = train_step(model, stage, objective, input_ids, optimizer, accelerator, rows, where)
             tokens = input_ids.numel() * accelerator.num_processes
-            records.append({"step": step, "stage": stage.objective, "loss": losses.mean().item(), "parts": losses.tolist(),
-                            "lr": optimizer.param_groups[0]["lr"], "gradient_norm": norm, "tokens": tokens,
-                            "tokens_per_second": tokens / (time.perf_counter() - began)})
+            records.append({
+                "step": step, "stage": stage.objective, "loss": losses.mean().item(), "parts": losses.tolist(),
+                "lr": optimizer.param_groups[0]["lr"], "gradient_norm": norm, "tokens": tokens,
+                "tokens_per_second": tokens / (time.perf_counter() - began)})
             shown.show(index + 1, records[-1])
-            if run is not None and accelerator.is_main_process:
+            if run is not None:
                 run.log(**records[-1])
                 if save_every and step % save_every == 0 and index + 1 < stage.steps:
-                    run.save(step, model, training_state(step, stages, data, accelerator.device, optimizer))
+                    of_stage = {"optimizer": optimizer.state_dict(), "trains": counts}
+                    run.save(step, model, training_state(step, stages, data, accelerator.device, **of_stage))
             if after_step is not None:
                 after_step(step, stage)
     return records
 
 # %% ../nbs/10_training.ipynb #31ba81a6
-def check_settings(data, accelerator: Accelerator, save_every: int, micro_batch_size: int | None) -> None:
-    """Raise ValueError for settings of `train` that do not fit."""
-    if save_every < 0:
-        raise ValueError(f"save_every is {save_every}: it must be at least 0")
-    if micro_batch_size is not None and micro_batch_size < 1:
-        raise ValueError(f"micro_batch_size is {micro_batch_size}: it must be at least 1, or None for the whole batch")
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise ValueError(f"mixed_precision is {accelerator.mixed_precision!r}: it must be 'no' or 'bf16', which need no loss scaling")
+def check_settings(model: nn.Module, data, accelerator: Accelerator, save_every: int, rows: int | None) -> None:
+    """Raise ValueError for what would not train, or not as `train` says."""
     mine = (accelerator.process_index, accelerator.num_processes)
     given = (getattr(data, "rank", 0), getattr(data, "world_size", 1))
-    if given != mine:
-        raise ValueError(f"data has rank {given[0]} and world_size {given[1]}: this process needs {mine[0]} and {mine[1]}")
+    for good, message in (
+        (save_every >= 0, f"save_every is {save_every}: it must be at least 0"),
+        (rows is None or rows >= 1, f"micro_batch_size is {rows}: it must be at least 1, or None for the whole batch"),
+        (accelerator.mixed_precision in ("no", "bf16"), f"mixed_precision is {accelerator.mixed_precision!r}: it must be "
+         "'no' or 'bf16', which need no loss scaling"),
+        (accelerator.gradient_accumulation_steps == 1, "gradient_accumulation_steps is "
+         f"{accelerator.gradient_accumulation_steps}: it must be 1; micro_batch_size cuts a batch into pieces"),
+        (given == mine, f"data has rank {given[0]} and world_size {given[1]}: this process needs {mine[0]} and {mine[1]}"),
+    ):
+        if not good:
+            raise ValueError(message)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"{name} is {parameter.dtype}, in which AdamW cannot train: load the model in float32; "
+                             "mixed precision 'bf16' saves time and memory")
 
 # %% ../nbs/10_training.ipynb #5d3e3e94
 def train(
-    model: Decoder,  # what is trained, in place
+    model: Decoder,  # what is trained, in place; a parameter without requires_grad is not
     stages: Sequence[Stage],  # one after the other, each with a new optimiser
     data,  # `Batches` or `StreamBatches`, for the rank and world_size of this process
     objective_for: Callable[[Stage], Objective],  # what a stage minimises
@@ -436,37 +565,42 @@ def train(
     after_step: Callable[[int, Stage], None] | None = None,  # called after every step, with the steps so far
     after_stage: Callable[[int, Stage], None] | None = None,  # called when a stage is done, with the steps so far
     progress: bool = True,  # print what trains and show how far it is
-) -> list[dict]:  # a record for each step of this call: step, stage, loss, parts, lr, gradient_norm, tokens, tokens_per_second
+) -> list[dict]:  # for each step of this call: step, stage, loss, parts, lr, gradient_norm, tokens, tokens_per_second
     """Train through the stages, from the beginning or from the newest checkpoint of `run`.
 
-    Raises FloatingPointError that names stage, step and part when a loss is not finite: nothing is updated then, and saved
-    checkpoints stay. Raises OSError when saving fails, ValueError for settings that do not fit. `after_stage` is called
-    before the checkpoint of the stage's end is written: a kill in between, and it is called again."""
+    Raises FloatingPointError that names stage, step, part, model and layer when a loss is not finite: nothing is updated
+    then, and saved checkpoints stay. Raises OSError when saving fails or another process writes `run`, ValueError for
+    settings, models and checkpoints that do not fit. `after_stage` is called before the checkpoint of the stage's end is
+    written: a kill in between, and it is called again."""
     accelerator = accelerator or Accelerator()
-    check_settings(data, accelerator, save_every, micro_batch_size)
+    check_settings(model, data, accelerator, save_every, micro_batch_size)
     model.to(accelerator.device)
+    writer = run if accelerator.is_main_process else None
+    if writer is not None:
+        hold(writer.lock)
     state = run.load(model) if run is not None else None
     done = restore(state, stages, data, accelerator.device) if state is not None else 0
-    if run is not None and accelerator.is_main_process:
-        run.forget_after(done)
-    if accelerator.num_processes > 1:
-        for tensor in model.state_dict().values():
-            tensor.copy_(broadcast(tensor))
-    records, last = [], 0
-    try:
-        for number, stage in enumerate(stages, start=1):
-            first, last = last, last + stage.steps
-            if done >= last:
-                continue
-            records += train_stage(model, stages[:number], objective_for(stage), data, state=state if done > first else None,
-                                   run=run, accelerator=accelerator, save_every=save_every,
-                                   micro_batch_size=micro_batch_size, after_step=after_step, progress=progress)
-            if after_stage is not None:
-                after_stage(last, stage)
-            if run is not None and accelerator.is_main_process:
-                run.save(last, model, training_state(last, stages[:number], data, accelerator.device, None))
-    finally:
-        model.requires_grad_(True)
-        model.zero_grad()
+    if writer is not None:
+        writer.forget_after(done)
+    for tensor in model.state_dict().values():
+        tensor.copy_(broadcast(tensor))
+    records, last, flags = [], 0, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for number, stage in enumerate(stages, start=1):
+        first, last = last, last + stage.steps
+        if done >= last:
+            continue
+        try:
+            records += train_stage(
+                model, stages[:number], objective_for(stage), data, state=state if done > first else None, run=writer,
+                accelerator=accelerator, save_every=save_every, micro_batch_size=micro_batch_size,
+                after_step=after_step, progress=progress)
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            model.zero_grad()
+        if after_stage is not None:
+            after_stage(last, stage)
+        if writer is not None:
+            writer.save(last, model, training_state(last, stages[:number], data, accelerator.device))
     accelerator.wait_for_everyone()
     return records

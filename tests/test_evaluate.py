@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 
 from llamba_ref.core import relative_error
 from llamba_ref.data import TokenBlocks, train_tokenizer
-from llamba_ref.evaluate import (Comparison, Evaluation, compare, draw_progress, evaluate, generate_text, prompt_tokens, token_nll, wide)
+from llamba_ref.evaluate import Comparison, Evaluation, compare, evaluate, generate_text, prompt_tokens, token_nll
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba
+from llamba_ref.plots import draw_progress
 
 TOKENIZER = train_tokenizer(["the cat sat on the mat, and the dog sat on the cat", "a man, a plan, a canal: Panama"] * 3, 280)
 V = len(TOKENIZER)
@@ -48,7 +49,7 @@ def test_nll_is_the_sum_over_next_tokens():
 def test_half_precision_is_summed_in_float32():
     ids = blocks_of(4, 64).blocks
     logits = llama()(ids).bfloat16()
-    assert token_nll(logits, ids).dtype == wide(logits).dtype == torch.float32
+    assert token_nll(logits, ids).dtype == torch.float32
     assert relative_error(token_nll(logits, ids), token_nll(logits.double(), ids)) < 1e-6
 
 
@@ -87,9 +88,32 @@ def test_bits_per_byte_does_not_depend_on_the_tokens():
     assert few.perplexity == pytest.approx(many.perplexity**2.5)
 
 
-def test_a_hopeless_model_has_infinite_perplexity():
-    assert Evaluation(1e4, 1, 1.0).perplexity == math.inf and Evaluation(1e4, 1, 1.0).bits_per_byte > 1e4
-    assert math.isnan(Evaluation(math.nan, 1, 1.0).perplexity)
+def test_a_hopeless_model_has_no_perplexity():
+    assert Evaluation(709.0, 1, 1.0).perplexity == math.exp(709) and Evaluation(1e4, 1, 1.0).bits_per_byte > 1e4
+    with pytest.raises(FloatingPointError, match=r"^the student has a loss of 1e\+04: its perplexity is too large$"):
+        Evaluation(1e4, 1, 1.0, "student").perplexity
+    for nll in (math.nan, math.inf):
+        with pytest.raises(FloatingPointError, match=f"^the loss of the model is {nll}"):
+            Evaluation(nll, 1, 1.0)
+
+
+def test_a_model_with_nan_is_named():
+    broken, blocks = llama(1), blocks_of(2, 9)
+    broken.backbone.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="^the loss of the model is nan"):
+        evaluate(broken, blocks)
+    for models, name in (((broken, llama()), "teacher"), ((llama(), broken), "student")):
+        with pytest.raises(FloatingPointError, match=f"^the loss of the {name} is nan"):
+            compare(*models, blocks)
+
+
+def test_a_divergence_that_is_infinite():
+    """Finite losses, but a token that the student rules out and the teacher does not."""
+    student, blocks = llama(), TokenBlocks(torch.zeros(1, 5, dtype=torch.int32), 5, 1, 5)
+    head = student.head
+    student.head = lambda x: head(x).index_fill(-1, torch.tensor([7]), -math.inf)
+    with pytest.raises(FloatingPointError, match="^the divergence of the student from the teacher is inf"):
+        compare(llama(), student, blocks)
 
 
 @pytest.mark.parametrize("blocks, batch_size, message", [(blocks_of(2, 1), 8, "at least 2"), (blocks_of(2, 4), 0, "batch_size is 0")])

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamba_ref.gateloop import GateLoopConfig, GateLoopLM, gateloop
-from llamba_ref.horizon import HorizonBatches, HorizonObjective, horizon_accuracy, horizon_sequences, horizon_targets, since_reset
-from llamba_ref.training import Run, Stage, train
+from llamba_ref.horizon import horizon_accuracy, horizon_sequences, horizon_targets, since_reset
+from llamba_ref.training import CrossEntropy, FreshBatches, Run, Stage, train
 
 
 def by_hand(row, modulus):
@@ -87,7 +87,7 @@ def test_accuracy_by_distance():
 def test_objective_is_the_cross_entropy_of_every_position():
     model, ids = small_model(), horizon_sequences(3, 20)
     losses = []
-    part = HorizonObjective(model)(ids, losses.append)
+    part = CrossEntropy(model, horizon_targets)(ids, losses.append)
     logits = model(ids)
     expected = -logits.log_softmax(-1).gather(-1, horizon_targets(ids)[..., None]).mean()
     assert part.shape == (1,) and part.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -107,7 +107,9 @@ def test_a_run_goes_on_as_if_it_had_not_been_killed(tmp_path):
             torch.manual_seed(0)
             model = small_model()
             try:
-                train(model, stages, HorizonBatches(4, 32), lambda stage: HorizonObjective(model), run=Run(path, {}, resume=resume), save_every=2,
+                data = FreshBatches(lambda step, generator: horizon_sequences(4, 32, generator=generator))
+                objective = CrossEntropy(model, horizon_targets)
+                train(model, stages, data, lambda stage: objective, run=Run(path, {}, resume=resume), save_every=2,
                       accelerator=Accelerator(), progress=False, after_step=None if resume else kill)
             except KeyboardInterrupt:
                 continue

@@ -26,11 +26,11 @@ from llamba_ref.mohawk import (
     comparable,
     distill,
     distillation_loss,
-    draw_matrices,
     match_matrix,
     match_output,
     orientation_loss,
 )
+from llamba_ref.plots import draw_matrices
 from llamba_ref.training import reached
 
 VOCAB, LENGTH, BATCH = 40, 20, 4
@@ -155,10 +155,12 @@ def test_half_precision_is_only_in_the_inputs(loss, shape):
     assert relative_error(out, loss(student.double(), teacher.double())) < 1e-6
 
 
-@pytest.mark.parametrize("loss,what", [(orientation_loss, "matrix"), (alignment_loss, "output"), (distillation_loss, "logits")])
-def test_shapes_that_differ_are_named(loss, what):
-    with pytest.raises(ValueError, match=rf"student's {what} has shape \(2, 3, 4, 4\), teacher's \(2, 1, 4, 4\)"):
-        loss(torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4, 4))  # would broadcast
+@pytest.mark.parametrize("loss,what,size", [(orientation_loss, "matrix", 4), (alignment_loss, "output", 3), (distillation_loss, "logits", 3)])
+def test_shapes_that_differ_are_named(loss, what, size):
+    ours, theirs = (2, 3, 4, 4)[:size], (2, 1, 4, 4)[:size]
+    with pytest.raises(ValueError) as error:
+        loss(torch.zeros(ours), torch.zeros(theirs))  # would broadcast
+    assert str(error.value) == f"student's {what} has shape {ours}, teacher's {theirs}: they must be the same"
 
 
 def test_comparable_takes_the_wider_type():
@@ -409,7 +411,7 @@ def with_mixers(teacher, make):
 def test_other_head_count_is_refused_with_both_shapes():
     teacher = make_teacher()
     student = with_mixers(teacher, lambda: DiscreteMamba2(24, 6, 2, 2))
-    with pytest.raises(ValueError, match=r"student's matrix has shape \(1, 2, 64, 64\), teacher's \(1, 4, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"student's matrix has shape \(4, 2, 20, 20\), teacher's \(4, 4, 20, 20\)"):
         run(teacher, student, [Stage("orientation", 1, 1e-2)])
     run(teacher, student, [Stage("alignment", 1, 1e-2)])  # outputs have no heads: this works
 
@@ -461,7 +463,7 @@ def test_language_is_plain_next_token_prediction():
     teacher, student = pair()
     alone = copy.deepcopy(student)
     records = run(teacher, student, [Stage("language", 4, 1e-2)], Data(new=True))
-    theirs = training.train(alone, [Stage("language", 4, 1e-2)], Data(new=True), lambda stage: training.Language(alone),
+    theirs = training.train(alone, [Stage("language", 4, 1e-2)], Data(new=True), lambda stage: training.CrossEntropy(alone),
                             accelerator=cpu(), progress=False)
     assert equal(weights(student), weights(alone))
     assert [record["loss"] for record in records] == [record["loss"] for record in theirs]

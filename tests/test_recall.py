@@ -12,9 +12,8 @@ from llamba_ref.core import load_result, relative_error
 from llamba_ref.decoder import Backbone, Decoder
 from llamba_ref.gateloop import GateLoop
 from llamba_ref.llama import Llama, LlamaConfig
-from llamba_ref.recall import (RecallBatches, RecallObjective, WithConvolution, memory_length, recall_accuracy, recall_sequences,
-                               recall_targets)
-from llamba_ref.training import Run, Stage, train
+from llamba_ref.recall import WithConvolution, memory_length, recall_accuracy, recall_batches, recall_sequences, recall_targets
+from llamba_ref.training import CrossEntropy, FreshBatches, Run, Stage, train
 
 
 def small_model():
@@ -37,7 +36,9 @@ def test_targets_are_looked_up_in_the_pairs(batch, n_keys, n_values, seed, data)
     pairs = data.draw(st.integers(1, n_keys))
     ids = recall_sequences(batch, pairs, n_keys, n_values, generator=torch.Generator().manual_seed(seed))
     assert ids.shape == (batch, 3 * pairs) and ids.dtype == torch.int64
-    for row, answers in zip(ids.tolist(), recall_targets(ids).tolist()):
+    nothing, asked = recall_targets(ids).split([2 * pairs, pairs], 1)
+    assert (nothing == -100).all()
+    for row, answers in zip(ids.tolist(), asked.tolist()):
         keys, values, queries = row[: 2 * pairs : 2], row[1 : 2 * pairs : 2], row[2 * pairs :]
         assert len(set(keys)) == pairs and sorted(keys) == sorted(queries)
         assert set(keys) <= set(range(n_keys)) and set(values) <= set(range(n_keys, n_keys + n_values))
@@ -66,7 +67,7 @@ def test_bad_sizes(sizes, message):
 
 def test_accuracy_counts_right_answers():
     ids = recall_sequences(50, 6, generator=torch.Generator().manual_seed(0))
-    answers = torch.nn.functional.one_hot(recall_targets(ids), 64).float()
+    answers = torch.nn.functional.one_hot(recall_targets(ids)[:, 12:], 64).float()
     padded = torch.cat([torch.zeros(50, 12, 64), answers], 1)
     assert recall_accuracy(lambda _: padded, ids) == 1
     padded[:25, -3:] = padded[:25, -3:].roll(1, -1)  # half of the answers in half of the rows
@@ -76,18 +77,18 @@ def test_accuracy_counts_right_answers():
 def test_objective_is_the_cross_entropy_where_it_is_asked():
     torch.manual_seed(0)
     model, ids, graphs = small_model(), recall_sequences(5, 7), []
-    found = RecallObjective(model)(ids, graphs.append)
+    found = CrossEntropy(model, recall_targets)(ids, graphs.append)
     log_p = model(ids)[:, 14:].log_softmax(-1)
-    assert relative_error(found[0], -log_p.gather(-1, recall_targets(ids)[..., None]).mean()) < 1e-6
+    assert relative_error(found[0], -log_p.gather(-1, recall_targets(ids)[:, 14:, None]).mean()) < 1e-6
     assert graphs[0].requires_grad and not found.requires_grad
 
 
 def test_batches_take_turns_and_find_their_place_again():
-    data = RecallBatches(32, (2, 4, 16), seed=3)
+    data = FreshBatches(recall_batches(32, (2, 4, 16)), seed=3)
     shapes = [tuple(data.next().shape) for _ in range(4)]
     assert shapes == [(16, 6), (8, 12), (2, 48), (16, 6)]
     state, following = data.state_dict(), [data.next() for _ in range(3)]
-    other = RecallBatches(32, (2, 4, 16), seed=99)
+    other = FreshBatches(recall_batches(32, (2, 4, 16)), seed=99)
     other.load_state_dict(state)
     assert all(torch.equal(other.next(), ids) for ids in following)
 
@@ -100,7 +101,7 @@ def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
         def kill(step, stage):
             if step == stop:
                 raise KeyboardInterrupt
-        train(model, [Stage("recall", 8, 1e-2)], RecallBatches(16, (2, 4), seed=0), lambda stage: RecallObjective(model),
+        train(model, [Stage("recall", 8, 1e-2)], FreshBatches(recall_batches(16, (2, 4))), lambda stage: CrossEntropy(model, recall_targets),
               run=Run(out, {}, resume=(out / "metrics.jsonl").exists()), save_every=3, after_step=kill, progress=False, accelerator=Accelerator(cpu=True))
         return model
 

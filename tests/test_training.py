@@ -28,16 +28,19 @@ from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba
 from llamba_ref.mohawk import OBJECTIVES, distill
 from llamba_ref.training import (
-    Language,
-    Metrics,
+    CrossEntropy,
+    FreshBatches,
     Objective,
     Run,
     Stage,
-    check_finite,
     describe,
-    first_bad_layer,
+    first_bad,
+    mean_over_chunks,
+    next_tokens,
     optimizer_for,
     reached,
+    read_metrics,
+    seal,
     train,
     train_step,
     warmup_stable_decay,
@@ -92,7 +95,7 @@ def go(path, data=None, *, resume=False, model=None, stages=STAGES, accelerator=
     model = model or toy()
     run = Run(path, {"stages": len(stages)}, resume=resume)
     options = {"save_every": 3, "progress": False, **options}
-    records = train(model, stages, data or Data(), lambda stage: Language(model), run=run, accelerator=accelerator or cpu(), **options)
+    records = train(model, stages, data or Data(), lambda stage: CrossEntropy(model), run=run, accelerator=accelerator or cpu(), **options)
     return run, model, records
 
 
@@ -172,8 +175,7 @@ def test_weight_decay_is_for_matrices_only():
 
 def test_language_reaches_everything():
     model = toy()
-    model.requires_grad_(False)
-    counts = reached(model, Language(model), rows(1))
+    counts = reached(model, CrossEntropy(model), rows(1))
     assert counts == {name: p.numel() for name, p in model.named_parameters()}
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
@@ -216,10 +218,10 @@ def test_a_zero_start_hides_nothing():
     model = toy()
     for block in model.backbone.layers:
         torch.nn.init.zeros_(block.mixer.o_proj.weight)
-    counts = reached(model, Language(model), rows(1))
+    counts = reached(model, CrossEntropy(model), rows(1))
     assert counts["backbone.layers.0.mixer.q_proj.weight"] == 16 * 16
     before = copy.deepcopy(model)
-    train(model, [Stage("language", 4, 1e-2, weight_decay=0.0)], Data(), lambda stage: Language(model), accelerator=cpu(), progress=False)
+    train(model, [Stage("language", 4, 1e-2, weight_decay=0.0)], Data(), lambda stage: CrossEntropy(model), accelerator=cpu(), progress=False)
     assert not torch.equal(model.backbone.layers[0].mixer.q_proj.weight, before.backbone.layers[0].mixer.q_proj.weight)
 
 
@@ -279,10 +281,17 @@ def test_gradient_is_clipped_and_its_norm_reported_before():
     assert relative_error(clipped, whole / 10) < 1e-4 and abs(clipped.norm().item() / (norm / 10) - 1) < 1e-4
 
 
-def test_check_finite_names_the_first():
-    check_finite(torch.tensor([1.0, 2.0]), ["a", "b"], "here")
-    with pytest.raises(FloatingPointError, match="^here: the loss of b is inf$"):
-        check_finite(torch.tensor([1.0, float("inf"), float("nan")]), ["a", "b", "c"], "here")
+def test_the_first_loss_that_is_not_finite_is_named():
+    model = toy()
+
+    class Parts:
+        parts, models = ("a", "b", "c"), {"model": model}
+
+        def __call__(self, input_ids, backward):
+            return torch.tensor([1.0, float("inf"), float("nan")])
+
+    with pytest.raises(FloatingPointError, match="^here: the loss of b is inf; .* every layer of the model is finite$"):
+        train_step(model, STAGES[0], Parts(), rows(2), None, cpu(), 2, "here")
 
 
 @pytest.mark.parametrize(
@@ -290,11 +299,12 @@ def test_check_finite_names_the_first():
     [("backbone.embedding.weight", "the embedding"), ("backbone.layers.0.mixer.q_proj.weight", "layer 0"), (PART, "layer 1"),
      ("backbone.final_layernorm.weight", "the head")],
 )
-def test_first_bad_layer(weight, place):
+def test_the_first_bad_layer_is_found(weight, place):
     model = toy()
-    assert first_bad_layer(model, rows(2)) == "no layer"
+    assert first_bad({"model": model}, rows(2), 1) == "what comes out of every layer of the model is finite"
     model.state_dict()[weight].fill_(float("nan"))
-    assert first_bad_layer(model, rows(2)) == place
+    assert first_bad({"teacher": toy(), "student": model}, rows(2), 1).endswith(f"comes out of {place} of the student")
+    assert first_bad({"teacher": model, "student": model}, rows(2), 2).endswith(f"comes out of {place} of the teacher")
 
 
 # NaN in a run
@@ -303,7 +313,7 @@ def test_first_bad_layer(weight, place):
 def test_nan_stops_before_anything_changes(tmp_path):
     model = toy()
     data = Data(8, lambda: model.state_dict()[PART][0, 0].fill_(float("nan")))
-    with pytest.raises(FloatingPointError, match=r"^stage language, step 2 of 5: the loss of text is nan; .* layer 1$"):
+    with pytest.raises(FloatingPointError, match=r"^stage language, step 2 of 5: the loss of text is nan; .* layer 1 of the model$"):
         go(tmp_path / "run", data, model=model, save_every=1)
     run = Run(tmp_path / "run", {"stages": 2}, resume=True)
     assert [record["step"] for record in run.metrics()] == list(range(1, 9))
@@ -318,15 +328,18 @@ def test_nan_stops_before_anything_changes(tmp_path):
 def test_nan_in_a_layer_of_stage_1_is_named():
     teacher, student = pair()
     data = Data(2, lambda: student.backbone.layers[1].mixer.in_proj.weight.data[20].fill_(float("nan")))
-    with pytest.raises(FloatingPointError, match="stage orientation, step 3 of 4: the loss of layer 1 is nan; .* layer 1$"):
+    with pytest.raises(FloatingPointError, match="stage orientation, step 3 of 4: the loss of layer 1 is nan; .* layer 1 of the student$"):
         distill(teacher, student, data, [Stage("orientation", 4, 0.01, 0.0)], accelerator=cpu(), progress=False)
 
 
-def test_nan_of_the_teacher_is_not_blamed_on_the_student():
+@pytest.mark.parametrize("name, part", [("orientation", "layer 1"), ("alignment", "layer 0"), ("distillation", "the logits")])
+def test_nan_of_the_teacher_is_named_as_the_teachers(name, part):
+    """Also where the student gets it as its input, and has nothing but NaN itself."""
     teacher, student = pair()
-    teacher.state_dict()[PART].fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="the loss of layer 1 is nan; .* no layer$"):
-        distill(teacher, student, Data(), [Stage("alignment", 4, 0.01)], accelerator=cpu(), progress=False)
+    teacher.state_dict()["backbone.layers.0.mlp.up_proj.weight"].fill_(float("nan"))
+    wanted = f"the loss of {part} is nan; the first bad value comes out of layer 0 of the teacher$"
+    with pytest.raises(FloatingPointError, match=wanted):
+        distill(teacher, student, Data(), [Stage(name, 4, 0.01)], accelerator=cpu(), progress=False)
 
 
 def test_nan_of_one_row_is_found_in_its_micro_batch():
@@ -335,8 +348,8 @@ def test_nan_of_one_row_is_found_in_its_micro_batch():
     tokens = torch.full((4, LENGTH), 3)
     tokens[3, 0] = 5
     data = Batches(tokens, 4)
-    with pytest.raises(FloatingPointError, match="the embedding$"):
-        train(model, [Stage("language", 2, 0.01)], data, lambda stage: Language(model), accelerator=cpu(), micro_batch_size=1, progress=False)
+    with pytest.raises(FloatingPointError, match="the embedding of the model$"):
+        train(model, [Stage("language", 2, 0.01)], data, lambda stage: CrossEntropy(model), accelerator=cpu(), micro_batch_size=1, progress=False)
 
 
 def test_gradient_that_overflows_alone():
@@ -344,7 +357,7 @@ def test_gradient_that_overflows_alone():
     model = toy()
 
     class Steep:
-        parts = ("steep",)
+        parts, models = ("steep",), {"model": model}
 
         def __call__(self, input_ids, backward):
             loss = (model.backbone.final_layernorm.weight - 1).clamp(min=0).sqrt().sum()
@@ -441,7 +454,7 @@ def test_resume_with_micro_batches_and_distillation(tmp_path):
 def test_random_numbers_go_on_where_they_were(tmp_path):
     """An objective that draws random numbers is resumed exactly too."""
 
-    class Noisy(Language):
+    class Noisy(CrossEntropy):
         def __call__(self, input_ids, backward):
             return super().__call__(input_ids[:, : 8 + int(torch.randint(8, ()))], backward)
 
@@ -472,7 +485,7 @@ def test_load_keeps_type_and_storage(tmp_path):
 def test_stage_of_no_steps_is_left_out():
     model, called = toy(), []
     stages = [Stage("language", 0, 0.1), Stage("language", 2, 0.01)]
-    records = train(model, stages, Data(), lambda stage: Language(model), accelerator=cpu(), progress=False,
+    records = train(model, stages, Data(), lambda stage: CrossEntropy(model), accelerator=cpu(), progress=False,
                     after_stage=lambda step, stage: called.append((step, stage.lr)))
     assert len(records) == 2 and called == [(2, 0.01)]
 
@@ -481,7 +494,7 @@ def test_after_stage_is_called_again_when_killed_before_the_checkpoint(tmp_path,
     calls = []
 
     def evaluate(step, stage):
-        run = Metrics(tmp_path / "run")
+        run = Run(tmp_path / "run", {"stages": 2}, resume=True)
         run.log(step=step, evaluation=1.5)
         calls.append(step)
         if calls == [7]:
@@ -524,11 +537,11 @@ def test_sigkill(tmp_path, unbroken):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    left = Metrics(run).metrics()
+    left = read_metrics(run)
     assert 5 <= len(left) < 12, "the kill came too late to prove anything"
 
     _, model, _ = go(run, resume=True)  # in another process than the one that was killed
-    assert story(Metrics(run).metrics()) == unbroken[0] and equal(model, unbroken[1])
+    assert story(read_metrics(run)) == unbroken[0] and equal(model, unbroken[1])
 
 
 # Checkpoints that are whole or absent
@@ -547,7 +560,7 @@ def test_keep(tmp_path):
 def test_run_keeps_two_checkpoints(tmp_path):
     run, _, _ = go(tmp_path / "run")
     assert [path.name for path in run.checkpoints()] == ["step-00000009", "step-00000012"]
-    assert sorted(file.name for file in run.checkpoints()[0].iterdir()) == ["training.pt", "weights.safetensors"]
+    assert sorted(file.name for file in run.checkpoints()[0].iterdir()) == ["checksums.json", "training.pt", "weights.safetensors"]
 
 
 @pytest.mark.parametrize("function", ["write_state", "write_tensors"])
@@ -622,6 +635,7 @@ def test_checkpoint_that_runs_code_is_refused(tmp_path):
 
     run, _, _ = go(tmp_path / "run")
     torch.save({"step": 12, "data": Surprise()}, run.checkpoints()[-1] / "training.pt")
+    seal(run.checkpoints()[-1])
     with pytest.raises(ValueError, match="training.pt: damaged, or not a training state"):
         go(tmp_path / "run", resume=True)
     assert not (tmp_path / "harm").exists()
@@ -685,7 +699,7 @@ def test_resume_with_other_stages_is_refused(tmp_path):
 def test_forget_after_without_a_file(tmp_path):
     run = Run(tmp_path / "run", {})
     run.forget_after(3)
-    assert run.metrics() == [] and [path.name for path in run.path.iterdir()] == ["config.json"]
+    assert run.metrics() == [] and sorted(path.name for path in run.path.iterdir()) == [".lock", "config.json"]
 
 
 @pytest.mark.parametrize("last", ['{"step": 3, "lo', '{"step": 3}', ""])
@@ -713,7 +727,7 @@ def test_resume_over_a_line_cut_short(tmp_path, unbroken):
 def test_damage_elsewhere_in_the_metrics_is_named(tmp_path):
     run = Run(tmp_path / "run", {})
     (run.path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
+    with pytest.raises(ValueError, match="metrics.jsonl: line 2 is no JSON object"):
         run.metrics()
 
 
@@ -729,7 +743,7 @@ def test_settings_that_do_not_fit(options, message):
 
 
 def test_half_precision_that_needs_loss_scaling_is_refused():
-    accelerator = types.SimpleNamespace(mixed_precision="fp16", process_index=0, num_processes=1)
+    accelerator = types.SimpleNamespace(mixed_precision="fp16", gradient_accumulation_steps=1, process_index=0, num_processes=1)
     with pytest.raises(ValueError, match="mixed_precision is 'fp16'"):
         train(toy(), STAGES, Data(), lambda stage: None, accelerator=accelerator)
 
@@ -742,7 +756,7 @@ def test_a_file_gets_lines_and_no_carriage_returns(monkeypatch, capsys):
     fake = types.SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
     monkeypatch.setattr(training, "time", fake)
     model = toy()
-    train(model, STAGES[:1], Data(), lambda stage: Language(model), accelerator=cpu())
+    train(model, STAGES[:1], Data(), lambda stage: CrossEntropy(model), accelerator=cpu())
     output = capsys.readouterr()
     lines = output.out.splitlines()
     assert "\r" not in output.out + output.err
@@ -760,13 +774,13 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     model = toy()
-    train(model, STAGES[:1], Data(), lambda stage: Language(model), accelerator=cpu())
+    train(model, STAGES[:1], Data(), lambda stage: CrossEntropy(model), accelerator=cpu())
     assert "\rlanguage: 100%" in terminal.getvalue() and "tokens_s=" in terminal.getvalue()
 
 
 def test_no_progress_is_silent(capsys):
     model = toy()
-    train(model, STAGES[:1], Data(), lambda stage: Language(model), accelerator=cpu(), progress=False)
+    train(model, STAGES[:1], Data(), lambda stage: CrossEntropy(model), accelerator=cpu(), progress=False)
     assert capsys.readouterr() == ("", "")
 
 
@@ -783,7 +797,7 @@ def share_of_a_run(path):
         with accelerator.main_process_first():
             run = Run(path, {"stages": 2}, resume=resume or not accelerator.is_main_process)
         try:
-            train(model, STAGES, Data(at, die, **place), lambda stage: Language(model), run=run, accelerator=accelerator,
+            train(model, STAGES, Data(at, die, **place), lambda stage: CrossEntropy(model), run=run, accelerator=accelerator,
                   save_every=3, progress=False)
         except KeyboardInterrupt:
             accelerator.wait_for_everyone()
@@ -805,7 +819,7 @@ def test_two_processes_give_what_one_gives(tmp_path, unbroken):
     for name, expected in unbroken[1].state_dict().items():
         assert torch.equal(first[name], second[name]), "processes drifted apart"
         assert relative_error(first[name], expected) < 1e-5
-    metrics = Metrics(tmp_path / "run").metrics()
+    metrics = read_metrics(tmp_path / "run")
     assert [record["step"] for record in metrics] == list(range(1, 13))
     for ours, theirs in zip(metrics, unbroken[0]):
         assert abs(ours["loss"] / theirs["loss"] - 1) < 1e-5 and ours["tokens"] == theirs["tokens"]
@@ -835,7 +849,7 @@ for a, b in zip(run.metrics(), whole.metrics(), strict=True):
 def test_language_is_an_objective():
     """The protocol: parts with names, one loss for each."""
     model = toy()
-    objective: Objective = Language(model)
+    objective: Objective = CrossEntropy(model)
     losses = objective(rows(2), lambda loss: loss.backward())
     assert losses.shape == (len(objective.parts),) and not losses.requires_grad
     assert abs(losses.item() - math.log(VOCAB)) < 0.1
