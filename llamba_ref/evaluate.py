@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .core import wide_dtype
+from .core import check_sizes, wide_dtype
 from .data import TokenBlocks
 from .decoder import Decoder
 from .mohawk import check_sizes_of
@@ -28,7 +28,7 @@ def token_nll(
     logits: Float[Tensor, "batch len vocab"],  # what a model makes of the tokens
     input_ids: Int[Tensor, "batch len"],  # the tokens
 ) -> Float[Tensor, ""]:
-    """Sum over all predicted tokens of their negative log-likelihood, in float32 at least: position t - 1 predicts token t."""
+    """Sum of the tokens' negative log-likelihoods, in float32 at least: position t - 1 predicts token t."""
     logits = logits[:, :-1].to(wide_dtype(logits))
     return F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum")
 
@@ -44,7 +44,7 @@ class Evaluation:
 
     def __post_init__(self):
         if not isfinite(self.nll):
-            raise FloatingPointError(f"the loss of the {self.model} is {self.nll}: it makes numbers that are not finite")
+            raise FloatingPointError(f"the loss of the {self.model} is {self.nll}: a logit is not finite")
 
     @property
     def perplexity(self) -> float:
@@ -54,7 +54,7 @@ class Evaluation:
         try:
             return exp(self.nll)
         except OverflowError as err:
-            raise FloatingPointError(f"the {self.model} has a loss of {self.nll:.4g}: its perplexity is too large") from err
+            raise FloatingPointError(f"the loss of the {self.model} is {self.nll:.4g}: its exp overflows") from err
 
     @property
     def bits_per_byte(self) -> float:
@@ -67,9 +67,8 @@ def batches_in_order(
     blocks: TokenBlocks,  # what to read
     batch_size: int,  # blocks at a time
 ) -> Iterator[Int[Tensor, "batch len"]]:
-    """All blocks in order. Raises ValueError when a block is too short to predict anything, and for a batch size below 1."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+    """All blocks in order. Raises ValueError for blocks too short to predict anything, and a batch size below 1."""
+    check_sizes(batch_size=batch_size)
     if blocks.length < 2:
         raise ValueError(f"blocks have {blocks.length} token: at least 2 are needed to predict one")
     for start in range(0, len(blocks), batch_size):
@@ -101,7 +100,7 @@ class Comparison:
 
     def __post_init__(self):
         if not isfinite(self.kl):
-            raise FloatingPointError(f"the divergence of the student from the teacher is {self.kl}: a logit is not finite")
+            raise FloatingPointError(f"the divergence from teacher to student is {self.kl}: a logit is not finite")
 
     @property
     def ratio(self) -> float:
@@ -127,8 +126,9 @@ def compare(
         sums += torch.tensor([value.item() for value in (token_nll(theirs, ids), token_nll(ours, ids), same, kl)])
     predicted = len(blocks) * (blocks.length - 1)
     *nlls, agreement, kl = (sums / predicted).tolist()
-    of_both = (Evaluation(nll, predicted, blocks.bytes_per_token, name) for nll, name in zip(nlls, ("teacher", "student")))
-    return Comparison(*of_both, agreement, kl)
+    names = ("teacher", "student")
+    evaluations = [Evaluation(nll, predicted, blocks.bytes_per_token, name) for nll, name in zip(nlls, names)]
+    return Comparison(*evaluations, agreement, kl)
 
 # %% ../nbs/12_evaluate.ipynb #1ccd92c0
 def prompt_tokens(
@@ -154,7 +154,7 @@ def generate_text(
     """Continue several texts at once. Raises ValueError as `prompt_tokens` and `generate` do."""
     rows = prompt_tokens(tokenizer, prompts)
     longest = max(map(len, rows))
-    ids = torch.tensor([[row[0]] * (longest - len(row)) + row for row in rows])  # padding may be any token: it is masked
+    ids = torch.tensor([[row[0]] * (longest - len(row)) + row for row in rows])  # padding may be any token
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     ends = sorted({*getattr(model, "stop_tokens", ()), tokenizer.eos_token_id} - {None})
     out = model.generate(

@@ -31,8 +31,8 @@ def draw_matrices(
     input_ids: Int[Tensor, "1 len"],  # one text
     tokens: int = 64,  # how many of its tokens to show
 ) -> Figure:
-    """For one head of each new layer (four at most): the teacher's attention matrix above the student's, before and after
-    training. Of each layer the head with the median distance after training is shown. Entries on a log scale, unsigned."""
+    """For one head of each new layer (four at most): the teacher's attention matrix above the student's, before and
+    after training, without signs. Of each layer it is the head with the median distance after training."""
     new = LayerByLayer(teacher, after, match_matrix).layers
     layers = [layer for layer in teacher.walk(input_ids[:1, :tokens].to(teacher.device)) if layer.index in new][:4]
     figure, axes = plt.subplots(
@@ -63,13 +63,14 @@ def draw_sizes(axis: Axes, matrix: Tensor, note: str):
     axis.text(1, 0.98, note, transform=axis.transAxes, ha="right", va="top", fontsize=7.5)
     axis.set(xticks=[0, len(entries) - 1], yticks=[0, len(entries) - 1])
     axis.spines[:].set_visible(False)
-    return axis.imshow(entries.where(past, torch.nan).numpy(), norm=LogNorm(1e-3, 1), cmap="magma", interpolation="nearest")
+    shown = entries.where(past, torch.nan).numpy()
+    return axis.imshow(shown, norm=LogNorm(1e-3, 1), cmap="magma", interpolation="nearest")
 
 # %% ../nbs/95_plots.ipynb #fbdb0740
 def draw_progress(
     metrics: Sequence[dict],  # the lines of a run's metrics.jsonl
 ) -> Figure:
-    """How a model learns: the loss of every stage, and held-out perplexity after each, beside the teacher's if there is one."""
+    """How a model learns: the loss of every stage, and held-out perplexity after each, beside any teacher's."""
     stages = list(dict.fromkeys(record["stage"] for record in metrics if "stage" in record))
     evaluations = [record for record in metrics if "evaluation" in record]
     widths = [2.1] * len(stages) + [max(3.0, 0.85 * len(evaluations))]

@@ -22,7 +22,7 @@ __all__ = ['memory_length', 'recall_sequences', 'recall_targets', 'recall_accura
 # %% ../nbs/06_recall.ipynb #44b1eed9
 def memory_length(
     log_a: Float[Tensor, "batch len heads"],  # logs of the decays
-) -> Float[Tensor, "batch heads"]:  # tokens after which the geometric mean of what is left is 1/e; infinite for gates of 1
+) -> Float[Tensor, "batch heads"]:  # tokens after which the geometric mean of what is left is 1/e; infinite for 1
     """Effective memory length, -1 / mean log a, in tokens."""
     return 1 / log_a.mean(1).abs()  # not -1 / mean: that is -infinity for gates of 1
 
@@ -33,8 +33,8 @@ def recall_sequences(
     n_keys: int = 32,  # ids 0 .. n_keys - 1 are keys
     n_values: int = 32,  # ids from n_keys on are values
     generator: torch.Generator | None = None,  # source of randomness; None: torch's global one
-) -> Int[Tensor, "batch len"]:  # len = 3 * pairs: key, value, key, value, ..., then every key once more, in another order
-    """Multi-query associative recall (after Arora et al. 2023): read pairs, then give the value of each key that is asked for.
+) -> Int[Tensor, "batch len"]:  # len = 3 * pairs: key, value, key, value, ..., then every key again, in another order
+    """Multi-query associative recall (after Arora et al. 2023): read pairs, then give the value of each key asked for.
 
     Raises ValueError for sizes below 1 and more pairs than keys."""
     check_sizes(batch=batch, pairs=pairs, n_keys=n_keys, n_values=n_values)
@@ -49,7 +49,7 @@ def recall_sequences(
 
 def recall_targets(
     input_ids: Int[Tensor, "batch len"],  # from `recall_sequences`
-) -> Int[Tensor, "batch len"]:  # the value of each of the last len / 3 tokens; -100 at the others, where nothing is asked
+) -> Int[Tensor, "batch len"]:  # the value of each of the last len / 3 tokens; before them -100: nothing is asked
     """The right answers, looked up."""
     pairs = input_ids.shape[1] // 3
     keys, values = input_ids[:, : 2 * pairs].unflatten(1, (pairs, 2)).unbind(-1)
@@ -90,13 +90,14 @@ class WithConvolution(nn.Module):
 
     def init_state(self, batch: int):
         """The state before the first token: a window of zeros, and the mixer's own."""
-        return self.conv1d.weight.new_zeros(batch, len(self.conv1d.weight), self.conv1d.kernel_size[0]), self.mixer.init_state(batch)
+        weight = self.conv1d.weight
+        return weight.new_zeros(batch, len(weight), weight.shape[-1]), self.mixer.init_state(batch)
 
     def forward(
         self,
         u: Float[Tensor, "batch len d_model"],  # normed hidden states
         state=None,  # state to go on from
-        padding: Int[Tensor, "batch"] | None = None,  # padding on the left of each row of `u`; then `state` must be None or zeros
+        padding: Int[Tensor, "batch"] | None = None,  # padding on the left of each row; then `state` is None or zeros
     ):  # (batch, len, d_model), and the new state if one was given
         """Convolve, then mix."""
         if padding is not None:

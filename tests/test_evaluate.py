@@ -1,6 +1,9 @@
 """Perplexity, bits per byte, comparison of models, generation of text from prompts, the figure of a run."""
 
 import math
+import subprocess
+import sys
+import types
 
 import pytest
 import torch
@@ -90,7 +93,7 @@ def test_bits_per_byte_does_not_depend_on_the_tokens():
 
 def test_a_hopeless_model_has_no_perplexity():
     assert Evaluation(709.0, 1, 1.0).perplexity == math.exp(709) and Evaluation(1e4, 1, 1.0).bits_per_byte > 1e4
-    with pytest.raises(FloatingPointError, match=r"^the student has a loss of 1e\+04: its perplexity is too large$"):
+    with pytest.raises(FloatingPointError, match=r"^the loss of the student is 1e\+04: its exp overflows$"):
         Evaluation(1e4, 1, 1.0, "student").perplexity
     for nll in (math.nan, math.inf):
         with pytest.raises(FloatingPointError, match=f"^the loss of the model is {nll}"):
@@ -112,7 +115,7 @@ def test_a_divergence_that_is_infinite():
     student, blocks = llama(), TokenBlocks(torch.zeros(1, 5, dtype=torch.int32), 5, 1, 5)
     head = student.head
     student.head = lambda x: head(x).index_fill(-1, torch.tensor([7]), -math.inf)
-    with pytest.raises(FloatingPointError, match="^the divergence of the student from the teacher is inf"):
+    with pytest.raises(FloatingPointError, match="^the divergence from teacher to student is inf"):
         compare(llama(), student, blocks)
 
 
@@ -193,6 +196,35 @@ def test_text_ends_at_the_end_of_text_token():
     assert texts == [TOKENIZER.decode(row, skip_special_tokens=True) for row in ids]
 
 
+class Ending(Llama):
+    """A Llama with end tokens of its own."""
+
+    stop_tokens = ()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_text_ends_at_every_end_token(streamed):
+    """Each row at the first token that is the tokenizer's end or one of the model's, which need not be special tokens."""
+    model, shown = llama(), []
+    model.__class__ = Ending
+    prompts = ["the cat"] * 48 + ["a man"] * 16
+    options = {"temperature": 30.0}
+    if streamed:
+        options["streamer"] = types.SimpleNamespace(put=lambda ids: shown.append(ids), end=lambda: None)
+    free = model.generate(torch.tensor([TOKENIZER("the cat")["input_ids"]]), 4, temperature=0.0)[0, -4:].tolist()
+    for ends in ((), (free[0],), (free[2], free[1])):
+        Ending.stop_tokens = ends
+        greedy = generate_text(model, TOKENIZER, ["the cat"], 4)[0]
+        length = min([free.index(token) for token in (*ends, TOKENIZER.eos_token_id) if token in free], default=4)
+        assert greedy == TOKENIZER.decode(TOKENIZER("the cat")["input_ids"] + free[:length], skip_special_tokens=True)
+    Ending.stop_tokens = tuple(range(20, 60))  # some of them ordinary letters
+    texts = generate_text(model, TOKENIZER, prompts, 30, generator=torch.Generator().manual_seed(0), **options)
+    ids = [TOKENIZER(prompt)["input_ids"] for prompt in prompts]
+    new = [TOKENIZER(text)["input_ids"][len(own):] for text, own in zip(texts, ids)]
+    assert len({len(row) for row in new}) > 3 and not {*sum(new, [])} & {*Ending.stop_tokens}
+    assert not streamed or shown
+
+
 def test_tokenizer_without_an_end():
     tokenizer = train_tokenizer(["the cat sat"] * 3, V)
     tokenizer.eos_token = tokenizer.bos_token = tokenizer.pad_token = None
@@ -208,6 +240,14 @@ def test_prompts_that_cannot_be_continued(prompts, message):
 
 
 # Figure
+
+
+def test_nothing_but_plots_needs_matplotlib():
+    """Training, distilling, evaluating and the tasks are imported, and matplotlib is not."""
+    names = ("training", "mohawk", "evaluate", "horizon", "recall")
+    code = f"import sys, {', '.join('llamba_ref.' + name for name in names)}; print([*filter(lambda m: m.startswith('matplotlib'), sys.modules)])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout[:300] + done.stderr
 
 
 def records(*stages: str, teacher: bool = True) -> list[dict]:

@@ -133,6 +133,23 @@ def test_the_floor_of_distillation_is_the_entropy():
     assert distillation_loss(logits + torch.randn_like(logits), logits) > entropy
 
 
+@pytest.mark.parametrize("at_once", [7 * VOCAB, VOCAB, 1])
+def test_stage_3_in_chunks_is_stage_3(monkeypatch, at_once):
+    """Loss and every gradient, in float64, whether all logits are alive at a time or those of 7 tokens or of one."""
+    teacher, student = pair(dtype=torch.float64)
+    whole = distillation_loss(student(rows()), teacher(rows()).detach())
+    whole.backward()
+    theirs = gradients(student)
+    student.zero_grad()
+    monkeypatch.setattr(training, "LOGITS", at_once)
+    losses = []
+    EndToEnd(teacher, student)(rows(), lambda loss: (losses.append(loss.detach()), (3 * loss).backward()))
+    ours = gradients(student)
+    assert len(losses) == 1 and relative_error(losses[0], whole) < 1e-14
+    assert ours.keys() == theirs.keys() and all(relative_error(ours[name], 3 * theirs[name]) < 1e-12 for name in ours)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
 @pytest.mark.parametrize("loss,shape", [(orientation_loss, (2, 2, 3, 3)), (alignment_loss, (2, 3, 4)), (distillation_loss, (2, 3, 4))])
 def test_gradcheck(loss, shape):
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)]

@@ -1,5 +1,6 @@
 """Multi-query associative recall: targets against dictionaries, what the sequences are like, the convolution in front of a mixer, memory lengths."""
 
+import copy
 import math
 
 import pytest
@@ -155,7 +156,7 @@ def test_memory_length_of_constant_and_mixed_gates():
 
 
 def test_the_record_says_what_the_chapter_shows():
-    """Attention solves the task, larger states recall more, and GateLoop's training needs the convolution that Mamba-2's can do without."""
+    """Attention solves the task, larger states recall more, and neither GateLoop nor Mamba-2 learns it without a convolution."""
     saved = load_result("recall")
     most = {}
     for run in saved["runs"]:
@@ -165,5 +166,19 @@ def test_the_record_says_what_the_chapter_shows():
     for kind in ("Mamba-2", "GateLoop + convolution"):
         small, large = (mean[f"{kind}, {saved['states'][i]}"] for i in (0, -1))
         assert small < 0.7 and large > small + 0.2
-    assert mean["GateLoop, 16"] < 0.5 * mean["GateLoop + convolution, 16"]
-    assert abs(mean["Mamba-2 without convolution, 16"] - mean["Mamba-2, 16"]) < 0.1
+    assert mean["GateLoop, 16"] < 0.2 * mean["GateLoop + convolution, 16"]
+    assert mean["Mamba-2 without convolution, 16"] < 0.2 * mean["Mamba-2, 16"]
+
+
+def test_mamba2_without_its_convolution_keeps_it_at_the_identity():
+    """What the measurement is about: a step of training leaves the frozen convolution alone."""
+    from bench.recall import model
+
+    torch.manual_seed(0)
+    net = model("Mamba-2 without convolution, 2")
+    before = copy.deepcopy(net)
+    train(net, [Stage("recall", 1, 1e-2)], FreshBatches(recall_batches(16, (2, 4))), lambda stage: CrossEntropy(net, recall_targets),
+          progress=False, accelerator=Accelerator(cpu=True))
+    for ours, start in zip(net.backbone.layers, before.backbone.layers):
+        assert torch.equal(ours.mixer.conv1d.weight, start.mixer.conv1d.weight) and (start.mixer.conv1d.weight[..., -1] == 1).all()
+        assert not torch.equal(ours.mixer.in_proj.weight, start.mixer.in_proj.weight)
