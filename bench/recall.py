@@ -67,7 +67,8 @@ def run(name: str, lr: float, seed: int) -> dict:
     net = model(name)
     tests = {pairs: recall_sequences(4096 // pairs, pairs, generator=torch.Generator().manual_seed(10_000 + pairs)) for pairs in PAIRS}
     curve = Curve(EVERY, lambda step: {"accuracy": recall_accuracy(net, tests[PAIRS[-1]])})
-    data, objective = FreshBatches(recall_batches(PAIRS_IN_BATCH, PAIRS), seed), CrossEntropy(net, recall_targets, "values")
+    data = FreshBatches(recall_batches(PAIRS_IN_BATCH, PAIRS), seed)
+    objective = CrossEntropy(net, recall_targets, "values")
     records = train(net, [Stage("recall", STEPS, lr)], data, lambda stage: objective, after_step=curve, progress=False)
     accuracy = {pairs: recall_accuracy(net, ids) for pairs, ids in tests.items()}
     print(f"{name:>46} lr {lr:g} seed {seed}: " + "  ".join(f"{pairs}: {share:.3f}" for pairs, share in accuracy.items())

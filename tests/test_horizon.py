@@ -1,4 +1,4 @@
-"""The Memory Horizon task: the solver against a loop, what the sequences are like, and a training run that can be killed."""
+"""The Memory Horizon task: the solver against a loop, what the sequences are like, a run that can be killed."""
 
 import math
 
@@ -65,7 +65,10 @@ def test_one_complex_channel_solves_it():
     ids = horizon_sequences(2, 5000, 7, generator=torch.Generator().manual_seed(0))
     reset = (ids == 7)[..., None, None]
     one = torch.ones(2, 5000, 1, 1)
-    log_a, phase = torch.zeros_like(one).masked_fill(reset, -torch.inf), 2 * math.pi * ids[..., None, None].masked_fill(reset, 0) / 7
+    log_a, phase = (
+        torch.zeros_like(one).masked_fill(reset, -torch.inf),
+        2 * math.pi * ids[..., None, None].masked_fill(reset, 0) / 7,
+    )
     hours = torch.polar(torch.ones(7), 2 * math.pi * torch.arange(7) / 7)
     for mode in ("recurrent", "scan", "chunked"):
         clock = gateloop(one, reset.float(), one, log_a, phase, mode=mode).squeeze(-1)
@@ -77,7 +80,9 @@ def test_accuracy_by_distance():
 
     def model(input_ids):
         """Right up to a distance of 1."""
-        guess = torch.where(since_reset(input_ids) < 2, horizon_targets(input_ids), (horizon_targets(input_ids) + 1) % 5)
+        guess = torch.where(
+            since_reset(input_ids) < 2, horizon_targets(input_ids), (horizon_targets(input_ids) + 1) % 5
+        )
         return torch.nn.functional.one_hot(guess, 6).float()
 
     at_reset, near, far, beyond = horizon_accuracy(model, ids, [0, 1, 3, 4, 100])

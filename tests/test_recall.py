@@ -1,4 +1,4 @@
-"""Multi-query associative recall: targets against dictionaries, what the sequences are like, the convolution in front of a mixer, memory lengths."""
+"""Associative recall: targets against dictionaries, sequences, a convolution before a mixer, memory lengths."""
 
 import copy
 import math
@@ -13,7 +13,14 @@ from llamba_ref.core import load_result, relative_error
 from llamba_ref.decoder import Backbone, Decoder
 from llamba_ref.gateloop import GateLoop
 from llamba_ref.llama import Llama, LlamaConfig
-from llamba_ref.recall import WithConvolution, memory_length, recall_accuracy, recall_batches, recall_sequences, recall_targets
+from llamba_ref.recall import (
+    WithConvolution,
+    memory_length,
+    recall_accuracy,
+    recall_batches,
+    recall_sequences,
+    recall_targets,
+)
 from llamba_ref.training import CrossEntropy, FreshBatches, Run, Stage, train
 
 
@@ -32,7 +39,10 @@ def convolved(gates="real", heads=2):
 
 
 @settings(max_examples=60, deadline=None)
-@given(batch=st.integers(1, 4), n_keys=st.integers(1, 20), n_values=st.integers(1, 20), seed=st.integers(0, 99), data=st.data())
+@given(
+    batch=st.integers(1, 4), n_keys=st.integers(1, 20), n_values=st.integers(1, 20), seed=st.integers(0, 99),
+    data=st.data(),
+)
 def test_targets_are_looked_up_in_the_pairs(batch, n_keys, n_values, seed, data):
     pairs = data.draw(st.integers(1, n_keys))
     ids = recall_sequences(batch, pairs, n_keys, n_values, generator=torch.Generator().manual_seed(seed))
@@ -54,7 +64,9 @@ def test_keys_values_and_queries_are_drawn_evenly():
     place = (ids[:, 8:, None] == ids[:, None, :8:2]).long().argmax(-1)  # which pair each query asks for
     assert (place.double().mean(0) - 1.5).abs().max() < 0.06  # no order is left
     again = recall_sequences(4000, 4, 8, 5, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(ids, again) and not torch.equal(ids, recall_sequences(4000, 4, 8, 5, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(ids, again) and not torch.equal(
+        ids, recall_sequences(4000, 4, 8, 5, generator=torch.Generator().manual_seed(1))
+    )
 
 
 @pytest.mark.parametrize("sizes, message", [
@@ -102,8 +114,18 @@ def test_a_killed_run_ends_like_an_unbroken_one(tmp_path):
         def kill(step, stage):
             if step == stop:
                 raise KeyboardInterrupt
-        train(model, [Stage("recall", 8, 1e-2)], FreshBatches(recall_batches(16, (2, 4))), lambda stage: CrossEntropy(model, recall_targets),
-              run=Run(out, {}, resume=(out / "metrics.jsonl").exists()), save_every=3, after_step=kill, progress=False, accelerator=Accelerator(cpu=True))
+
+        train(
+            model,
+            [Stage("recall", 8, 1e-2)],
+            FreshBatches(recall_batches(16, (2, 4))),
+            lambda stage: CrossEntropy(model, recall_targets),
+            run=Run(out, {}, resume=(out / "metrics.jsonl").exists()),
+            save_every=3,
+            after_step=kill,
+            progress=False,
+            accelerator=Accelerator(cpu=True),
+        )
         return model
 
     whole = fit(tmp_path / "whole")
@@ -130,7 +152,9 @@ def test_convolution_and_step_at_every_split(gates):
 def test_convolution_is_the_one_of_torch():
     mixer = convolved()
     u = torch.randn(2, 9, 8, dtype=torch.float64)
-    conv = torch.nn.functional.conv1d(torch.nn.functional.pad(u.mT, (3, 0)), mixer.conv1d.weight, mixer.conv1d.bias, groups=8).mT
+    conv = torch.nn.functional.conv1d(
+        torch.nn.functional.pad(u.mT, (3, 0)), mixer.conv1d.weight, mixer.conv1d.bias, groups=8
+    ).mT
     assert relative_error(mixer(u), mixer.mixer(conv)) < 1e-14
     assert relative_error(mixer.matrix(u), mixer.mixer.matrix(conv)) < 1e-14
 
@@ -148,7 +172,12 @@ def test_a_padded_batch_with_a_convolution():
 
 def test_memory_length_of_constant_and_mixed_gates():
     log_a = torch.log(torch.tensor([0.5, 0.9, 1 - 1e-4], dtype=torch.float64)).expand(2, 7, 3)
-    assert relative_error(memory_length(log_a)[1], torch.tensor([-1 / math.log(a) for a in (0.5, 0.9, 1 - 1e-4)], dtype=torch.float64)) < 1e-12
+    assert (
+        relative_error(
+            memory_length(log_a)[1], torch.tensor([-1 / math.log(a) for a in (0.5, 0.9, 1 - 1e-4)], dtype=torch.float64)
+        )
+        < 1e-12
+    )
     mixed = torch.tensor([-0.2, -0.4, 0.0, -1.4], dtype=torch.float64)[None, :, None]
     assert memory_length(mixed).item() == pytest.approx(2, rel=1e-12)
     assert memory_length(torch.zeros(1, 3, 1)).item() == math.inf
@@ -156,7 +185,7 @@ def test_memory_length_of_constant_and_mixed_gates():
 
 
 def test_the_record_says_what_the_chapter_shows():
-    """Attention solves the task, larger states recall more, and neither GateLoop nor Mamba-2 learns it without a convolution."""
+    """Attention solves the task, larger states recall more, and no recurrent model learns it without a convolution."""
     saved = load_result("recall")
     most = {}
     for run in saved["runs"]:
@@ -177,8 +206,17 @@ def test_mamba2_without_its_convolution_keeps_it_at_the_identity():
     torch.manual_seed(0)
     net = model("Mamba-2 without convolution, 2")
     before = copy.deepcopy(net)
-    train(net, [Stage("recall", 1, 1e-2)], FreshBatches(recall_batches(16, (2, 4))), lambda stage: CrossEntropy(net, recall_targets),
-          progress=False, accelerator=Accelerator(cpu=True))
+    train(
+        net,
+        [Stage("recall", 1, 1e-2)],
+        FreshBatches(recall_batches(16, (2, 4))),
+        lambda stage: CrossEntropy(net, recall_targets),
+        progress=False,
+        accelerator=Accelerator(cpu=True),
+    )
     for ours, start in zip(net.backbone.layers, before.backbone.layers):
-        assert torch.equal(ours.mixer.conv1d.weight, start.mixer.conv1d.weight) and (start.mixer.conv1d.weight[..., -1] == 1).all()
+        assert (
+            torch.equal(ours.mixer.conv1d.weight, start.mixer.conv1d.weight)
+            and (start.mixer.conv1d.weight[..., -1] == 1).all()
+        )
         assert not torch.equal(ours.mixer.in_proj.weight, start.mixer.in_proj.weight)
