@@ -23,7 +23,7 @@ from llamba_ref.decoder import Decoder
 from llamba_ref.evaluate import evaluate
 from llamba_ref.gateloop import GateLoopConfig, GateLoopLM
 from llamba_ref.llama import Llama, LlamaConfig
-from llamba_ref.training import Language, Stage, train
+from llamba_ref.training import CrossEntropy, Stage, train
 
 VOCABULARY, WIDTH, LAYERS, MLP, HEADS = 1024, 128, 4, 256, 4
 BATCH, LENGTH, STEPS = 8, 256, 600
@@ -60,7 +60,7 @@ def train_on_novels(net: Decoder, name: str, lr: float, seed: int, steps: int = 
     torch.set_num_threads(1)
     training, held_out, _ = texts()
     curve = Curve(EVERY, lambda step: {"tokens": step * BATCH * LENGTH, "perplexity": evaluate(net, held_out).perplexity})
-    train(net, [Stage("language", steps, lr)], Batches(training, BATCH, seed), lambda stage: Language(net), after_step=curve, progress=False)
+    train(net, [Stage("language", steps, lr)], Batches(training, BATCH, seed), lambda stage: CrossEntropy(net), after_step=curve, progress=False)
     print(f"{name:>14} lr {lr:g} seed {seed}: {parameters(net):,} parameters, held-out perplexity {curve.points[-1]['perplexity']:.2f}", flush=True)
     return net, {"name": name, "lr": lr, "seed": seed, "parameters": parameters(net), "curve": curve.points, "score": curve.points[-1]["perplexity"]}
 

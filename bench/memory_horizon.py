@@ -18,9 +18,9 @@ import tyro
 from bench.common import Curve, best_rate_runs, equal_size, first_run, parameters, save
 from llamba_ref.decoder import Decoder
 from llamba_ref.gateloop import GateLoopConfig, GateLoopLM
-from llamba_ref.horizon import HorizonBatches, HorizonObjective, horizon_accuracy, horizon_sequences, horizon_targets
+from llamba_ref.horizon import horizon_accuracy, horizon_sequences, horizon_targets
 from llamba_ref.llama import Llama, LlamaConfig
-from llamba_ref.training import Stage, train
+from llamba_ref.training import CrossEntropy, FreshBatches, Stage, train
 
 MODULUS, WIDTH, LAYERS, MLP = 5, 64, 2, 128
 BATCH, LENGTH, LONG, STEPS = 32, 256, 2048, 1000
@@ -54,8 +54,9 @@ def fit(name: str, lr: float, seed: int) -> tuple[Decoder, dict]:
     short, long = (horizon_sequences(count, length, MODULUS, generator=torch.Generator().manual_seed(10_000 + length))
                    for length, count in ((LENGTH, 128), (LONG, 32)))
     curve = Curve(EVERY, lambda step: {"accuracy": accuracy(net, short[:32])})
-    records = train(net, [Stage("horizon", STEPS, lr)], HorizonBatches(BATCH, LENGTH, MODULUS, seed),
-                    lambda stage: HorizonObjective(net, MODULUS), after_step=curve, progress=False)
+    data = FreshBatches(lambda step, generator: horizon_sequences(BATCH, LENGTH, MODULUS, generator=generator), seed)
+    objective = CrossEntropy(net, lambda input_ids: horizon_targets(input_ids, MODULUS), "sums")
+    records = train(net, [Stage("horizon", STEPS, lr)], data, lambda stage: objective, after_step=curve, progress=False)
     result = {"name": name, "lr": lr, "seed": seed, "parameters": parameters(net), "curve": curve.points,
               "score": statistics.mean(record["loss"] for record in records[-20:]),
               "accuracy": accuracy(net, short), "by_distance": horizon_accuracy(net, short, EDGES[:9], MODULUS),

@@ -19,8 +19,8 @@ from llamba_ref.decoder import Decoder
 from llamba_ref.gateloop import GateLoopConfig, GateLoopLM
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.mamba2 import Mamba2Config, Mamba2LM
-from llamba_ref.recall import RecallBatches, RecallObjective, WithConvolution, recall_accuracy, recall_sequences
-from llamba_ref.training import Stage, train
+from llamba_ref.recall import WithConvolution, recall_accuracy, recall_batches, recall_sequences, recall_targets
+from llamba_ref.training import CrossEntropy, FreshBatches, Stage, train
 
 VOCABULARY, WIDTH, LAYERS, HEADS, MLP = 64, 64, 2, 4, 128
 PAIRS, PAIRS_IN_BATCH, STEPS = (2, 4, 8, 16), 256, 1600
@@ -72,8 +72,9 @@ def run(name: str, lr: float, seed: int) -> dict:
     net = model(name)
     tests = {pairs: recall_sequences(4096 // pairs, pairs, generator=torch.Generator().manual_seed(10_000 + pairs)) for pairs in PAIRS}
     curve = Curve(EVERY, lambda step: {"accuracy": recall_accuracy(net, tests[PAIRS[-1]])})
-    records = train(net, [Stage("recall", STEPS, lr)], RecallBatches(PAIRS_IN_BATCH, PAIRS, seed), lambda stage: RecallObjective(net),
-                    after_step=curve, progress=False)
+    data = FreshBatches(recall_batches(PAIRS_IN_BATCH, PAIRS), seed)
+    objective = CrossEntropy(net, recall_targets, "values")
+    records = train(net, [Stage("recall", STEPS, lr)], data, lambda stage: objective, after_step=curve, progress=False)
     accuracy = {pairs: recall_accuracy(net, ids) for pairs, ids in tests.items()}
     print(f"{name:>46} lr {lr:g} seed {seed}: " + "  ".join(f"{pairs}: {share:.3f}" for pairs, share in accuracy.items())
           + f"  {curve.spent:.0f} s", flush=True)

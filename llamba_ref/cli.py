@@ -24,12 +24,13 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from .data import (Batches, StreamBatches, TokenBlocks, load_documents, pack, split_documents,
                              train_tokenizer)
 from .decoder import Decoder
-from .evaluate import Comparison, compare, draw_progress, evaluate, generate_text, prompt_tokens
+from .evaluate import Comparison, compare, evaluate, generate_text, prompt_tokens
 from .llama import Llama, LlamaConfig
 from .llamba import Llamba
 from .models import load_model, save_model
-from .mohawk import distill, draw_matrices
-from .training import Language, Run, Stage, train
+from .mohawk import distill
+from .plots import draw_matrices, draw_progress
+from .training import CrossEntropy, Run, Stage, train
 
 # %% auto #0
 __all__ = ['Command', 'at_least', 'Machine', 'Text', 'Distill', 'settings_of', 'describe_model', 'describe_text', 'draw_figure',
@@ -341,7 +342,7 @@ class Pretrain:
         with accelerator.main_process_first():  # which begins the run; the others join it
             run = Run(self.out, settings_of(self), self.resume or not accelerator.is_main_process)
         accelerator.print(f"{describe_model(model)}\n{describe_text(self.corpus, data, blocks)}")
-        train(model, stages, data, lambda stage: Language(model), accelerator=accelerator, run=run, save_every=self.save_every)
+        train(model, stages, data, lambda stage: CrossEntropy(model), accelerator=accelerator, run=run, save_every=self.save_every)
         if accelerator.is_main_process:
             self.at_the_end(run, model, tokenizer, blocks)
 

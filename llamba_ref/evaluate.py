@@ -7,37 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import exp, inf, log
-from statistics import mean
+from math import exp, isfinite, log
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .core import check_sizes, wide_dtype
 from .data import TokenBlocks
 from .decoder import Decoder
+from .mohawk import check_sizes_of
 
 # %% auto #0
-__all__ = ['wide', 'token_nll', 'Evaluation', 'batches_in_order', 'evaluate', 'Comparison', 'compare', 'draw_progress',
-           'draw_perplexities', 'prompt_tokens', 'generate_text']
+__all__ = ['token_nll', 'Evaluation', 'batches_in_order', 'evaluate', 'Comparison', 'compare', 'prompt_tokens', 'generate_text']
 
 # %% ../nbs/12_evaluate.ipynb #445d4ecd
-def wide(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
-    """In float32 at least."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 def token_nll(
     logits: Float[Tensor, "batch len vocab"],  # what a model makes of the tokens
     input_ids: Int[Tensor, "batch len"],  # the tokens
 ) -> Float[Tensor, ""]:
-    """Sum over all predicted tokens of their negative log-likelihood: position t - 1 predicts token t."""
-    return F.cross_entropy(wide(logits[:, :-1]).flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum")
+    """Sum of the tokens' negative log-likelihoods, in float32 at least: position t - 1 predicts token t."""
+    logits = logits[:, :-1].to(wide_dtype(logits))
+    return F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum")
 
 # %% ../nbs/12_evaluate.ipynb #6774254b
 @dataclass(frozen=True)
@@ -47,11 +40,21 @@ class Evaluation:
     nll: float  # mean negative log-likelihood of a token, in nats
     tokens: int  # tokens that were predicted
     bytes_per_token: float  # UTF-8 bytes that a token stands for, on average
+    model: str = "model"  # what to call it in a message
+
+    def __post_init__(self):
+        if not isfinite(self.nll):
+            raise FloatingPointError(f"the loss of the {self.model} is {self.nll}: a logit is not finite")
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood: as if choosing among this many equally likely tokens."""
-        return inf if self.nll > 700 else exp(self.nll)
+        """exp of the mean negative log-likelihood: as if choosing among this many equally likely tokens.
+
+        Raises FloatingPointError when that is more than a float can hold."""
+        try:
+            return exp(self.nll)
+        except OverflowError as err:
+            raise FloatingPointError(f"the loss of the {self.model} is {self.nll:.4g}: its exp overflows") from err
 
     @property
     def bits_per_byte(self) -> float:
@@ -64,9 +67,8 @@ def batches_in_order(
     blocks: TokenBlocks,  # what to read
     batch_size: int,  # blocks at a time
 ) -> Iterator[Int[Tensor, "batch len"]]:
-    """All blocks in order. Raises ValueError when a block is too short to predict anything, and for a batch size below 1."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+    """All blocks in order. Raises ValueError for blocks too short to predict anything, and a batch size below 1."""
+    check_sizes(batch_size=batch_size)
     if blocks.length < 2:
         raise ValueError(f"blocks have {blocks.length} token: at least 2 are needed to predict one")
     for start in range(0, len(blocks), batch_size):
@@ -79,7 +81,9 @@ def evaluate(
     blocks: TokenBlocks,  # text that it was not trained on; every block is a context of its own
     batch_size: int = 8,  # blocks at a time; changes nothing but speed and memory
 ) -> Evaluation:
-    """Predict every token of every block but the first from those before it. Raises ValueError as `batches_in_order` does."""
+    """Predict every token of every block but the first from those before it.
+
+    Raises ValueError as `batches_in_order` does, FloatingPointError when the loss is not finite."""
     total = sum(token_nll(model(ids), ids).item() for ids in batches_in_order(model, blocks, batch_size))
     predicted = len(blocks) * (blocks.length - 1)
     return Evaluation(total / predicted, predicted, blocks.bytes_per_token)
@@ -94,6 +98,10 @@ class Comparison:
     agreement: float  # fraction of tokens for which both find the same next token most likely
     kl: float  # mean Kullback-Leibler divergence from the teacher's next-token distribution to the student's, in nats
 
+    def __post_init__(self):
+        if not isfinite(self.kl):
+            raise FloatingPointError(f"the divergence from teacher to student is {self.kl}: a logit is not finite")
+
     @property
     def ratio(self) -> float:
         """The student's perplexity over the teacher's."""
@@ -107,55 +115,20 @@ def compare(
     blocks: TokenBlocks,  # text that neither was trained on
     batch_size: int = 8,  # blocks at a time; changes nothing but speed and memory
 ) -> Comparison:
-    """Both models on the same tokens. Raises ValueError when their vocabularies differ, and as `batches_in_order` does."""
-    if teacher.vocab_size != student.vocab_size:
-        raise ValueError(f"student has {student.vocab_size} token ids, teacher {teacher.vocab_size}: they must be the same")
+    """Both models on the same tokens. Raises ValueError when their vocabularies differ, and as `evaluate` does."""
+    check_sizes_of(teacher, student, "token ids")
     sums = torch.zeros(4, dtype=torch.float64)
     for ids in batches_in_order(student, blocks, batch_size):
         ours, theirs = student(ids), teacher(ids)
         same = (ours.argmax(-1) == theirs.argmax(-1))[:, :-1].sum()
-        log_q, log_p = (wide(logits[:, :-1]).log_softmax(-1) for logits in (ours, theirs))
+        log_q, log_p = (logits[:, :-1].to(wide_dtype(logits)).log_softmax(-1) for logits in (ours, theirs))
         kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
         sums += torch.tensor([value.item() for value in (token_nll(theirs, ids), token_nll(ours, ids), same, kl)])
     predicted = len(blocks) * (blocks.length - 1)
-    teacher_nll, student_nll, agreement, divergence = (sums / predicted).tolist()
-    evaluations = [Evaluation(nll, predicted, blocks.bytes_per_token) for nll in (teacher_nll, student_nll)]
-    return Comparison(*evaluations, agreement, divergence)
-
-# %% ../nbs/12_evaluate.ipynb #267ddfb0
-def draw_progress(
-    metrics: Sequence[dict],  # the lines of a run's metrics.jsonl
-) -> Figure:
-    """How a model learns: the loss of every stage, and held-out perplexity after each, beside the teacher's where there is one."""
-    stages = list(dict.fromkeys(record["stage"] for record in metrics if "stage" in record))
-    evaluations = [record for record in metrics if "evaluation" in record]
-    widths = [2.1] * len(stages) + [max(3.0, 0.85 * len(evaluations))]
-    figure, axes = plt.subplots(1, len(widths), figsize=(sum(widths), 2.8), squeeze=False, layout="constrained", width_ratios=widths)
-    for axis, stage in zip(axes[0], stages):
-        records = [record for record in metrics if record.get("stage") == stage]
-        steps, losses = [record["step"] for record in records], [record["loss"] for record in records]
-        half = len(losses) // 30  # of the running mean's window: it shows the trend that the noise of single batches hides
-        means = [mean(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
-        axis.plot(steps, losses, lw=0.8, alpha=0.35)
-        axis.plot(steps, means, lw=1.5, color="C0")
-        axis.set(title=stage, xlabel="step", ylabel="loss" if stage == stages[0] else "")
-    draw_perplexities(axes[0, -1], evaluations)
-    plt.close(figure)
-    return figure
-
-
-def draw_perplexities(axis: Axes, evaluations: Sequence[dict]) -> None:
-    """Held-out perplexity after each stage, on a log scale."""
-    places, values = range(len(evaluations)), [record["perplexity"] for record in evaluations]
-    axis.plot(places, values, "o-", label="student")
-    for place, value in zip(places, values):
-        axis.annotate(f"{value:.1f}", (place, value), textcoords="offset points", xytext=(4, 5), fontsize=8)
-    if evaluations and "teacher_perplexity" in evaluations[0]:
-        axis.axhline(evaluations[0]["teacher_perplexity"], color="k", ls="--", lw=1, label="teacher")
-        axis.legend(fontsize=8)
-    axis.set_xticks(places, [record["evaluation"].replace(" ", "\n", 1) for record in evaluations], fontsize=7)
-    axis.set(title="held-out perplexity", yscale="log")
-    axis.margins(x=0.2, y=0.2)
+    *nlls, agreement, kl = (sums / predicted).tolist()
+    names = ("teacher", "student")
+    evaluations = [Evaluation(nll, predicted, blocks.bytes_per_token, name) for nll, name in zip(nlls, names)]
+    return Comparison(*evaluations, agreement, kl)
 
 # %% ../nbs/12_evaluate.ipynb #1ccd92c0
 def prompt_tokens(
@@ -172,17 +145,22 @@ def prompt_tokens(
 
 
 def generate_text(
-    model: Decoder,  # the model
-    tokenizer: PreTrainedTokenizerBase,  # its tokenizer
+    model: Decoder,  # the model; its `stop_tokens`, where it has some, end a text
+    tokenizer: PreTrainedTokenizerBase,  # its tokenizer, whose end-of-text token does so as well
     prompts: Sequence[str],  # how the texts begin
     max_new_tokens: int = 100,  # tokens to add at most
     **options,  # temperature, top_k, top_p, generator, streamer: see `Decoder.generate`
-) -> list[str]:  # prompts and what the model makes of them
-    """Continue several texts at once; each ends at the end-of-text token. Raises ValueError as `prompt_tokens` and `generate` do."""
+) -> list[str]:  # prompts and what the model makes of them, without the token that ended it
+    """Continue several texts at once. Raises ValueError as `prompt_tokens` and `generate` do."""
     rows = prompt_tokens(tokenizer, prompts)
     longest = max(map(len, rows))
-    ids = torch.tensor([[row[0]] * (longest - len(row)) + row for row in rows])  # padding may be any token: it is masked
+    ids = torch.tensor([[row[0]] * (longest - len(row)) + row for row in rows])  # padding may be any token
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    stop_tokens = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    out = model.generate(ids.to(model.device), max_new_tokens, attention_mask=mask.to(model.device), stop_tokens=stop_tokens, **options)
-    return [tokenizer.decode(row[longest - len(own) :], skip_special_tokens=True) for row, own in zip(out, rows)]
+    ends = sorted({*getattr(model, "stop_tokens", ()), tokenizer.eos_token_id} - {None})
+    out = model.generate(
+        ids.to(model.device), max_new_tokens, attention_mask=mask.to(model.device), stop_tokens=ends, **options)
+    texts = []
+    for own, new in zip(rows, out[:, longest:].tolist()):
+        length = next((place for place, token in enumerate(new) if token in ends), len(new))
+        texts.append(tokenizer.decode(own + new[:length], skip_special_tokens=True))
+    return texts

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -17,13 +16,12 @@ from .conv import causal_conv
 from .core import check_sizes, is_token
 
 # %% auto #0
-__all__ = ['memory_length', 'recall_sequences', 'recall_targets', 'RecallBatches', 'RecallObjective', 'recall_accuracy',
-           'WithConvolution']
+__all__ = ['memory_length', 'recall_sequences', 'recall_targets', 'recall_accuracy', 'recall_batches', 'WithConvolution']
 
 # %% ../nbs/06_recall.ipynb #44b1eed9
 def memory_length(
     log_a: Float[Tensor, "batch len heads"],  # logs of the decays
-) -> Float[Tensor, "batch heads"]:  # tokens after which the geometric mean of what is left is 1/e; infinite for gates of 1
+) -> Float[Tensor, "batch heads"]:  # tokens after which the geometric mean of what is left is 1/e; infinite for 1
     """Effective memory length, -1 / mean log a, in tokens."""
     return 1 / log_a.mean(1).abs()  # not -1 / mean: that is -infinity for gates of 1
 
@@ -34,8 +32,8 @@ def recall_sequences(
     n_keys: int = 32,  # ids 0 .. n_keys - 1 are keys
     n_values: int = 32,  # ids from n_keys on are values
     generator: torch.Generator | None = None,  # source of randomness; None: torch's global one
-) -> Int[Tensor, "batch len"]:  # len = 3 * pairs: key, value, key, value, ..., then every key once more, in another order
-    """Multi-query associative recall (after Arora et al. 2023): read a list of pairs, then give the value of each key that is asked for.
+) -> Int[Tensor, "batch len"]:  # len = 3 * pairs: key, value, key, value, ..., then every key again, in another order
+    """Multi-query associative recall (after Arora et al. 2023): read pairs, then give the value of each key asked for.
 
     Raises ValueError for sizes below 1 and more pairs than keys."""
     check_sizes(batch=batch, pairs=pairs, n_keys=n_keys, n_values=n_values)
@@ -50,56 +48,12 @@ def recall_sequences(
 
 def recall_targets(
     input_ids: Int[Tensor, "batch len"],  # from `recall_sequences`
-) -> Int[Tensor, "batch pairs"]:  # the value of each of the last len / 3 tokens
+) -> Int[Tensor, "batch len"]:  # the value of each of the last len / 3 tokens; before them -100: nothing is asked
     """The right answers, looked up."""
     pairs = input_ids.shape[1] // 3
     keys, values = input_ids[:, : 2 * pairs].unflatten(1, (pairs, 2)).unbind(-1)
     where = (input_ids[:, 2 * pairs :, None] == keys[:, None]).long().argmax(-1)
-    return values.gather(1, where)
-
-# %% ../nbs/06_recall.ipynb #6775ab8b
-class RecallBatches:
-    """Endless batches of fresh sequences with about as many pairs in each batch, for `train`; a killed run goes on with the same numbers."""
-
-    def __init__(
-        self,
-        pairs_in_batch: int,  # pairs in all sequences of a batch together
-        pairs: Sequence[int],  # pairs in a sequence: one batch of each, in turns
-        seed: int = 0,
-    ):
-        self.pairs_in_batch, self.pairs, self.turn = pairs_in_batch, tuple(pairs), 0
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def next(self) -> Int[Tensor, "batch len"]:
-        """The next batch."""
-        pairs = self.pairs[self.turn % len(self.pairs)]
-        self.turn += 1
-        return recall_sequences(max(1, self.pairs_in_batch // pairs), pairs, generator=self.generator)
-
-    def state_dict(self) -> dict:
-        """Where in the stream of random numbers it is, and whose turn."""
-        return {"random": self.generator.get_state(), "turn": self.turn}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go back to where `state_dict` was called."""
-        self.generator.set_state(state["random"])
-        self.turn = state["turn"]
-
-
-class RecallObjective:
-    """Cross-entropy between the model's logits and the values, where it is asked."""
-
-    parts = ("values",)
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def __call__(self, input_ids: Int[Tensor, "batch len"], backward: Callable[[Tensor], None]) -> Float[Tensor, "1"]:
-        targets = recall_targets(input_ids)
-        logits = self.model(input_ids)[:, -targets.shape[1] :]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        backward(loss)
-        return loss.detach()[None]
+    return torch.cat([torch.full_like(input_ids[:, : 2 * pairs], -100), values.gather(1, where)], 1)
 
 
 @torch.no_grad()
@@ -109,7 +63,20 @@ def recall_accuracy(
 ) -> float:
     """Share of right answers."""
     targets = recall_targets(input_ids)
-    return (model(input_ids)[:, -targets.shape[1] :].argmax(-1) == targets).float().mean().item()
+    return (model(input_ids).argmax(-1) == targets)[targets != -100].float().mean().item()
+
+# %% ../nbs/06_recall.ipynb #6775ab8b
+def recall_batches(
+    pairs_in_batch: int,  # pairs in all sequences of a batch together
+    pairs: Sequence[int],  # pairs in a sequence: one batch of each, in turns
+) -> Callable[[int, torch.Generator], Tensor]:  # number of a batch, source of randomness -> ids, for `FreshBatches`
+    """Draw batches of sequences with about as many pairs in each batch."""
+
+    def draw(step: int, generator: torch.Generator) -> Int[Tensor, "batch len"]:
+        count = pairs[step % len(pairs)]
+        return recall_sequences(max(1, pairs_in_batch // count), count, generator=generator)
+
+    return draw
 
 # %% ../nbs/06_recall.ipynb #a15e8a74
 class WithConvolution(nn.Module):
@@ -122,13 +89,14 @@ class WithConvolution(nn.Module):
 
     def init_state(self, batch: int):
         """The state before the first token: a window of zeros, and the mixer's own."""
-        return self.conv1d.weight.new_zeros(batch, len(self.conv1d.weight), self.conv1d.kernel_size[0]), self.mixer.init_state(batch)
+        weight = self.conv1d.weight
+        return weight.new_zeros(batch, len(weight), weight.shape[-1]), self.mixer.init_state(batch)
 
     def forward(
         self,
         u: Float[Tensor, "batch len d_model"],  # normed hidden states
         state=None,  # state to go on from
-        padding: Int[Tensor, "batch"] | None = None,  # padding on the left of each row of `u`; then `state` must be None or zeros
+        padding: Int[Tensor, "batch"] | None = None,  # padding on the left of each row; then `state` is None or zeros
     ):  # (batch, len, d_model), and the new state if one was given
         """Convolve, then mix."""
         if padding is not None:

@@ -1,6 +1,7 @@
 """Perplexity, bits per byte, comparison of models, generation of text from prompts, the figure of a run."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ from matplotlib.figure import Figure
 
 from llamba_ref.core import relative_error
 from llamba_ref.data import TokenBlocks, train_tokenizer
-from llamba_ref.evaluate import (Comparison, Evaluation, compare, draw_progress, evaluate, generate_text, prompt_tokens, token_nll, wide)
+from llamba_ref.evaluate import Comparison, Evaluation, compare, evaluate, generate_text, prompt_tokens, token_nll
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba
+from llamba_ref.plots import draw_progress
 
-TOKENIZER = train_tokenizer(["the cat sat on the mat, and the dog sat on the cat", "a man, a plan, a canal: Panama"] * 3, 280)
+TOKENIZER = train_tokenizer(
+    ["the cat sat on the mat, and the dog sat on the cat", "a man, a plan, a canal: Panama"] * 3, 280
+)
 V = len(TOKENIZER)
 
 
@@ -50,7 +54,7 @@ def test_nll_is_the_sum_over_next_tokens():
 def test_half_precision_is_summed_in_float32():
     ids = blocks_of(4, 64).blocks
     logits = llama()(ids).bfloat16()
-    assert token_nll(logits, ids).dtype == wide(logits).dtype == torch.float32
+    assert token_nll(logits, ids).dtype == torch.float32
     assert relative_error(token_nll(logits, ids), token_nll(logits.double(), ids)) < 1e-6
 
 
@@ -71,7 +75,9 @@ def test_batch_size_changes_nothing(n, length, batch_size):
     model, blocks = llama(), blocks_of(n, length)
     assert evaluate(model, blocks, batch_size).nll == pytest.approx(evaluate(model, blocks, n).nll, rel=1e-5)
     ours, all_at_once = (compare(model, llama(1), blocks, size) for size in (batch_size, n))
-    assert ours.kl == pytest.approx(all_at_once.kl, rel=1e-5) and ours.agreement == pytest.approx(all_at_once.agreement, abs=1e-9)
+    assert ours.kl == pytest.approx(all_at_once.kl, rel=1e-5) and ours.agreement == pytest.approx(
+        all_at_once.agreement, abs=1e-9
+    )
 
 
 def test_uniform_guesser():
@@ -89,12 +95,37 @@ def test_bits_per_byte_does_not_depend_on_the_tokens():
     assert few.perplexity == pytest.approx(many.perplexity**2.5)
 
 
-def test_a_hopeless_model_has_infinite_perplexity():
-    assert Evaluation(1e4, 1, 1.0).perplexity == math.inf and Evaluation(1e4, 1, 1.0).bits_per_byte > 1e4
-    assert math.isnan(Evaluation(math.nan, 1, 1.0).perplexity)
+def test_a_hopeless_model_has_no_perplexity():
+    assert Evaluation(709.0, 1, 1.0).perplexity == math.exp(709) and Evaluation(1e4, 1, 1.0).bits_per_byte > 1e4
+    with pytest.raises(FloatingPointError, match=r"^the loss of the student is 1e\+04: its exp overflows$"):
+        Evaluation(1e4, 1, 1.0, "student").perplexity
+    for nll in (math.nan, math.inf):
+        with pytest.raises(FloatingPointError, match=f"^the loss of the model is {nll}"):
+            Evaluation(nll, 1, 1.0)
 
 
-@pytest.mark.parametrize("blocks, batch_size, message", [(blocks_of(2, 1), 8, "at least 2"), (blocks_of(2, 4), 0, "batch_size is 0")])
+def test_a_model_with_nan_is_named():
+    broken, blocks = llama(1), blocks_of(2, 9)
+    broken.backbone.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="^the loss of the model is nan"):
+        evaluate(broken, blocks)
+    for models, name in (((broken, llama()), "teacher"), ((llama(), broken), "student")):
+        with pytest.raises(FloatingPointError, match=f"^the loss of the {name} is nan"):
+            compare(*models, blocks)
+
+
+def test_a_divergence_that_is_infinite():
+    """Finite losses, but a token that the student rules out and the teacher does not."""
+    student, blocks = llama(), TokenBlocks(torch.zeros(1, 5, dtype=torch.int32), 5, 1, 5)
+    head = student.head
+    student.head = lambda x: head(x).index_fill(-1, torch.tensor([7]), -math.inf)
+    with pytest.raises(FloatingPointError, match="^the divergence from teacher to student is inf"):
+        compare(llama(), student, blocks)
+
+
+@pytest.mark.parametrize(
+    "blocks, batch_size, message", [(blocks_of(2, 1), 8, "at least 2"), (blocks_of(2, 4), 0, "batch_size is 0")]
+)
 def test_bad_input(blocks, batch_size, message):
     with pytest.raises(ValueError, match=message):
         evaluate(llama(), blocks, batch_size)
@@ -146,7 +177,9 @@ def student_of(teacher: Llama, **options) -> Llamba:
     return Llamba.from_teacher(teacher, **options).requires_grad_(False)
 
 
-@pytest.mark.parametrize("model", [llama(), student_of(llama()), student_of(llama(), keep_attention=[0])], ids=["llama", "llamba", "hybrid"])
+@pytest.mark.parametrize(
+    "model", [llama(), student_of(llama()), student_of(llama(), keep_attention=[0])], ids=["llama", "llamba", "hybrid"]
+)
 def test_prompts_do_not_disturb_each_other(model):
     prompts = ["the", "the cat sat on the mat, and the dog", "a man, a", "x"]
     together = generate_text(model, TOKENIZER, prompts, 12)
@@ -165,10 +198,44 @@ def test_text_ends_at_the_end_of_text_token():
     texts = generate_text(model, TOKENIZER, ["the cat"] * 64, 40, temperature=30.0, generator=generator)
     lengths = {len(TOKENIZER(text)["input_ids"]) for text in texts}
     assert "<|endoftext|>" not in "".join(texts)
-    ids = model.generate(torch.tensor([TOKENIZER("the cat")["input_ids"]] * 64), 40, temperature=30.0, stop_tokens=[end],
-                         generator=torch.Generator().manual_seed(0))
+    ids = model.generate(
+        torch.tensor([TOKENIZER("the cat")["input_ids"]] * 64),
+        40,
+        temperature=30.0,
+        stop_tokens=[end],
+        generator=torch.Generator().manual_seed(0),
+    )
     assert (ids == end).any() and len(lengths) > 1  # some ended early
     assert texts == [TOKENIZER.decode(row, skip_special_tokens=True) for row in ids]
+
+
+class Ending(Llama):
+    """A Llama with end tokens of its own."""
+
+    stop_tokens = ()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_text_ends_at_every_end_token(streamed):
+    """Each row at the first token that is the tokenizer's end or one of the model's, special tokens or not."""
+    model, shown = llama(), []
+    model.__class__ = Ending
+    prompts = ["the cat"] * 48 + ["a man"] * 16
+    options = {"temperature": 30.0}
+    if streamed:
+        options["streamer"] = types.SimpleNamespace(put=lambda ids: shown.append(ids), end=lambda: None)
+    free = model.generate(torch.tensor([TOKENIZER("the cat")["input_ids"]]), 4, temperature=0.0)[0, -4:].tolist()
+    for ends in ((), (free[0],), (free[2], free[1])):
+        Ending.stop_tokens = ends
+        greedy = generate_text(model, TOKENIZER, ["the cat"], 4)[0]
+        length = min([free.index(token) for token in (*ends, TOKENIZER.eos_token_id) if token in free], default=4)
+        assert greedy == TOKENIZER.decode(TOKENIZER("the cat")["input_ids"] + free[:length], skip_special_tokens=True)
+    Ending.stop_tokens = tuple(range(20, 60))  # some of them ordinary letters
+    texts = generate_text(model, TOKENIZER, prompts, 30, generator=torch.Generator().manual_seed(0), **options)
+    ids = [TOKENIZER(prompt)["input_ids"] for prompt in prompts]
+    new = [TOKENIZER(text)["input_ids"][len(own):] for text, own in zip(texts, ids)]
+    assert len({len(row) for row in new}) > 3 and not {*sum(new, [])} & {*Ending.stop_tokens}
+    assert not streamed or shown
 
 
 def test_tokenizer_without_an_end():
@@ -177,7 +244,10 @@ def test_tokenizer_without_an_end():
     assert generate_text(llama(), tokenizer, ["the", "the cat"], 3)[1].startswith("the cat")
 
 
-@pytest.mark.parametrize("prompts, message", [([], "no tokens"), ([""], "no tokens"), (["the", ""], "no tokens"), ("the cat", "a list of strings")])
+@pytest.mark.parametrize(
+    "prompts, message",
+    [([], "no tokens"), ([""], "no tokens"), (["the", ""], "no tokens"), ("the cat", "a list of strings")],
+)
 def test_prompts_that_cannot_be_continued(prompts, message):
     with pytest.raises(ValueError, match=message):
         prompt_tokens(TOKENIZER, prompts)
@@ -197,8 +267,11 @@ def records(*stages: str, teacher: bool = True) -> list[dict]:
     return lines
 
 
-@pytest.mark.parametrize("metrics, axes", [(records("orientation", "alignment", "distillation"), 4), (records("language", teacher=False), 2),
-                                           (records(), 1), ([], 1)])
+@pytest.mark.parametrize(
+    "metrics, axes",
+    [(records("orientation", "alignment", "distillation"), 4), (records("language", teacher=False), 2), (records(), 1),
+     ([], 1)],
+)
 def test_draw_progress(metrics, axes, tmp_path):
     figure = draw_progress(metrics)
     assert isinstance(figure, Figure) and len(figure.axes) == axes
@@ -208,4 +281,6 @@ def test_draw_progress(metrics, axes, tmp_path):
 
 def test_comparison_is_a_value():
     result = Comparison(Evaluation(1.0, 5, 2.0), Evaluation(2.0, 5, 2.0), 0.5, 0.1)
-    assert result.ratio == pytest.approx(math.e) and result == Comparison(Evaluation(1.0, 5, 2.0), Evaluation(2.0, 5, 2.0), 0.5, 0.1)
+    assert result.ratio == pytest.approx(math.e) and result == Comparison(
+        Evaluation(1.0, 5, 2.0), Evaluation(2.0, 5, 2.0), 0.5, 0.1
+    )

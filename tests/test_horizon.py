@@ -1,4 +1,4 @@
-"""The Memory Horizon task: the solver against a loop, what the sequences are like, and a training run that can be killed."""
+"""The Memory Horizon task: the solver against a loop, what the sequences are like, a run that can be killed."""
 
 import math
 
@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamba_ref.gateloop import GateLoopConfig, GateLoopLM, gateloop
-from llamba_ref.horizon import HorizonBatches, HorizonObjective, horizon_accuracy, horizon_sequences, horizon_targets, since_reset
-from llamba_ref.training import Run, Stage, train
+from llamba_ref.horizon import horizon_accuracy, horizon_sequences, horizon_targets, since_reset
+from llamba_ref.training import CrossEntropy, FreshBatches, Run, Stage, train
 
 
 def by_hand(row, modulus):
@@ -66,7 +66,10 @@ def test_one_complex_channel_solves_it():
     ids = horizon_sequences(2, 5000, 7, generator=torch.Generator().manual_seed(0))
     reset = (ids == 7)[..., None, None]
     one = torch.ones(2, 5000, 1, 1)
-    log_a, phase = torch.zeros_like(one).masked_fill(reset, -torch.inf), 2 * math.pi * ids[..., None, None].masked_fill(reset, 0) / 7
+    log_a, phase = (
+        torch.zeros_like(one).masked_fill(reset, -torch.inf),
+        2 * math.pi * ids[..., None, None].masked_fill(reset, 0) / 7,
+    )
     hours = torch.polar(torch.ones(7), 2 * math.pi * torch.arange(7) / 7)
     for mode in ("recurrent", "scan", "chunked"):
         clock = gateloop(one, reset.float(), one, log_a, phase, mode=mode).squeeze(-1)
@@ -78,7 +81,9 @@ def test_accuracy_by_distance():
 
     def model(input_ids):
         """Right up to a distance of 1."""
-        guess = torch.where(since_reset(input_ids) < 2, horizon_targets(input_ids), (horizon_targets(input_ids) + 1) % 5)
+        guess = torch.where(
+            since_reset(input_ids) < 2, horizon_targets(input_ids), (horizon_targets(input_ids) + 1) % 5
+        )
         return torch.nn.functional.one_hot(guess, 6).float()
 
     at_reset, near, far, beyond = horizon_accuracy(model, ids, [0, 1, 3, 4, 100])
@@ -88,7 +93,7 @@ def test_accuracy_by_distance():
 def test_objective_is_the_cross_entropy_of_every_position():
     model, ids = small_model(), horizon_sequences(3, 20)
     losses = []
-    part = HorizonObjective(model)(ids, losses.append)
+    part = CrossEntropy(model, horizon_targets)(ids, losses.append)
     logits = model(ids)
     expected = -logits.log_softmax(-1).gather(-1, horizon_targets(ids)[..., None]).mean()
     assert part.shape == (1,) and part.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -108,7 +113,9 @@ def test_a_run_goes_on_as_if_it_had_not_been_killed(tmp_path):
             torch.manual_seed(0)
             model = small_model()
             try:
-                train(model, stages, HorizonBatches(4, 32), lambda stage: HorizonObjective(model), run=Run(path, {}, resume=resume), save_every=2,
+                data = FreshBatches(lambda step, generator: horizon_sequences(4, 32, generator=generator))
+                objective = CrossEntropy(model, horizon_targets)
+                train(model, stages, data, lambda stage: objective, run=Run(path, {}, resume=resume), save_every=2,
                       accelerator=Accelerator(), progress=False, after_step=None if resume else kill)
             except KeyboardInterrupt:
                 continue
