@@ -5,56 +5,43 @@
 # %% ../nbs/05b_conv.ipynb #1d6a4cbe
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from .core import check_tensors, choose_backend
+from .core import Backend, checked, find_kernel, wrong_widths
 
 # %% auto #0
 __all__ = ['causal_conv', 'causal_conv_step']
 
 # %% ../nbs/05b_conv.ipynb #ccce23dd
-def _choose_path(x, axes, weight, bias, window, activation, backend):
-    """Check what goes into a convolution, and say which path it takes."""
-    inputs = {"x" if "len" in axes else "x_t": (x, axes), "weight": (weight, "channels 1 width")}
-    inputs |= {"bias": (bias, "channels")} if bias is not None else {}
-    inputs |= {"window": (window, "batch channels width")} if window is not None else {}
-    sizes = check_tensors(inputs)
-    if sizes["1"] != 1:
-        wanted = f"(channels = {sizes['channels']}, 1, width)"
-        raise ValueError(f"weight has shape {tuple(weight.shape)}: it must be {wanted}")
-    if activation not in ("identity", "silu"):
-        raise ValueError(f"activation is {activation!r}: it must be 'identity' or 'silu'")
-    wide = f"kernel causal_conv has at most 8 taps, weight has width = {sizes['width']}" if sizes["width"] > 8 else None
-    return choose_backend(backend, x, weight, bias, window, kernel="causal_conv", obstacle=wide)
-
-
+@checked()
 def causal_conv(
     x: Float[Tensor, "batch len channels"],  # input
     weight: Float[Tensor, "channels 1 width"],  # one filter a channel; the last tap meets the current position
     bias: Float[Tensor, "channels"] | None,  # added to every position
     window: Float[Tensor, "batch channels width"] | None = None,  # the last inputs before `x`; None: zeros
     *,
-    activation: str = "identity",  # of the output: "identity" or "silu"
-    backend: str = "auto",  # "naive", "triton", or "auto"
+    activation: Literal["identity", "silu"] = "identity",  # of the output
+    backend: Backend = "auto",  # "naive", "triton" or "auto"
 ) -> tuple[Float[Tensor, "batch len channels"], Float[Tensor, "batch channels width"]]:  # output, the last inputs
     """Causal depthwise convolution that can go on where another call stopped: `window` holds the last `width` inputs.
 
     Computed as `width` shifted copies of the input, each times its tap: on a CPU faster than a grouped `conv1d`, most
-    of all for one token. The kernel takes up to 8 taps. Raises ValueError when shapes do not fit, there is no token, or
-    activation or backend is not one of those named above; RuntimeError when backend="triton" cannot run here."""
-    path = _choose_path(x, "batch len channels", weight, bias, window, activation, backend)
+    of all for one token. The kernel takes up to 8 taps. Raises ValueError when an argument is not what the signature
+    says or there is no token; RuntimeError when backend="triton" cannot run here."""
     width, window = weight.shape[-1], None if window is None else window.to(x.dtype)
     past = x.new_zeros(len(x), width, x.shape[2]) if window is None else rearrange(window, "b c w -> b w c")
-    inputs = torch.cat([past, x[:, -width:] if path == "triton" else x], dim=1)
-    if path == "triton":
-        from llamba_ref.kernels.conv import conv_op
-
-        y = conv_op(x, weight, bias, window, activation == "silu")
+    obstacle = wrong_widths("conv", 1, 8, width=width)
+    if kernel := find_kernel("conv.conv_op", backend, x, weight, bias, window, obstacle=obstacle):
+        inputs = torch.cat([past, x[:, -width:]], dim=1)
+        y = kernel(x, weight, bias, window, activation == "silu")
     else:
+        inputs = torch.cat([past, x], dim=1)
         y = inputs[:, width:] * weight[:, 0, -1]
         for k in range(width - 1):
             y = y + inputs[:, k + 1 : k + 1 + x.shape[1]] * weight[:, 0, k]
@@ -64,20 +51,22 @@ def causal_conv(
     return y, last
 
 # %% ../nbs/05b_conv.ipynb #7db34ed2
+@checked()
 def causal_conv_step(
     x_t: Float[Tensor, "batch channels"],  # one token
     weight: Float[Tensor, "channels 1 width"],  # one filter a channel; the last tap meets `x_t`
     bias: Float[Tensor, "channels"] | None,  # added to the output
     window: Float[Tensor, "batch channels width"],  # the last inputs, of its dtype; `x_t` enters at the end, in place
     *,
-    activation: str = "identity",  # of the output: "identity" or "silu"
-    backend: str = "auto",  # "naive", "triton", or "auto"
+    activation: Literal["identity", "silu"] = "identity",  # of the output
+    backend: Backend = "auto",  # "naive", "triton" or "auto"
 ) -> Float[Tensor, "batch channels"]:  # y_t
     """One token of `causal_conv` for decoding loops that own their state, and for CUDA graphs.
 
     Raises ValueError as `causal_conv` does, and for a window of another dtype or one whose rows share memory;
     RuntimeError when a gradient is asked for, of which nothing is kept, or when backend="triton" cannot run here."""
-    path = _choose_path(x_t, "batch channels", weight, bias, window, activation, backend)
+    obstacle = wrong_widths("conv", 1, 8, width=weight.shape[-1])
+    kernel = find_kernel("conv.conv_step_op", backend, x_t, weight, bias, window, obstacle=obstacle)
     if window.dtype != x_t.dtype:
         raise ValueError(f"window is {window.dtype}: it must be {x_t.dtype}, like x_t")
     if any(size > 1 and stride == 0 for size, stride in zip(window.shape, window.stride())):
@@ -85,10 +74,8 @@ def causal_conv_step(
     if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x_t, weight, bias, window)):
         raise RuntimeError("causal_conv_step changes window in place and keeps nothing for a gradient: "
                            "call it under torch.no_grad(), or call causal_conv")
-    if path == "triton":
-        from llamba_ref.kernels.conv import conv_step_op
-
-        return conv_step_op(x_t, weight, bias, window, activation == "silu")
+    if kernel:
+        return kernel(x_t, weight, bias, window, activation == "silu")
     y, later = causal_conv(x_t[:, None], weight, bias, window, activation=activation, backend="naive")
     window.copy_(later)
     return y[:, 0]

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .core import check_tensors, choose_backend, wide_dtype
+from .core import Backend, checked, choose_backend, find_kernel, wide_dtype, wrong_widths
 from .decoder import Decoder, LayerView
 from .llama import Attention, attention_matrix
 from .mamba2 import SSDMixer
@@ -94,6 +94,7 @@ class LayerByLayer:
         return torch.stack(losses).float()
 
 # %% ../nbs/11_mohawk.ipynb #b472c6d4
+@checked(kv_heads="heads", groups="heads")
 def matrix_distance(
     q: Float[Tensor, "batch len heads width"],  # the teacher's queries, rotated; they get no gradient
     k: Float[Tensor, "batch len kv_heads width"],  # its keys, for heads / kv_heads neighbouring heads; no gradient
@@ -103,38 +104,22 @@ def matrix_distance(
     D: Float[Tensor, "heads"] | None = None,  # its skip connection, on the diagonal of its matrix
     *,
     scale: float | None = None,  # the teacher's scores are scale * q.k; None: 1 / sqrt(width)
-    backend: str = "auto",  # "naive", "triton" or "auto"
+    backend: Backend = "auto",  # "naive", "triton" or "auto"
 ) -> Float[Tensor, "batch heads"]:  # Frobenius norms, float32 at least
     """How far `ssd_matrix(log_a, B, C, D)` is from causal softmax attention, for each head (Bick et al. 2024, equation
     3 before the mean). The Triton path forms no matrix: its memory grows with len, not with its square.
 
-    Raises ValueError when shapes do not fit, the sequence is empty, a log_a is positive, or scale or backend is none;
-    RuntimeError when backend="triton" cannot run here."""
-    inputs = {
-        "q": (q, "batch len heads width"), "k": (k, "batch len kv_heads width"), "log_a": (log_a, "batch len heads"),
-        "B": (B, "batch len groups state"), "C": (C, "batch len groups state")}
-    sizes = check_tensors(inputs if D is None else inputs | {"D": (D, "heads")})
-    for name, axis in (("k", "kv_heads"), ("B", "groups")):
-        if sizes[axis] < 1 or sizes["heads"] % sizes[axis]:
-            raise ValueError(f"{name} has {axis} = {sizes[axis]}: it must be a divisor of heads = {sizes['heads']}")
+    Raises ValueError when an argument is not what the signature says, the sequence is empty, a log_a is positive, or
+    scale is no finite number; RuntimeError when backend="triton" cannot run here."""
     if not isinstance(scale, (int, float, type(None))) or scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale is {scale!r}: it must be a finite number or None")
-    obstacle = _wrong_width(sizes["width"], sizes["state"])
-    path = choose_backend(backend, q, k, log_a, B, C, D, kernel="matrix_distance", obstacle=obstacle)
-    with torch.autocast(q.device.type, enabled=False):
-        if path == "triton":
-            from llamba_ref.kernels.matrix_distance import triton_distance
-
-            return triton_distance(q, k, log_a, B, C, D, sizes["width"] ** -0.5 if scale is None else float(scale))
-        wide = wide_dtype(q, k, log_a, B, C, D)
-        q, k, B, C = (z.to(wide) for z in (q.detach(), k.detach(), B, C))
-        return torch.linalg.matrix_norm(ssd_matrix(log_a, B, C, D) - attention_matrix(q, k, scale))
-
-
-def _wrong_width(width: int, state: int) -> str | None:
-    """Why the kernel cannot work with queries of this width and a state of this size, or None."""
-    wrong = [f"{name} = {size}" for name, size in (("width", width), ("state", state)) if not 16 <= size <= 128]
-    return f"kernel matrix_distance multiplies tiles of 16 to 128 columns, but {wrong[0]}" if wrong else None
+    width, inputs = q.shape[-1], (q, k, log_a, B, C, D)
+    obstacle = wrong_widths("matrix_distance", 16, 128, width=width, state=B.shape[-1])
+    if kernel := find_kernel("matrix_distance.triton_distance", backend, *inputs, obstacle=obstacle):
+        return kernel(*inputs, width**-0.5 if scale is None else float(scale))
+    wide = wide_dtype(*inputs)
+    q, k, B, C = (z.to(wide) for z in (q.detach(), k.detach(), B, C))
+    return torch.linalg.matrix_norm(ssd_matrix(log_a, B, C, D) - attention_matrix(q, k, scale))
 
 # %% ../nbs/11_mohawk.ipynb #56f8d0cf
 def match_matrix(
@@ -162,7 +147,7 @@ def _needs_matrices(ours: nn.Module, theirs: nn.Module) -> str | None:
     if ours.n_heads != theirs.n_heads:
         heads = f"the student has {ours.n_heads} heads, the teacher {theirs.n_heads}"
         return f"kernel matrix_distance compares head by head, but {heads}"
-    return _wrong_width(theirs.head_dim, ours.d_state)
+    return wrong_widths("matrix_distance", 16, 128, width=theirs.head_dim, state=ours.d_state)
 
 # %% ../nbs/11_mohawk.ipynb #3aaddb60
 def alignment_loss(

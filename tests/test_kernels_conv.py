@@ -322,17 +322,17 @@ def test_auto_is_naive_on_a_cpu(monkeypatch):
 def test_what_cannot_run_says_why(monkeypatch):
     inputs = example(5, width=9)
     with pytest.raises(
-        RuntimeError, match="kernel causal_conv has at most 8 taps, weight has width = 9; use backend='naive' or 'auto'"
+        RuntimeError, match="kernel conv needs widths of 1 to 8, here width = 9; use backend='naive' or 'auto'"
     ):
         causal_conv(*inputs.values(), backend="triton")
     assert causal_conv(*inputs.values())[0].shape == (2, 5, 35)
     wide = [z.double() for z in example(5).values()]
-    with pytest.raises(RuntimeError, match="kernel causal_conv computes in float32, but an argument is torch.float64"):
+    with pytest.raises(RuntimeError, match="kernel conv computes in float32, but an argument is torch.float64"):
         causal_conv(*wide, backend="triton")
     with pytest.raises(RuntimeError, match="computes in float32"):
         causal_conv_step(wide[0][:, 0], *wide[1:], backend="triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="kernel causal_conv needs a CUDA tensor, this one is on cpu"):
+    with pytest.raises(RuntimeError, match="kernel conv needs a CUDA tensor, this one is on cpu"):
         causal_conv(*example(5, device="cpu").values(), backend="triton")
 
 

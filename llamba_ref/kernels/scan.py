@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from .launch import as_operation, gpu_of, launch, load_rows, set_gradient, store_rows
-from ..scan import polar_gate
+from ..core import polar_gate
 
 # %% auto #0
 __all__ = ['scan_op', 'scan_backward_op', 'expm1', 'combine', 'combine_complex', 'wrap_angle', 'cos_sin', 'rotate', 'load_tile',
