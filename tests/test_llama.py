@@ -135,8 +135,8 @@ def test_bfloat16_is_as_close_as_bfloat16_can_be(tmp_path):
 
 
 @pytest.mark.parametrize("head_dim", [2, 12, 64, 128])
-@pytest.mark.parametrize("rope", [Rope(), Rope(500_000.0), LLAMA3, replace(LLAMA3, factor=8.0), Rope(1e4, 4.0, 1.0, 2.0, 64),
-                                  Rope(1e4, 4.0, linear=True)])
+@pytest.mark.parametrize("rope", [Rope(), Rope(500_000.0), LLAMA3, replace(LLAMA3, factor=8.0),
+                                  Rope(1e4, 4.0, 1.0, 2.0, 64), Rope(1e4, 4.0, linear=True)])
 def test_frequencies_equal_transformers_to_the_bit(rope, head_dim):
     config = replace(SMALL, head_dim=head_dim, rope=rope, max_position_embeddings=10**6).to_dict()
     theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(transformers.LlamaConfig(**config))
