@@ -242,7 +242,7 @@ def download_checkpoint(name: str) -> Path:
         raise ConnectionError(f"{name}: no such directory, {problem}, and no copy was fetched earlier") from err
     return path
 
-# %% ../nbs/90_checkpoint.ipynb #b96bb122
+# %% ../nbs/90_checkpoint.ipynb #5f4dcfd6
 EMBEDDED = {  # models that come with this package
     "tiny": "tiny-llama",  # a Llama trained on three novels, the teacher of the demo
     "tiny-gateloop": "tiny-gateloop",  # a GateLoop language model trained on the same novels

@@ -40,7 +40,8 @@ class Rope:
     def __post_init__(self):
         check_fields(self)
         if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(f"high_freq_factor is {self.high_freq_factor}: it must be above low_freq_factor, {self.low_freq_factor}")
+            raise ValueError(f"high_freq_factor is {self.high_freq_factor}: it must be above low_freq_factor, "
+                             f"{self.low_freq_factor}")
 
 # %% ../nbs/08_llama.ipynb #24ba8074
 def rope_frequencies(

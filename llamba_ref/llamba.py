@@ -156,8 +156,8 @@ class LlambaConfig(ModelConfig):
 # %% ../nbs/09_llamba.ipynb #e22cce0b
 def _released(d_model: int, layers: int, heads: int, mlp: int, tied: bool) -> LlambaConfig:
     """A released model: the vocabulary of Llama 3, mixers with as many groups as heads."""
-    ssm = SSMConfig(n_v_heads=heads, n_qk_heads=heads)
-    return LlambaConfig(vocab_size=128256, d_model=d_model, n_layer=layers, ssm_cfg=ssm, mlp_cfg=MLPConfig(mlp), tie_embeddings=tied)
+    return LlambaConfig(vocab_size=128256, d_model=d_model, n_layer=layers, mlp_cfg=MLPConfig(mlp), tie_embeddings=tied,
+                        ssm_cfg=SSMConfig(n_v_heads=heads, n_qk_heads=heads))
 
 
 LLAMBA_SIZES = {
@@ -183,7 +183,8 @@ def student_config(
     attention = AttentionConfig(layers, heads, c.num_key_value_heads, c.head_dim, c.rope, c.attention_bias)
     return LlambaConfig(
         vocab_size=c.vocab_size, d_model=c.hidden_size, n_layer=c.num_hidden_layers,
-        ssm_cfg=SSMConfig(d_state, heads, heads, chunk_size=chunk_size), mlp_cfg=MLPConfig(c.intermediate_size, c.mlp_bias),
+        ssm_cfg=SSMConfig(d_state, heads, heads, chunk_size=chunk_size),
+        mlp_cfg=MLPConfig(c.intermediate_size, c.mlp_bias),
         tie_embeddings=c.tie_word_embeddings, pad_vocab_size_multiple=1, norm_epsilon=c.rms_norm_eps,
         attn_cfg=attention if layers else None,
         bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id,

@@ -220,7 +220,7 @@ class Mamba2(SSDMixer):
 
 # %% ../nbs/06_mamba2.ipynb #d96552f1
 class Mamba2Config(ModelConfig):
-    """Sizes of a Mamba-2 language model, most under the names of the original code. Raises ValueError as `ModelConfig`."""
+    """Sizes of a Mamba-2 language model, most named as in the original code. Raises ValueError as `ModelConfig`."""
 
     model_type = "mamba2"
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "tie_word_embeddings": "tie_embeddings"}

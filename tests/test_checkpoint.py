@@ -23,8 +23,18 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 from llamba_ref import checkpoint
-from llamba_ref.checkpoint import (atomic_directory, find_checkpoint, hub_problem, is_hub_name, load_strict, read_config, read_tensors,
-                                   read_weights, write_checkpoint, write_tensors)
+from llamba_ref.checkpoint import (
+    atomic_directory,
+    find_checkpoint,
+    hub_problem,
+    is_hub_name,
+    load_strict,
+    read_config,
+    read_tensors,
+    read_weights,
+    write_checkpoint,
+    write_tensors,
+)
 
 
 def model():
@@ -42,7 +52,9 @@ def save_checkpoint(path, config, weights):
 
 
 def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) and one[k].dtype == other[k].dtype for k in one)
+    return one.keys() == other.keys() and all(
+        torch.equal(one[k], other[k]) and one[k].dtype == other[k].dtype for k in one
+    )
 
 
 def one_line(error):
@@ -78,7 +90,8 @@ def test_find_smollm2_without_importing_it(monkeypatch, tmp_path):
         find_checkpoint("smollm2")
 
 
-@pytest.mark.parametrize("name", ["nowhere", "a/b/c", "/nobody/nothing", "./nobody", "../nobody", "~/nobody", "no body/x", ""])
+@pytest.mark.parametrize("name", ["nowhere", "a/b/c", "/nobody/nothing", "./nobody", "../nobody", "~/nobody",
+                                  "no body/x", ""])
 def test_find_names_that_lead_nowhere(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     if name == "":
@@ -92,7 +105,9 @@ def test_find_names_that_lead_nowhere(name, monkeypatch, tmp_path):
 def test_the_hub_and_its_names(monkeypatch):
     assert hub_problem() == "HF_HUB_OFFLINE is set"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(checkpoint, "get_session", lambda: type("Session", (), {"head": lambda self, url, timeout: None})())
+    monkeypatch.setattr(
+        checkpoint, "get_session", lambda: type("Session", (), {"head": lambda self, url, timeout: None})()
+    )
     assert hub_problem() is None
     assert all(map(is_hub_name, ("a/b", "meta-llama/Llama-3.2-1B", "o-1/x_y.z")))
     assert not any(map(is_hub_name, ("a", "./b", "../b", "a/b/c", "a b/c", "~/b", "/b", "a/", "")))
@@ -128,8 +143,11 @@ def test_hub_out_of_reach(kind, monkeypatch):
 def test_default_patience():
     """In a process of its own, without HF_HUB_OFFLINE, against a hub that never answers: the default limit holds."""
     server = socket.create_server(("127.0.0.1", 0))
-    program = "from llamba_ref.checkpoint import find_checkpoint\ntry: find_checkpoint('nobody/nothing')\nexcept ConnectionError as e: print(e)"
-    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
+    program = ("from llamba_ref.checkpoint import find_checkpoint\n"
+               "try: find_checkpoint('nobody/nothing')\nexcept ConnectionError as e: print(e)")
+    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"
+    }
     start = time.time()
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60)
     server.close()
@@ -184,7 +202,12 @@ def test_one_file_comes_before_shards_and_safetensors_before_bin(tmp_path, weigh
     """The order in which transformers looks."""
     for factor, kind in enumerate(reversed(KINDS), start=1):
         write_as(kind, tmp_path, {name: tensor * factor for name, tensor in weights.items()})
-    for factor, kind in ((4, "model.safetensors"), (3, "model.safetensors.index.json"), (2, "pytorch_model.bin"), (1, "pytorch_model.bin.index.json")):
+    for factor, kind in (
+        (4, "model.safetensors"),
+        (3, "model.safetensors.index.json"),
+        (2, "pytorch_model.bin"),
+        (1, "pytorch_model.bin.index.json"),
+    ):
         assert same(read_weights(tmp_path), {name: tensor * factor for name, tensor in weights.items()}), kind
         (tmp_path / kind).unlink()
 
@@ -195,7 +218,10 @@ def test_a_shard_holds_what_its_index_says(kind, tmp_path, weights):
     (index,) = tmp_path.glob("*.index.json")
     where = json.loads(index.read_text())["weight_map"]
     name, shard = next(iter(where.items()))
-    for wrong, message in (({**where, "more": shard}, "does not hold more"), ({key: at for key, at in where.items() if key != name}, f"holds {name}")):
+    for wrong, message in (
+        ({**where, "more": shard}, "does not hold more"),
+        ({key: at for key, at in where.items() if key != name}, f"holds {name}"),
+    ):
         index.write_text(json.dumps({"weight_map": wrong}))
         with pytest.raises(ValueError, match=f"{shard}: {message}, against what {index.name} says") as error:
             read_weights(tmp_path)
@@ -219,7 +245,8 @@ def test_missing_shard_or_file(kind, tmp_path, weights):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../model.safetensors"}}',
+    "text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}',
+             '{"weight_map": {"a": "../model.safetensors"}}',
              '{"weight_map": {"a": "/etc/passwd"}}', "\ufeffx"])
 def test_bad_index(text, tmp_path, weights):
     """An index cannot lead out of its directory."""
@@ -324,11 +351,16 @@ def test_truncated_safetensors(tmp_path, weights):
 
 
 def test_load_strict_names_everything(weights):
-    bad = {k: v for k, v in weights.items() if k != "0.bias"} | {"extra.weight": torch.zeros(1), "2.weight": torch.zeros(2, 5)}
+    bad = {k: v for k, v in weights.items() if k != "0.bias"} | {
+        "extra.weight": torch.zeros(1),
+        "2.weight": torch.zeros(2, 5),
+    }
     with pytest.raises(ValueError) as error:
         load_strict(model(), bad, "somewhere")
-    assert one_line(error) == ("somewhere: the weights do not fit the model: 1 missing (0.bias); 1 unexpected (extra.weight); "
-                               "2.weight has shape (2, 5) instead of (2, 4)")
+    assert one_line(error) == (
+        "somewhere: the weights do not fit the model: 1 missing (0.bias); 1 unexpected (extra.weight); "
+        "2.weight has shape (2, 5) instead of (2, 4)"
+    )
 
 
 def test_load_strict_keeps_a_long_list_short():
@@ -374,16 +406,26 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("names", ["ours", "theirs"])
 def test_a_tied_head_is_a_copy_or_refused(names):
     words = {"lm_head.weight": "head", "backbone.embedding.weight": "wte"} if names == "theirs" else {}
-    head, embedding = words.get("lm_head.weight", "lm_head.weight"), words.get("backbone.embedding.weight", "backbone.embedding.weight")
+    head, embedding = (
+        words.get("lm_head.weight", "lm_head.weight"),
+        words.get("backbone.embedding.weight", "backbone.embedding.weight"),
+    )
     weights = {embedding: torch.randn(5, 4)}
     for copy in ({}, {head: weights[embedding]}, {head: weights[embedding].clone()}):
         target, given = Tied(), weights | copy
         load_strict(target, given, "here", stored_as=lambda name: words.get(name, name))
-        assert torch.equal(target.backbone.embedding.weight, weights[embedding]) and given.keys() == (weights | copy).keys()
+        assert (
+            torch.equal(target.backbone.embedding.weight, weights[embedding])
+            and given.keys() == (weights | copy).keys()
+        )
     for other in (torch.randn(5, 4), weights[embedding][:4]):
         with pytest.raises(ValueError) as error:
             load_strict(Tied(), weights | {head: other}, "here", stored_as=lambda name: words.get(name, name))
-        assert one_line(error) == f"here: the weights do not fit the model: {head} is not {embedding}, and config.json says that the two are tied"
+        assert (
+            one_line(error)
+            == f"here: the weights do not fit the model: {head} is not {embedding}, "
+            "and config.json says that the two are tied"
+        )
     with pytest.raises(ValueError, match="1 missing .lm_head.weight"):
         load_strict(Tied(tied=False), {"backbone.embedding.weight": torch.randn(5, 4)}, "here")
 
@@ -399,13 +441,28 @@ def test_numbers_that_are_no_floating_point_are_refused(dtype, weights):
 
 
 def test_round_trip_of_every_type(tmp_path):
-    types = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
-    weights = {str(t): (torch.randn(3, 5) * 3).to(t) for t in types} | {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4)}
+    types = [
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+    ]
+    weights = {str(t): (torch.randn(3, 5) * 3).to(t) for t in types} | {
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+    }
     weights["transposed"] = torch.randn(4, 6).T  # not contiguous
     config = {"model_type": "x", "name": "Brontë"}
     save_checkpoint(tmp_path / "a", config, weights)
     assert same(read_weights(tmp_path / "a"), weights) and read_config(tmp_path / "a") == config
-    assert sorted(os.listdir(tmp_path)) == ["a"] and sorted(os.listdir(tmp_path / "a")) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["a"] and sorted(os.listdir(tmp_path / "a")) == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_nothing_is_overwritten(tmp_path, weights):
@@ -458,7 +515,8 @@ def full_disk_in_rust(*args, **kwargs):
 
 
 @pytest.mark.parametrize("where, failure", [
-    ((checkpoint, "save_torch_state_dict"), full_disk_in_rust), ((checkpoint, "save_torch_state_dict"), full_disk), ((Path, "write_text"), full_disk),
+    ((checkpoint, "save_torch_state_dict"), full_disk_in_rust),
+    ((checkpoint, "save_torch_state_dict"), full_disk), ((Path, "write_text"), full_disk),
     ((os, "fsync"), full_disk), ((Path, "rename"), full_disk), ((Path, "touch"), full_disk)])
 def test_full_disk_leaves_nothing(where, failure, monkeypatch, tmp_path, weights):
     save_checkpoint(tmp_path / "old", {"n": 1}, weights)
@@ -485,7 +543,9 @@ except OSError as err:
     print("OSError", err)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("OSError") and "could not be written" in done.stdout, done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("OSError") and "could not be written" in done.stdout, (
+        done.stderr
+    )
     assert os.listdir(tmp_path) == []
 
 

@@ -881,9 +881,9 @@ def test_save_and_load(tmp_path, changes):
 
 @pytest.mark.parametrize("change, message", [
     ({"model_type": "llamba"}, "model_type is 'llamba': only 'gateloop' can be loaded here"),
-    ({"model_type": None}, "model_type is None: only 'gateloop'"),
+    ({"model_type": None}, "model_type is None: it must be 'llama' or"),
     ({"d_conv": 4}, "unknown entry d_conv; known are vocab_size, d_model"),
-    ({"d_model": 0}, "d_model is 0: it must be an integer of at least 1"),
+    ({"d_model": 0}, "d_model is 0: it must be an integer from 1"),
     ({"n_heads": "4"}, "n_heads is '4'"),
     ({"n_heads": 5}, "n_heads is 5: it must divide d_model = 16"),
     ({"gates": "imaginary"}, "gates is 'imaginary'"),

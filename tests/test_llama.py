@@ -32,12 +32,25 @@ CONFIGS = {
     "wide heads": replace(SMALL, head_dim=12),
     "narrow heads": replace(SMALL, head_dim=6),
     "tied": replace(SMALL, tie_word_embeddings=True),
-    "llama3 scaling": replace(SMALL, rope=replace(LLAMA3, original_max_position_embeddings=64), max_position_embeddings=2048),
+    "llama3 scaling": replace(
+        SMALL, rope=replace(LLAMA3, original_max_position_embeddings=64), max_position_embeddings=2048
+    ),
     "attention bias": replace(SMALL, attention_bias=True),
     "mlp bias": replace(SMALL, mlp_bias=True),
     "other epsilon and theta": replace(SMALL, rms_norm_eps=1e-2, rope=Rope(123.0)),
-    "like Llama-3.2-1B": replace(SMALL, hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8, head_dim=16, rope=LLAMA3,
-                                 tie_word_embeddings=True, max_position_embeddings=131072, bos_token_id=2, eos_token_id=[3, 4, 5]),
+    "like Llama-3.2-1B": replace(
+        SMALL,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        head_dim=16,
+        rope=LLAMA3,
+        tie_word_embeddings=True,
+        max_position_embeddings=131072,
+        bos_token_id=2,
+        eos_token_id=[3, 4, 5],
+    ),
 }
 
 
@@ -51,7 +64,9 @@ def random_llama(config, std=0.3):
 def pair(config, directory):
     """The same random weights in our model and in transformers', through files."""
     random_llama(config).save_pretrained(directory / "llama")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory / "llama", dtype=torch.float32, attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        directory / "llama", dtype=torch.float32, attn_implementation="eager"
+    )
     assert type(theirs) is transformers.LlamaForCausalLM
     return Llama.from_pretrained(directory / "llama"), theirs
 
@@ -106,7 +121,9 @@ def test_left_padding_equals_transformers(tmp_path):
     with torch.no_grad():
         ref = theirs(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
         assert relative_error(ours(ids, mask)[mask.bool()], ref[mask.bool()]) < 1e-5
-    ref = theirs.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ref = theirs.generate(
+        ids, attention_mask=mask, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     assert torch.equal(ours.generate(ids, 10, attention_mask=mask), ref)
 
 
@@ -121,7 +138,8 @@ def test_bfloat16_is_as_close_as_bfloat16_can_be(tmp_path):
 
 
 @pytest.mark.parametrize("head_dim", [2, 12, 64, 128])
-@pytest.mark.parametrize("rope", [Rope(), Rope(500_000.0), LLAMA3, replace(LLAMA3, factor=8.0), Rope(1e4, 4.0, 1.0, 2.0, 64)])
+@pytest.mark.parametrize("rope", [Rope(), Rope(500_000.0), LLAMA3, replace(LLAMA3, factor=8.0),
+                                  Rope(1e4, 4.0, 1.0, 2.0, 64), Rope(1e4, 4.0, linear=True)])
 def test_frequencies_equal_transformers_to_the_bit(rope, head_dim):
     config = replace(SMALL, head_dim=head_dim, rope=rope, max_position_embeddings=10**6).to_dict()
     theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(transformers.LlamaConfig(**config))
@@ -149,7 +167,12 @@ def test_positions_of_half_precision_models_are_exact():
 
 
 def test_rope_config_of_both_generations():
-    numbers = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    numbers = {
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     new = {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", **numbers}}
     old = {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **numbers}}
     older = {"rope_theta": 500000.0, "rope_scaling": {"type": "llama3", **numbers}}
@@ -169,7 +192,11 @@ def test_rope_config_of_both_generations():
 
 def test_causal_mask():
     assert causal_mask(2, 1, None, "cpu")[0, 0].tolist() == [[True, True, False], [True, True, True]]
-    assert causal_mask(3, 0, torch.tensor([2]), "cpu")[0, 0].tolist() == [[True, False, False], [False, True, False], [False, False, True]]
+    assert causal_mask(3, 0, torch.tensor([2]), "cpu")[0, 0].tolist() == [
+        [True, False, False],
+        [False, True, False],
+        [False, False, True],
+    ]
 
 
 def test_the_cache_grows_by_one_entry_a_token_and_is_not_changed():
@@ -360,7 +387,11 @@ def test_padding_equals_unpadded(holes):
     ids, mask = torch.randint(96, (3, width)), torch.zeros(3, width, dtype=torch.long)
     for row, tokens in enumerate(rows):
         n = tokens.shape[1]
-        where = {"left": torch.arange(width - n, width), "right": torch.arange(n), "anywhere": torch.randperm(width)[:n].sort().values}[holes]
+        where = {
+            "left": torch.arange(width - n, width),
+            "right": torch.arange(n),
+            "anywhere": torch.randperm(width)[:n].sort().values,
+        }[holes]
         ids[row, where], mask[row, where] = tokens[0], 1
     out, (_, state) = model(ids, mask), model.prefill(ids, mask)
     step, _ = model.step(torch.tensor([7, 8, 9]), state)
@@ -410,7 +441,10 @@ def test_pytorch_files(shards, tmp_path):
     path = tmp_path / "bin"
     path.mkdir()
     shutil.copy(tmp_path / "llama" / "config.json", path)
-    names = {name: "pytorch_model.bin" if shards == 1 else f"pytorch_model-{1 + i % shards}.bin" for i, name in enumerate(weights)}
+    names = {
+        name: "pytorch_model.bin" if shards == 1 else f"pytorch_model-{1 + i % shards}.bin"
+        for i, name in enumerate(weights)
+    }
     for file in set(names.values()):
         torch.save({name: weights[name] for name in names if names[name] == file}, path / file)
     if shards > 1:
@@ -449,7 +483,8 @@ def rewrite(path, change_weights=None, change_config=None):
 @pytest.mark.parametrize("change, message", [
     (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "1 missing (model.layers.1.mlp.up_proj.weight)"),
     (lambda w: w.pop("lm_head.weight"), "1 missing (lm_head.weight)"),
-    (lambda w: w.update({"model.layers.2.input_layernorm.weight": torch.ones(32)}), "1 unexpected (model.layers.2.input_layernorm.weight)"),
+    (lambda w: w.update({"model.layers.2.input_layernorm.weight": torch.ones(32)}),
+     "1 unexpected (model.layers.2.input_layernorm.weight)"),
     (lambda w: w.update({"model.norm.weight": torch.ones(31)}), "model.norm.weight has shape (31,) instead of (32,)")])
 def test_misfits_are_named(change, message, saved):
     rewrite(saved, change_weights=change)
@@ -461,9 +496,12 @@ def test_misfits_are_named(change, message, saved):
 @pytest.mark.parametrize("change, message", [
     ({"model_type": "gpt2"}, "model_type is 'gpt2': it must be 'llama'"), ({"model_type": None}, "model_type is None"),
     ({"model_type": "gateloop"}, "model_type is 'gateloop': only 'llama'"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"vocab_size": None}, "vocab_size is None"), ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-    ({"hidden_size": "32"}, "hidden_size is '32': it must be an integer from 1"), ({"head_dim": -8}, "head_dim is -8"), ({"num_attention_heads": 0}, "num_attention_heads is 0"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"), ({"rope_parameters": {"rope_type": "llama3"}}, "missing.*factor"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"vocab_size": None}, "vocab_size is None"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    ({"hidden_size": "32"}, "hidden_size is '32': it must be an integer from 1"), ({"head_dim": -8}, "head_dim is -8"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
+    ({"rope_parameters": {"rope_type": "llama3"}}, "missing.*factor"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5")])
 def test_configs_that_do_not_fit(change, message, saved):
     rewrite(saved, change_config=lambda config: config.update(change))
@@ -475,14 +513,20 @@ def test_configs_that_do_not_fit(change, message, saved):
 def test_a_teacher_that_is_no_llama(tmp_path):
     config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="config.json: model_type is 'gpt2': it must be 'llama' or 'mamba2' or 'llamba' or 'gateloop'"):
+    with pytest.raises(
+        ValueError, match="config.json: model_type is 'gpt2': it must be 'llama' or 'mamba2' or 'llamba' or 'gateloop'"
+    ):
         Llama.from_pretrained(tmp_path)
 
 
 def test_what_is_no_checkpoint(tmp_path):
     (tmp_path / "text.txt").write_text("hello")
-    for name, kind, message in ((tmp_path, FileNotFoundError, "no config.json"), (tmp_path / "text.txt", ValueError, "a directory or a .gguf file"),
-                                (tmp_path / "none", FileNotFoundError, "no such directory"), ("nobody/nothing", ConnectionError, "nobody/nothing")):
+    for name, kind, message in (
+        (tmp_path, FileNotFoundError, "no config.json"),
+        (tmp_path / "text.txt", ValueError, "a directory or a .gguf file"),
+        (tmp_path / "none", FileNotFoundError, "no such directory"),
+        ("nobody/nothing", ConnectionError, "nobody/nothing"),
+    ):
         with pytest.raises(kind, match=message) as error:
             Llama.from_pretrained(name)
         one_line(error)
@@ -490,13 +534,21 @@ def test_what_is_no_checkpoint(tmp_path):
 
 def test_config_without_the_newer_entries():
     """The first Llamas knew neither head_dim nor key-value heads."""
-    values = {k: v for k, v in SMALL.to_dict().items() if k not in ("head_dim", "num_key_value_heads", "rope_parameters", "attention_bias")}
+    values = {
+        k: v
+        for k, v in SMALL.to_dict().items()
+        if k not in ("head_dim", "num_key_value_heads", "rope_parameters", "attention_bias")
+    }
     assert LlamaConfig.from_dict(values) == replace(SMALL, num_key_value_heads=4)
 
 
 def test_parameters_of_the_released_sizes():
     """Counts of the model cards, on the meta device."""
-    sizes = {(2048, 8192, 16, 32, 64, True): 1_235_814_400, (3072, 8192, 28, 24, 128, True): 3_212_749_824, (4096, 14336, 32, 32, 128, False): 8_030_261_248}
+    sizes = {
+        (2048, 8192, 16, 32, 64, True): 1_235_814_400,
+        (3072, 8192, 28, 24, 128, True): 3_212_749_824,
+        (4096, 14336, 32, 32, 128, False): 8_030_261_248,
+    }
     for (width, mlp, layers, heads, head_dim, tied), count in sizes.items():
         with torch.device("meta"):
             model = Llama(LlamaConfig(vocab_size=128256, hidden_size=width, intermediate_size=mlp,
