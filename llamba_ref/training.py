@@ -33,9 +33,9 @@ from .decoder import Decoder
 
 # %% auto #0
 __all__ = ['Backward', 'LOGITS', 'FILES', 'Stage', 'Objective', 'last_hidden', 'mean_over_chunks', 'next_tokens', 'CrossEntropy',
-           'reached', 'describe', 'optimizer_for', 'warmup_stable_decay', 'first_bad', 'train_step', 'replace_text',
-           'read_metrics', 'Run', 'hold', 'check_config', 'forget', 'read_checkpoint', 'write_state', 'read_state',
-           'checksum', 'seal', 'Progress', 'training_state', 'restore', 'FreshBatches', 'freeze', 'train_stage',
+           'reached', 'freeze', 'describe', 'optimizer_for', 'warmup_stable_decay', 'first_bad', 'train_step',
+           'replace_text', 'read_metrics', 'Run', 'hold', 'check_config', 'forget', 'read_checkpoint', 'write_state',
+           'read_state', 'checksum', 'seal', 'Progress', 'training_state', 'restore', 'FreshBatches', 'train_stage',
            'check_settings', 'train']
 
 # %% ../nbs/10_training.ipynb #9dda318b
@@ -150,6 +150,16 @@ def reached(
         parameter.requires_grad_(parameter.grad is not None)
     model.zero_grad()
     return counts
+
+
+def freeze(model: nn.Module, counts: dict[str, int], stage: Stage) -> None:
+    """Train what `counts`, from `reached`, says. Raises ValueError when that is nothing, or is frozen."""
+    if not any(counts.values()):
+        raise ValueError(f"stage {stage.objective}: no gradient reaches a parameter that has requires_grad")
+    for name, parameter in model.named_parameters():
+        if counts[name] and not parameter.requires_grad:
+            raise ValueError(f"cannot resume, {name} was trained in stage {stage.objective} and is frozen now")
+        parameter.requires_grad_(counts[name] > 0)
 
 
 def describe(model: nn.Module, counts: dict[str, int]) -> str:
@@ -468,16 +478,6 @@ class FreshBatches:
         self.generator.set_state(state["random"])
 
 # %% ../nbs/10_training.ipynb #341b9099
-def freeze(model: nn.Module, counts: dict[str, int], stage: Stage) -> None:
-    """Train what `counts`, from `reached`, says. Raises ValueError when that is nothing, or is frozen."""
-    if not any(counts.values()):
-        raise ValueError(f"stage {stage.objective}: no gradient reaches a parameter that has requires_grad")
-    for name, parameter in model.named_parameters():
-        if counts[name] and not parameter.requires_grad:
-            raise ValueError(f"cannot resume, {name} was trained in stage {stage.objective} and is frozen now")
-        parameter.requires_grad_(counts[name] > 0)
-
-
 def train_stage(
     model: Decoder,  # what is trained
     stages: Sequence[Stage],  # those that have begun; the last one is run

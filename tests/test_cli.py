@@ -22,6 +22,7 @@ from llamba_ref.data import load_documents, pack, split_documents, train_tokeniz
 from llamba_ref.evaluate import compare, evaluate
 from llamba_ref.llama import Attention, Llama, LlamaConfig
 from llamba_ref.llamba import DiscreteMamba2, Llamba
+from llamba_ref.training import seal
 
 TEXT = ["--held-out", "4", "--length", "32", "--validation-blocks", "4"]
 SIZE = ["--batch-size", "2", "--d-state", "4", "--chunk-size", "16"]
@@ -150,9 +151,10 @@ def test_interrupted(command, hint, llamba, monkeypatch):
 
 def test_run_directory(run, toy):
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
-    expected = {"config.json", "metrics.jsonl", "figures/matrices.png", "figures/progress.png", "student/config.json",
+    expected = {".lock", "config.json", "metrics.jsonl", "figures/matrices.png", "figures/progress.png", "student/config.json",
                 "student/model.safetensors", "student/tokenizer.json", "student/tokenizer_config.json"}
-    assert files - expected == {f"checkpoints/step-0000000{step}/{name}" for step in (4, 6) for name in ("training.pt", "weights.safetensors")}
+    names = ("checksums.json", "training.pt", "weights.safetensors")
+    assert files - expected == {f"checkpoints/step-0000000{step}/{name}" for step in (4, 6) for name in names}
     assert expected <= files
     config = json.loads((run / "config.json").read_text())
     assert config["steps"] == [2, 2, 2] and config["text"] == str(toy / "text.txt") and config["length"] == 32
@@ -470,6 +472,7 @@ def test_nan_stops_the_run_and_keeps_the_checkpoints(run, toy, tmp_path, message
     weights = load_file(file)
     weights["backbone.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(weights, file)
+    seal(file.parent)
     before = contents(broken / "checkpoints")
     said = message(*words(toy, broken, "--resume"))
     assert "stage distillation, step 1 of 2" in said and "layer 1" in said and "nan" in said
