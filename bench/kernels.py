@@ -519,11 +519,11 @@ def peak(call: Callable[[], object], device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure_limits(device: str, size: int = 8192, copied: int = 2**30) -> Limits:
+def measure_limits(device: str, size: int = 8192, copied: int = 2**30, budget: float = BUDGET) -> Limits:
     """A copy of `copied` bytes, and products of square matrices of `size` rows."""
     source = torch.empty(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    bandwidth = 2 * copied / seconds(lambda: target.copy_(source), device)
+    bandwidth = 2 * copied / seconds(lambda: target.copy_(source), device, budget)
     kinds = {"float32": (torch.float32, "highest"), "float16": (torch.float16, "highest")}
     if device == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
         kinds |= {"tf32": (torch.float32, "high"), "bfloat16": (torch.bfloat16, "highest")}
@@ -531,7 +531,7 @@ def measure_limits(device: str, size: int = 8192, copied: int = 2**30) -> Limits
     for name, (dtype, precision) in kinds.items():
         torch.set_float32_matmul_precision(precision)
         a, b = (normal(size, size, dtype=dtype, device=device) for _ in range(2))
-        found[name] = 2 * size**3 / seconds(lambda: a @ b, device)
+        found[name] = 2 * size**3 / seconds(lambda: a @ b, device, budget)
     torch.set_float32_matmul_precision(before)
     return Limits(bandwidth, found)
 

@@ -2,11 +2,12 @@
 need a GPU."""
 
 import json
+import os
+import pickle
 import subprocess
 import sys
 import types
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,16 +145,9 @@ def test_measure(name, backward):
     """Ours through the public function with backend="triton", naive beside it, at a tiny size."""
     if backward and not OPERATIONS[name].wanted:
         return  # one token has no backward pass
-    row = measure(
-        name,
-        "tiny",
-        TINY[name],
-        torch.complex64 if "complex" in name else torch.float32,
-        backward,
-        LIMITS,
-        DEVICE,
-        budget=0.0,
-    )
+    sizes = TINY[name] | ({"heads": 1, "groups": 1} if "heads" in TINY[name] else {})
+    dtype = torch.complex64 if "complex" in name else torch.float32
+    row = measure(name, "tiny", sizes, dtype, backward, LIMITS, DEVICE, budget=0.0)
     assert row["reason"] is None, row["reason"]
     assert row["pass"] == ("forward + backward" if backward else "forward")
     assert row["seconds"] > 0 and row["peak_bytes"] > 0 and row["bytes_per_second"] == row["bytes"] / row["seconds"]
@@ -281,10 +275,20 @@ def test_repetitions_follow_from_the_budget():
     assert len(few) == 1
 
 
-def test_limits_in_a_process_of_its_own():
-    found = kernels.in_a_process(partial(kernels.measure_limits, "cpu", size=64, copied=2**16))
+def test_limits():
+    found = kernels.measure_limits("cpu", size=64, copied=2**16, budget=0.01)
     assert found.bandwidth > 1e6 and found.matmul.keys() >= {"float32", "float16"} and min(found.matmul.values()) > 1e6
     assert torch.get_float32_matmul_precision() == "highest"
+    assert pickle.loads(pickle.dumps(found)) == found  # as it comes back from the process that measures it
+
+
+def test_a_process_of_its_own():
+    """Results and exceptions come back; a process that dies is an exception too. What is sent need not be imported there."""
+    assert kernels.in_a_process(os.getpid) != os.getpid()
+    with pytest.raises(FileNotFoundError, match="no_such_folder"):
+        kernels.in_a_process(os.listdir, "no_such_folder")
+    with pytest.raises(BrokenProcessPool):
+        kernels.in_a_process(os._exit, 1)
 
 
 def test_an_operation_whose_process_dies_is_a_row(monkeypatch, capsys):
