@@ -14,7 +14,7 @@ from torch import Tensor
 from .launch import as_operation, gpu_of, launch, load_rows, precision_of, set_gradient, store_rows
 from .scan import scan_backward, scan_forward
 from .ssd import ssd_op
-from ..scan import rotor
+from ..core import cumulative_rotation
 
 # %% auto #0
 __all__ = ['CHUNK', 'SUB', 'gateloop_op', 'gateloop_backward_op', 'gates_until', 'gates_after', 'gates_between', 'update_kernel',
@@ -471,7 +471,7 @@ def triton_gateloop(
     log_a, rotation = log_a.float().expand(k.shape).contiguous(), None
     if phase is not None:
         phase = phase.float().expand(k.shape).contiguous()
-        rotation = rotor(phase.detach())
+        rotation = cumulative_rotation(phase.detach())
         q, k = q * rotation, k * rotation.conj()
     of_keys = q.is_complex() or k.is_complex()
     of_values = v.is_complex() or start.is_complex() and not of_keys
