@@ -72,7 +72,7 @@ def test_version_is_read_without_importing(project, settings):
     versions = [
         ast.literal_eval(node.value)
         for node in tree.body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "__version__"
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"
     ]
     assert versions == [settings["version"]]
 
