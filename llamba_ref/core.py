@@ -17,14 +17,15 @@ from types import ModuleType
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
-from jaxtyping import AbstractArray, Bool, Float, Int
+from jaxtyping import Bool, Complex, Float, Inexact, Int
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # %% auto #0
-__all__ = ['Backend', 'relative_error', 'check_tensors', 'check_sizes', 'check_option', 'checked', 'wide_dtype', 'choose_backend',
-           'wrong_widths', 'find_kernel', 'load_result', 'peak_bytes', 'is_token']
+__all__ = ['Backend', 'relative_error', 'check_tensors', 'check_sizes', 'check_option', 'checked', 'wide_dtype', 'polar_gate',
+           'cumulative_rotation', 'choose_backend', 'wrong_widths', 'find_kernel', 'load_result', 'peak_bytes',
+           'is_token']
 
 # %% ../nbs/00_core.ipynb #c0306d32
 def relative_error(
@@ -100,30 +101,6 @@ def check_option(
         raise ValueError(f"{name} is {value!r}: it must be {', '.join(map(repr, known[:-1]))} or {known[-1]!r}")
 
 # %% ../nbs/00_core.ipynb #b9db5536
-def _is_array(kind) -> bool:
-    return inspect.isclass(kind) and issubclass(kind, AbstractArray)
-
-
-def _kinds(function: Callable) -> dict[str, tuple[type, bool]]:
-    """What each argument must be by its annotation, and whether it may be None."""
-    kinds, nothing = {}, type(None)
-    for name, hint in get_type_hints(function).items():
-        optional = nothing in get_args(hint)
-        kinds[name] = next(kind for kind in get_args(hint) if kind is not nothing) if optional else hint, optional
-    return {name: kind for name, kind in kinds.items() if name != "return"}
-
-
-def _in_order(tensors: dict[str, str]) -> dict[str, str]:
-    """Arguments and axes; "#key" is compared with the size that another argument gives to "key", which goes first."""
-    waiting, ordered, seen = dict(tensors), {}, set()
-    while waiting:
-        shared = {name: {w.strip("#*") for w in axes.split() if "#" in w} for name, axes in waiting.items()}
-        name = next((name for name in waiting if shared[name] <= seen), next(iter(waiting)))
-        ordered[name] = waiting.pop(name)
-        seen |= {w.strip("*") for w in ordered[name].split() if "#" not in w}
-    return ordered
-
-
 def checked(
     same: str = "",  # names of the arguments that have one precision: "x B C"
     **divisors: str,  # groups="heads": the size of axis groups divides that of axis heads
@@ -131,36 +108,32 @@ def checked(
     """Make an operator keep what its signature says: ValueError names what is wrong. Autocast is off inside."""
 
     def decorate(function: Callable) -> Callable:
-        kinds = _kinds(function)
-        tensors = {name: kind for name, (kind, _) in kinds.items() if _is_array(kind)}
-        axes = _in_order({name: kind.dim_str for name, kind in tensors.items()})
-        complex_too = {name for name, kind in tensors.items() if kind.dtype is not Float}
-        options = {name: get_args(kind) for name, (kind, _) in kinds.items() if get_origin(kind) is Literal}
-        counts = [name for name, (kind, _) in kinds.items() if kind is int]
-        parameters = inspect.signature(function).parameters
-        needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+        signature, hints = inspect.signature(function), get_type_hints(function)
+        optional = {name for name, hint in hints.items() if type(None) in get_args(hint)}
+        hints = {name: get_args(hints[name])[0] if name in optional else hints[name] for name in signature.parameters}
+        axes = {name: hint.dim_str for name, hint in hints.items() if hasattr(hint, "dim_str")}
+        axes = {name: axes[name] for name in sorted(axes, key=lambda name: "#" in axes[name])}  # sizes come first
+        complex_too = {name for name in axes if hints[name].dtype is not Float}
+        options = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+        counts = [name for name, hint in hints.items() if hint is int]
 
         @wraps(function)
         def checking(*args, **kwargs):
-            given = dict(zip(parameters, args)) | kwargs
-            if not all(name in given for name in needed):
-                return function(*args, **kwargs)  # Python says what is missing
+            given = signature.bind(*args, **kwargs).arguments
             inputs = {name: (given[name], axes[name]) for name in axes if name in given}
-            inputs = {name: z for name, z in inputs.items() if not (z[0] is None and kinds[name][1])}
+            inputs = {name: z for name, z in inputs.items() if not (z[0] is None and name in optional)}
             sizes = check_tensors(inputs, complex_too)
             for part, whole in divisors.items():
                 if sizes[part] < 1 or sizes[whole] % sizes[part]:
                     name = next(name for name in inputs if part in axes[name].split())
-                    raise ValueError(
-                        f"{name} has {part} = {sizes[part]}: it must be a divisor of {whole} = {sizes[whole]}"
-                    )
-            types = [(name, given[name].dtype) for name in same.split()]
-            for name, dtype in types[1:]:
-                if torch.finfo(dtype).dtype != torch.finfo(types[0][1]).dtype:
-                    raise ValueError(f"{name} is {dtype}: it must have the precision of {types[0][0]}, {types[0][1]}")
-            for name in options:
-                if name in given:
-                    check_option(name, given[name], options[name])
+                    wanted = f"a divisor of {whole} = {sizes[whole]}"
+                    raise ValueError(f"{name} has {part} = {sizes[part]}: it must be {wanted}")
+            first, *others = [(name, given[name].dtype) for name in same.split()] or [("", None)]
+            for name, dtype in others:
+                if torch.finfo(dtype).dtype != torch.finfo(first[1]).dtype:
+                    raise ValueError(f"{name} is {dtype}: it must have the precision of {first[0]}, {first[1]}")
+            for name in [name for name in options if name in given]:
+                check_option(name, given[name], options[name])
             check_sizes(**{name: given[name] for name in counts if name in given})
             with torch.autocast(next(iter(inputs.values()))[0].device.type, enabled=False):
                 return function(*args, **kwargs)
@@ -176,6 +149,27 @@ def wide_dtype(
     """The real dtype to compute in."""
     doubles = (torch.float64, torch.complex128)
     return torch.float64 if any(tensor is not None and tensor.dtype in doubles for tensor in tensors) else torch.float32
+
+# %% ../nbs/00_core.ipynb #38244c86
+def polar_gate(
+    log_a: Float[Tensor, "*#shape"],  # log of the magnitude
+    phase: Float[Tensor, "*#shape"] | None = None,  # radians; None: real gates
+    conjugate: bool = False,  # turn the other way
+) -> Inexact[Tensor, "*#shape"]:  # exp(log_a + i phase); real without phase
+    """Gates from magnitude and phase (Katsch 2023)."""
+    size = log_a.exp()
+    if phase is None:
+        return size
+    sine = phase.sin()
+    return torch.complex(size * phase.cos(), size * (-sine if conjugate else sine))
+
+
+def cumulative_rotation(
+    phase: Float[Tensor, "batch len *rest"],  # radians that each step turns by
+) -> Complex[Tensor, "batch len *rest"]:  # exp(i (phase_1 + ... + phase_t)), complex64 or complex128
+    """The running product of unit gates along dim 1. Angles are summed in float64, whatever the input."""
+    angle = phase.double().cumsum(1)
+    return torch.complex(angle.cos(), angle.sin()).to(torch.promote_types(wide_dtype(phase), torch.complex64))
 
 # %% ../nbs/00_core.ipynb #50b5500d
 Backend = Literal["naive", "triton", "auto"]

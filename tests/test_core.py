@@ -1,13 +1,31 @@
-"""What every chapter leans on: errors that are measured right, checks that name the mistake, memory that is counted right."""
+"""What every chapter leans on: errors measured right, checks that name the mistake, memory counted right."""
 
+import inspect
 import json
-import types
+from typing import Literal
 
 import pytest
 import torch
+from jaxtyping import Float, Inexact
+from torch import Tensor
 
 from llamba_ref import core
-from llamba_ref.core import check_sizes, check_tensors, choose_backend, load_result, peak_bytes, relative_error, wide_dtype
+from llamba_ref.core import (
+    Backend,
+    check_option,
+    check_sizes,
+    check_tensors,
+    checked,
+    choose_backend,
+    find_kernel,
+    is_token,
+    load_result,
+    peak_bytes,
+    polar_gate,
+    relative_error,
+    wide_dtype,
+    wrong_widths,
+)
 
 MIB = 2**20
 
@@ -23,8 +41,9 @@ def mebibytes(count):
 def test_relative_error_by_hand():
     assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == 0.1
     assert relative_error(torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0], [1.0]])) == 0.0
-    assert relative_error(torch.tensor([0.0, 0.25]), torch.zeros(2)) == 0.25  # without a size to compare with, the gap itself
-    assert relative_error(torch.tensor(1 + 1j), torch.tensor(1.0)) == relative_error(torch.tensor(1.0), torch.tensor(1 + 0.0j) / 2) == 1.0
+    assert relative_error(torch.tensor([0.0, 0.25]), torch.zeros(2)) == 0.25  # nothing to compare with: the gap itself
+    assert relative_error(torch.tensor(1 + 1j), torch.tensor(1.0)) == 1.0
+    assert relative_error(torch.tensor(1.0), torch.tensor(1 + 0.0j) / 2) == 1.0
 
 
 def test_relative_error_is_computed_in_float64():
@@ -55,7 +74,7 @@ def test_relative_error_needs_no_detach():
 
 def test_check_tensors_returns_the_sizes():
     q, one, none = torch.zeros(2, 8, 4, 3), torch.zeros(2, 8, 4, 1), torch.zeros(2, 8, 4, 0)
-    axes, shared = "batch len heads key", "batch len heads key|1"
+    axes, shared = "batch len heads key", "batch len heads #key"
     expected = {"batch": 2, "len": 8, "heads": 4, "key": 3}
     assert check_tensors({"q": (q, axes)}) == check_tensors({"q": (q, axes), "log_a": (q, shared)}) == expected
     assert check_tensors({"q": (q, axes), "log_a": (one, shared), "k": (q, axes)}) == expected
@@ -66,33 +85,49 @@ def test_check_tensors_returns_the_sizes():
 def test_an_axis_that_may_be_1_decides_nothing():
     """Were its 1 taken for the size, the next tensor would be blamed."""
     one, q = torch.zeros(2, 8, 1), torch.zeros(2, 8, 3)
-    assert check_tensors({"log_a": (one, "batch len key|1"), "q": (q, "batch len key")}) == {"batch": 2, "len": 8, "key": 3}
+    inputs = {"log_a": (one, "batch len #key"), "q": (q, "batch len key")}
+    assert check_tensors(inputs) == {"batch": 2, "len": 8, "key": 3}
+
+
+def test_axes_that_may_be_many_and_axes_of_a_fixed_size():
+    x, weight = torch.zeros(2, 8, 4, 3), torch.zeros(4, 1, 5)
+    for log_a in (x, x[..., :1], x[:, :, :1]):
+        inputs = {"x": (x, "batch len *rest"), "log_a": (log_a, "batch len *#rest"), "h": (x[:, 0], "batch *rest")}
+        assert check_tensors(inputs) == {"batch": 2, "len": 8, "axis2": 4, "axis3": 3}
+    assert check_tensors({"x": (x[..., 0, 0], "batch len *rest")}) == {"batch": 2, "len": 8}
+    wanted = r"\(batch = 2, len = 8, axis2 = 4 or 1, axis3 = 3 or 1\)"
+    for wrong in (x[..., 0], x[..., :2], x[None]):
+        with pytest.raises(ValueError, match=f"log_a has shape .*: it must be {wanted}$"):
+            check_tensors({"x": (x, "batch len *rest"), "log_a": (wrong, "batch len *#rest")})
+    assert check_tensors({"weight": (weight, "channels 1 width")}) == {"channels": 4, "1": 1, "width": 5}
+    with pytest.raises(ValueError, match=r"weight has shape \(4, 5, 1\): it must be \(channels, 1, width\)"):
+        check_tensors({"weight": (weight.mT, "channels 1 width")})
 
 
 @pytest.mark.parametrize("shape", [(2, 8), (2, 8, 4, 3, 1), (2, 8, 4, 2), (1, 8, 4, 3), (2, 8, 1, 3), ()])
 def test_a_wrong_shape_is_named_with_what_was_wanted(shape):
     q = torch.zeros(2, 8, 4, 3)
     with pytest.raises(ValueError) as error:
-        check_tensors({"q": (q, "batch len heads key"), "phase": (torch.zeros(shape), "batch len heads key|1")})
+        check_tensors({"q": (q, "batch len heads key"), "phase": (torch.zeros(shape), "batch len heads #key")})
     assert str(error.value) == f"phase has shape {shape}: it must be (batch = 2, len = 8, heads = 4, key = 3 or 1)"
 
 
 @pytest.mark.parametrize("name", ["log_a", "log_a_t", "phase", "phase_t"])
-def test_gates_are_real_even_where_complex_numbers_are_fine(name):
+def test_only_what_may_be_complex_may_be_complex(name):
     z = torch.zeros(2, 3, dtype=torch.complex64)
-    assert check_tensors({"x": (z, "batch len")}, complex_too=True) == {"batch": 2, "len": 3}
+    assert check_tensors({"x": (z, "batch len")}, complex_too={"x"}) == {"batch": 2, "len": 3}
     with pytest.raises(ValueError, match=f"^{name} is torch.complex64: it must be a tensor of real floating-point numbers$"):
-        check_tensors({name: (z, "batch len")}, complex_too=True)
+        check_tensors({name: (z, "batch len")}, complex_too={"x"})
     with pytest.raises(ValueError, match="^x is torch.complex64: it must be a tensor of real floating-point numbers$"):
         check_tensors({"x": (z, "batch len")})
 
 
 @pytest.mark.parametrize("bad, kind", [
-    (torch.zeros(2, 3).long(), "torch.int64"), (torch.zeros(2, 3).bool(), "torch.bool"), (torch.zeros(2, 3).numpy(), "ndarray"),
-    (None, "NoneType"), ([[0.0]], "list"), (1.0, "float"),
+    (torch.zeros(2, 3).long(), "torch.int64"), (torch.zeros(2, 3).bool(), "torch.bool"),
+    (torch.zeros(2, 3).numpy(), "ndarray"), (None, "NoneType"), ([[0.0]], "list"), (1.0, "float"),
 ])
 def test_what_is_no_tensor_of_numbers_is_named(bad, kind):
-    for complex_too, wanted in ((False, "real floating-point"), (True, "floating-point")):
+    for complex_too, wanted in (((), "real floating-point"), ({"x"}, "floating-point")):
         with pytest.raises(ValueError, match=f"^x is {kind}: it must be a tensor of {wanted} numbers$"):
             check_tensors({"x": (bad, "batch len")}, complex_too=complex_too)
 
@@ -113,6 +148,93 @@ def test_check_sizes():
         with pytest.raises(ValueError) as error:
             check_sizes(heads=2, width=bad)
         assert str(error.value) == f"width is {bad!r}: it must be an integer of at least 1"
+
+
+# operators that keep their signature
+
+
+@checked(same="q k", groups="heads")
+def product(
+    q: Inexact[Tensor, "batch len heads key"],
+    log_a: Float[Tensor, "batch len #heads #key"],
+    k: Inexact[Tensor, "batch len groups key"],
+    *,
+    start: Float[Tensor, "batch key"] | None = None,  # a comment that documentation shows
+    mode: Literal["fast", "exact"] = "fast",
+    size: int = 64,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Says what it does."""
+    return q @ k.mT if mode == "fast" else q.sum(-1)
+
+
+def inputs(**change):
+    q, log_a, k = torch.ones(2, 8, 4, 3), -torch.ones(2, 8, 4, 3), torch.ones(2, 8, 2, 3)
+    return {"q": q, "log_a": log_a, "k": k, "start": torch.zeros(2, 3), **change}
+
+
+def test_a_checked_operator_computes():
+    given = inputs()
+    assert product(**given).shape == product(given["q"], given["log_a"], given["k"]).shape == (2, 8, 4, 2)
+    for change in (dict(start=None), dict(log_a=-torch.ones(2, 8, 1, 1)), dict(mode="exact", size=1, backend="naive"),
+                   dict(q=given["q"].to(torch.complex64), k=given["k"].to(torch.complex64))):
+        assert product(**inputs(**change)) is not None
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(q=torch.ones(2, 8, 4)), r"q has shape \(2, 8, 4\): it must be \(batch, len, heads, key\)"),
+    (dict(log_a=-torch.ones(2, 8, 2, 3)),
+     r"log_a has shape \(2, 8, 2, 3\): it must be \(batch = 2, len = 8, heads = 4 or 1, key = 3 or 1\)"),
+    (dict(k=torch.ones(2, 8, 2, 1)), r"k has shape \(2, 8, 2, 1\): it must be \(batch = 2, len = 8, groups, key = 3\)"),
+    (dict(k=torch.ones(2, 8, 3, 3)), "k has groups = 3: it must be a divisor of heads = 4"),
+    (dict(k=torch.ones(2, 8, 0, 3)), "k has groups = 0: it must be a divisor of heads = 4"),
+    (dict(k=torch.ones(2, 8, 2, 3).double()), "k is torch.float64: it must have the precision of q, torch.float32"),
+    (dict(k=torch.ones(2, 8, 2, 3).half()), "k is torch.float16: it must have the precision of q, torch.float32"),
+    (dict(q=None), "q is NoneType: it must be a tensor of floating-point numbers"),
+    (dict(log_a=torch.ones(2, 8, 4, 3) * 1j), "log_a is torch.complex64: it must be a tensor of real floating-point"),
+    (dict(log_a=torch.ones(2, 8, 1, 1)), "log_a reaches 1: it is the log of a decay and must be at most 0"),
+    (dict(start=torch.zeros(3)), r"start has shape \(3,\): it must be \(batch = 2, key = 3\)"),
+    (dict(mode="slow"), "mode is 'slow': it must be 'fast' or 'exact'"),
+    (dict(mode=None), "mode is None: it must be 'fast' or 'exact'"),
+    (dict(size=0), "size is 0: it must be an integer of at least 1"),
+    (dict(size=1.5), "size is 1.5: it must be an integer of at least 1"),
+    (dict(backend="cuda"), "backend is 'cuda': it must be 'naive', 'triton' or 'auto'"),
+])  # fmt: skip
+def test_a_checked_operator_names_the_mistake(change, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        product(**inputs(**change))
+
+
+def test_calls_that_python_refuses():
+    for arguments, options in (((), {}), ((torch.ones(2, 8, 4, 3),), {}), ((), inputs(other=1))):
+        with pytest.raises(TypeError, match="missing|unexpected|other"):
+            product(*arguments, **options)
+
+
+def test_a_checked_operator_can_be_read():
+    assert product.__name__ == "product" and product.__doc__ == "Says what it does."
+    assert "a comment that documentation shows" in inspect.getsource(product)
+    assert list(inspect.signature(product).parameters) == ["q", "log_a", "k", "start", "mode", "size", "backend"]
+
+
+def test_autocast_is_off_inside():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert product(**inputs()).dtype == torch.float32
+
+
+def test_a_checked_operator_compiles_into_one_graph():
+    """And values are not looked at: a positive log_a goes through."""
+    compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**inputs()), product(**inputs()))
+    compiled(**inputs(log_a=torch.ones(2, 8, 4, 3)))
+    with pytest.raises(Exception, match="it must be"):
+        compiled(**inputs(k=torch.ones(2, 8, 3, 3)))
+
+
+def test_check_option():
+    check_option("mode", "a", ("a", "b"))
+    with pytest.raises(ValueError, match="^mode is 'd': it must be 'a', 'b' or 'c'$"):
+        check_option("mode", "d", ("a", "b", "c"))
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16, torch.float32, torch.complex64])
@@ -142,11 +264,13 @@ def test_choose_backend(monkeypatch, interpreting):
         assert choose_backend("auto", tensor, kernel="scan", obstacle="keys too narrow") == "naive"
         assert choose_backend("auto", tensor, tensor.double(), kernel="scan") == "naive"
     assert choose_backend("auto", here, kernel="scan") == "naive"
-    assert choose_backend("auto", there, None, kernel="scan") == choose_backend("triton", there, kernel="scan") == "triton"
+    for backend in ("auto", "triton"):
+        assert choose_backend(backend, there, None, kernel="scan") == "triton"
     if interpreting:
         assert choose_backend("triton", here, kernel="scan") == "triton"
     else:
-        with pytest.raises(RuntimeError, match="^backend='triton': kernel scan needs a CUDA tensor, this one is on cpu; use backend='naive' or 'auto'$"):
+        reason = "kernel scan needs a CUDA tensor, this one is on cpu"
+        with pytest.raises(RuntimeError, match=f"^backend='triton': {reason}; use backend='naive' or 'auto'$"):
             choose_backend("triton", here, kernel="scan")
 
 
@@ -168,6 +292,42 @@ def test_triton_that_cannot_run_says_why(monkeypatch, kind):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="kernel scan needs the package triton, which is not installed"):
         choose_backend("triton", tensor, kernel="scan")
+
+
+def test_find_kernel(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x = torch.zeros(2)
+    assert find_kernel("scan.triton_scan", "auto", x) is None and find_kernel("scan.triton_scan", "naive", x) is None
+    assert find_kernel("scan.triton_scan", "triton", x[:0]) is None  # nothing to launch
+    with pytest.raises(RuntimeError, match="^backend='triton': too narrow; use"):
+        find_kernel("scan.triton_scan", "triton", x, obstacle="too narrow")
+    with pytest.raises(RuntimeError, match="kernel scan computes in float32, but an argument is torch.float64"):
+        find_kernel("scan.triton_scan", "triton", x, x.double())
+    triton_scan = find_kernel("scan.triton_scan", "triton", x, None)
+    assert triton_scan.__module__ == "llamba_ref.kernels.scan" and triton_scan.__name__ == "triton_scan"
+
+
+def test_wrong_widths():
+    assert wrong_widths("ssd", 16, headdim=16, state=4096) is None
+    assert wrong_widths("ssd", 16, headdim=1, state=3) == (
+        "kernel ssd needs widths of at least 16, here headdim = 1 and state = 3")
+    assert wrong_widths("conv", 1, 8, width=8) is None
+    assert wrong_widths("conv", 1, 8, width=9) == "kernel conv needs widths of 1 to 8, here width = 9"
+
+
+# gates and padding
+
+
+def test_polar_gate():
+    log_a, phase = -torch.rand(2, 5, 3, dtype=torch.float64), 4 * torch.randn(2, 5, 1, dtype=torch.float64)
+    expected = torch.exp(torch.complex(log_a, phase.expand_as(log_a)))
+    assert relative_error(polar_gate(log_a, phase), expected) < 1e-15
+    assert torch.equal(polar_gate(log_a, phase, conjugate=True), polar_gate(log_a, phase).conj())
+    assert torch.equal(polar_gate(log_a), log_a.exp())
+
+
+def test_is_token():
+    assert is_token(torch.tensor([2, 0, 3]), 3).tolist() == [[False, False, True], [True] * 3, [False] * 3]
 
 
 # saved results

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llamba_ref.core import peak_bytes, relative_error
-from llamba_ref.scan import fade, linear_scan, polar_gate, rotor, split_gate
+from llamba_ref.core import cumulative_rotation, peak_bytes, polar_gate, relative_error
+from llamba_ref.scan import linear_scan, recurrence, recurrence_step, split_gate
 
 MODES = ("sequential", "parallel")
 LENGTHS = (1, 2, 3, 63, 64, 65, 500)
@@ -368,11 +368,11 @@ def test_autocast_does_not_narrow(mode, kind):
 
 def test_split_gate_keeps_what_exp_rounds_away():
     log_a = -torch.logspace(-7, 2, 200)
-    whole, rest = split_gate(log_a)
+    unit, residual = split_gate(log_a)
     exact = log_a.double().exp()
-    assert set(whole.tolist()) == {0.0, 1.0} and relative_error(whole.double() + rest.double(), exact) < 1e-8
+    assert set(unit.tolist()) == {0.0, 1.0} and relative_error(unit.double() + residual.double(), exact) < 1e-8
     for near_one in (log_a > -0.5, log_a > -1e-5):
-        assert relative_error(rest[near_one], log_a[near_one].double().expm1()) < 1e-7
+        assert relative_error(residual[near_one], log_a[near_one].double().expm1()) < 1e-7
     assert relative_error(log_a[log_a > -1e-5].exp() - 1, log_a[log_a > -1e-5].double().expm1()) > 1e-3  # the usual way
     assert [z.tolist() for z in split_gate(torch.tensor([0.0, -torch.inf]))] == [[1.0, 0.0], [0.0, 0.0]]
 
@@ -383,31 +383,29 @@ def test_gradient_of_split_gate_is_that_of_exp():
     assert relative_error(grad, log_a.exp()) < 1e-15
 
 
-def test_fade_is_a_step_that_does_not_drift():
+def test_recurrence_does_not_drift():
     log_a, update = torch.full((4096,), -1e-6), torch.rand(4096)
-    exact = by_fade = by_product = torch.zeros(())
-    exact = exact.double()
-    for gate, whole, rest, new in zip(log_a, *split_gate(log_a), update):
-        by_fade, by_product = fade(by_fade, whole, rest, new), gate.exp() * by_product + new
-        exact = gate.double().exp() * exact + new.double()
-    assert relative_error(by_fade, exact) < 1e-6 and relative_error(by_product, exact) > 1e-5
+    exact, by_product = torch.zeros(()).double(), torch.zeros(())
+    for gate, new, by_split in zip(log_a, update, recurrence(log_a, update, torch.zeros(()), dim=0)):
+        by_product, exact = gate.exp() * by_product + new, gate.double().exp() * exact + new.double()
+    assert relative_error(by_split, exact) < 1e-6 and relative_error(by_product, exact) > 1e-5
     state, new = torch.randn(3, dtype=torch.complex128), torch.randn(3, dtype=torch.complex128)
     log_a = torch.full((3,), -0.3, dtype=torch.float64)
-    assert relative_error(fade(state, *split_gate(log_a), new), log_a.exp() * state + new) < 1e-15
+    assert relative_error(recurrence_step(state, *split_gate(log_a), new), log_a.exp() * state + new) < 1e-15
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_rotor_is_a_running_product(dtype):
+def test_cumulative_rotation_is_a_running_product(dtype):
     phase = torch.randn(2, 4096, 3).to(dtype)
-    turn, step = rotor(phase), torch.exp(1j * phase.double())
+    rotation, step = cumulative_rotation(phase), torch.exp(1j * phase.double())
     wide, bound = (torch.complex128, 1e-11) if dtype == torch.float64 else (torch.complex64, 1e-7)
-    assert turn.dtype == wide and relative_error(turn, step.cumprod(1)) < bound
+    assert rotation.dtype == wide and relative_error(rotation, step.cumprod(1)) < bound
 
 
-def test_rotor_sums_angles_in_float64():
+def test_cumulative_rotation_sums_angles_in_float64():
     phase = torch.full((1, 4096, 1), 2.1)
     exact = torch.polar(torch.ones(4096).double(), phase[0, :, 0].double() * torch.arange(1, 4097))
-    assert relative_error(rotor(phase)[0, :, 0], exact) < 1e-7
+    assert relative_error(cumulative_rotation(phase)[0, :, 0], exact) < 1e-7
     assert relative_error(torch.polar(torch.ones(4096), phase[0, :, 0].cumsum(0)), exact) > 1e-5  # the usual way
 
 
@@ -458,13 +456,15 @@ def arguments():
     "name, change, message",
     [
         ("x", lambda z: z[0, 0, 0], r"x has shape \(4,\): it must be \(batch, len\)"),
-        ("x", lambda z: z[..., 0], r"log_a has shape \(2, 6, 3, 4\): it must be \(batch = 2, len = 6, axis2 = 3 or 1\)"),
-        ("log_a", lambda z: z[..., :2], r"log_a has shape \(2, 6, 3, 2\): it must be \(batch = 2, len = 6, axis2 = 3 or 1, axis3 = 4 or 1\)"),
+        ("x", lambda z: z[..., 0], r"initial_state has shape \(2, 3, 4\): it must be \(batch = 2, axis2 = 3\)"),
+        ("log_a", lambda z: z[..., :2],
+         r"log_a has shape \(2, 6, 3, 2\): it must be \(batch = 2, len = 6, axis2 = 3 or 1, axis3 = 4 or 1\)"),
         ("log_a", lambda z: z[:, :1], r"log_a has shape \(2, 1, 3, 4\)"),
         ("log_a", lambda z: z[:1], r"log_a has shape \(1, 6, 3, 4\)"),
         ("phase", lambda z: z[..., 0], r"phase has shape \(2, 6, 3\)"),
         ("phase", lambda z: z[:, :5], r"phase has shape \(2, 5, 3, 4\)"),
-        ("initial_state", lambda z: z[:, :1], r"initial_state has shape \(2, 1, 4\): it must be \(batch = 2, axis2 = 3, axis3 = 4\)"),
+        ("initial_state", lambda z: z[:, :1],
+         r"initial_state has shape \(2, 1, 4\): it must be \(batch = 2, axis2 = 3, axis3 = 4\)"),
         ("initial_state", lambda z: z[None], r"initial_state has shape \(1, 2, 3, 4\)"),
         ("x", lambda z: z.long(), "x is torch.int64: it must be a tensor of floating-point"),
         ("x", lambda z: z.numpy(), "x is ndarray: it must be a tensor"),
@@ -497,7 +497,7 @@ def test_triton_that_cannot_run_says_so():
     with pytest.raises(RuntimeError, match="backend='triton': mode='sequential' has no Triton kernel; use"):
         linear_scan(**arguments(), mode="sequential", backend="triton")
     double = {name: z.to(torch.promote_types(z.dtype, torch.float64)) for name, z in arguments().items()}
-    with pytest.raises(RuntimeError, match="backend='triton': kernel scan computes in float32, but an argument is torch.float64"):
+    with pytest.raises(RuntimeError, match="kernel scan computes in float32, but an argument is torch.float64"):
         linear_scan(**double, backend="triton")
     assert torch.equal(linear_scan(**arguments(), backend="naive"), linear_scan(**arguments()))
 

@@ -1,5 +1,7 @@
 """State space duality: every mode against the loop that defines it, and every message against the mistake it names."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,7 +73,7 @@ def test_modes_equal_the_definition(length, heads, groups, with_state):
 @pytest.mark.parametrize("cache", [1, 2 * 4 * 3 * 7 * 3, 10**9])
 def test_chunks_by_the_cacheful(cache, monkeypatch):
     """One chunk of 7 tokens at a time, three at a time with a rest, and all at once: the cache's size changes no number."""
-    monkeypatch.setattr("llamba_ref.ssd.CACHE", cache)
+    monkeypatch.setattr(sys.modules["llamba_ref.ssd"], "CACHE", cache)
     *inputs, state = example(75)
     leaves = (*inputs, state)
     expected = flat(*definition(*inputs, state))
@@ -374,7 +376,7 @@ def arguments():
         ("B", lambda z: z.long(), "B is torch.int64"),
         ("x", lambda z: z.numpy(), "x is ndarray"),
         ("initial_state", lambda z: z.long(), "initial_state is torch.int64"),
-        ("C", lambda z: z.double(), "C is torch.float64: it must be torch.float32, like x"),
+        ("C", lambda z: z.double(), "C is torch.float64: it must have the precision of x, torch.float32"),
         ("log_a", lambda z: z + 50.5, r"log_a reaches 50.5: it is the log of a decay and must be at most 0"),
     ],
 )
@@ -434,11 +436,11 @@ def test_bad_step_and_matrix():
         ssd_step(*step, state[:1])
     with pytest.raises(ValueError, match="log_a_t reaches 1"):
         ssd_step(step[0], torch.ones(2, 4), *step[2:], state)
-    with pytest.raises(ValueError, match="B_t is torch.float64: it must be torch.float32, like x_t"):
+    with pytest.raises(ValueError, match="B_t is torch.float64: it must have the precision of x_t, torch.float32"):
         ssd_step(step[0], step[1], step[2].double(), step[3], state)
     with pytest.raises(ValueError, match=r"D has shape \(3,\): it must be \(heads = 4\)"):
         ssd_matrix(log_a, B, C, torch.ones(3))
-    with pytest.raises(ValueError, match="C is torch.float64: it must be torch.float32, like B"):
+    with pytest.raises(ValueError, match="C is torch.float64: it must have the precision of B, torch.float32"):
         ssd_matrix(log_a, B, C.double())
     with pytest.raises(ValueError, match="log_a reaches 1"):
         ssd_matrix(log_a.abs().clamp(max=1), B, C)
