@@ -21,7 +21,7 @@ from llamba_ref.models import save_model
 from llamba_ref.data import Batches, load_documents, load_tokenizer, pack, split_documents
 from llamba_ref.decoder import Decoder
 from llamba_ref.evaluate import evaluate
-from llamba_ref.gateloop import GateLoopConfig, GateLoopLM
+from llamba_ref.gateloop_lm import GateLoopConfig, GateLoopLM
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.training import CrossEntropy, Stage, train
 

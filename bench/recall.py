@@ -16,7 +16,7 @@ from torch import nn
 
 from bench.common import Curve, best_rate_runs, parameters, save
 from llamba_ref.decoder import Decoder
-from llamba_ref.gateloop import GateLoopConfig, GateLoopLM
+from llamba_ref.gateloop_lm import GateLoopConfig, GateLoopLM
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.mamba2 import Mamba2Config, Mamba2LM
 from llamba_ref.recall import WithConvolution, recall_accuracy, recall_batches, recall_sequences, recall_targets

@@ -22,7 +22,7 @@ from llamba_ref.checkpoint import find_checkpoint, read_json
 from llamba_ref.convert import COMMON, LLAMA, convert_gguf, own_fields
 from llamba_ref.core import relative_error
 from llamba_ref.data import load_tokenizer
-from llamba_ref.gateloop import GateLoopConfig, GateLoopLM
+from llamba_ref.gateloop_lm import GateLoopConfig, GateLoopLM
 from llamba_ref.llama import Llama, LlamaConfig, Rope, rope_frequencies
 from llamba_ref.llamba import AttentionConfig, Llamba, LlambaConfig, MLPConfig, SSMConfig
 from llamba_ref.mamba2 import Mamba2Config, Mamba2LM
