@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants
 from jaxtyping import Int, Int32, Int64
 from tokenizers.implementations import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .checkpoint import read_json
+from .checkpoint import hub_problem, is_hub_name, read_json
 
 logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # prints the errors that are raised below
 logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)  # warns of a shuffle buffer, here of 1: empty
@@ -183,16 +183,11 @@ def load_files(
 
 # %% ../nbs/10_data.ipynb #95761744
 def require_hub(name: str) -> None:
-    """Ask the Hugging Face hub for a sign of life. Raises ConnectionError within seconds when there is none."""
-    if constants.HF_HUB_OFFLINE:
-        return  # only files that were fetched earlier will be used
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:
+    """Raise ConnectionError within seconds when the hub cannot be reached; with HF_HUB_OFFLINE, copies will do."""
+    if not constants.HF_HUB_OFFLINE and (problem := hub_problem()):
         raise ConnectionError(
-            f"{name} is no local path, and the Hugging Face hub cannot be reached: give a local file, or connect "
-            "to the network, or set HF_HUB_OFFLINE=1 to use a copy that was fetched earlier"
-        ) from error
+            f"{name} is no local path, and {problem}: give a local file, or connect to the network, "
+            "or set HF_HUB_OFFLINE=1 to use a copy that was fetched earlier")
 
 
 def load_hub(
@@ -328,7 +323,7 @@ def load_tokenizer(
 
     Raises FileNotFoundError when there is none, ValueError when it is damaged, ConnectionError without the hub."""
     folder = Path(path).expanduser()
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    if not folder.exists() and is_hub_name(str(path)):
         require_hub(str(path))
         folder = str(path)
     elif not (folder / "tokenizer.json").is_file():

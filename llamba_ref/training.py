@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from .checkpoint import atomic_directory, read_json, read_tensors, write_tensors
 from .core import check_sizes, wide_dtype
-from .decoder import Decoder
+from .decoder import Decoder, hidden
 
 # %% auto #0
 __all__ = ['Backward', 'LOGITS', 'FILES', 'Stage', 'Objective', 'last_hidden', 'mean_over_chunks', 'next_tokens', 'CrossEntropy',
@@ -83,8 +83,7 @@ LOGITS = 2**24  # how many are alive at a time, 64 MiB in float32
 
 def last_hidden(model: Decoder, input_ids: Int[Tensor, "batch len"]) -> Float[Tensor, "tokens d_model"]:
     """What leaves the last block, all tokens in one row. Raises ValueError for ids that are not the model's."""
-    model.check_ids(input_ids)
-    return model.hidden(input_ids).flatten(0, 1)
+    return hidden(model, input_ids).flatten(0, 1)
 
 
 def mean_over_chunks(
