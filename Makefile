@@ -20,6 +20,8 @@ INSTALL := $(PIP) install -c constraints.txt
 
 # OpenMP threads spin while they wait: two of them beside another program are slower than one (bench/results/threads.json).
 TEST := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q
+# Two processes of one thread each: half the wait on two cores. The browser tests have threads of their own.
+SIDE_BY_SIDE := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -34,10 +36,10 @@ demo: $(VENV)/.installed-runtime  ## distil the embedded Llama into a Llamba, OU
 	@$(BIN)/llamba distill --out $(OUT)
 
 test: $(VENV)/.installed-dev  ## all tests but the slow ones
-	@$(TEST) -m "not gpu and not browser and not slow"
+	@$(TEST) $(SIDE_BY_SIDE) -m "not gpu and not browser and not slow"
 
 test-long: $(VENV)/.installed-dev  ## the slow tests too, and those for a GPU where there is one
-	@$(TEST) -m "not browser"
+	@$(TEST) $(SIDE_BY_SIDE) -m "not browser"
 
 export: $(VENV)/.installed-dev  ## write llamba_ref/ from the notebooks, and clean them
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_export
