@@ -5,261 +5,257 @@
 # %% ../nbs/02_gateloop.ipynb #e0d13304
 from __future__ import annotations
 
-from typing import Literal
+from itertools import zip_longest
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Inexact, Int
 from torch import Tensor, nn
 
-from .convert import LanguageModel, ModelConfig
-from .core import check_sizes, check_tensors, choose_backend, is_token, wide_dtype
-from .decoder import Backbone
-from .scan import fade, linear_scan, split_gate, take_out
+from llamba_ref.core import (
+    Backend,
+    check_option,
+    check_sizes,
+    checked,
+    find_kernel,
+    is_token,
+    wide_dtype,
+    wrong_widths,
+)
+from .scan import factor_out_phase, linear_scan, recurrence
 
 # %% auto #0
-__all__ = ['GATELOOP_MODES', 'sums_after', 'gateloop', 'gateloop_matrix', 'GateLoopParameters', 'GateLoop', 'GateLoopConfig',
-           'GateLoopLM']
+__all__ = ['Mode', 'GATELOOP_MODES', 'GATES', 'log_decay_to_end', 'gateloop', 'gateloop_matrix', 'reset_gates', 'GateLoop']
 
 # %% ../nbs/02_gateloop.ipynb #14d877c2
-def sums_after(
-    log_a: Float[Tensor, "*batch len key"],  # logs of gates
-) -> Float[Tensor, "*batch len key"]:  # [s]: log_a[s+1] + ... + log_a[len-1]; 0 at the last token
+def log_decay_to_end(
+    log_a: Inexact[Tensor, "*batch len key"],  # logs of gates
+) -> Inexact[Tensor, "*batch len key"]:  # [s]: log_a[s+1] + ... + log_a[len-1]; 0 at the last token
     """For each token, the log of the decay from it to the end. Every sum only adds, so nothing cancels."""
     return F.pad(log_a[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
 
 
-def _scores(q, k, log_a):
-    """The lower triangular matrix of scores: q and k (... l d), log_a (... l d) or (... l 1)."""
+def _surrogate_attention(q, k, log_a):
+    """The lower triangular matrix T, real gates: q and k (... l d), log_a (... l d) or (... l 1)."""
     length = q.shape[-2]
     if length == 1:
         return q @ k.mT
+    # 1. halve; of an odd number of tokens, peel off the last one
     middle = length // 2 if length % 2 == 0 else length - 1
-    (q1, q2), (k1, k2), (log1, log2) = sides = [z.tensor_split((middle,), -2) for z in (q, k, log_a)]
-    if length % 2 == 0:  # both halves in one call
-        upper, lower = _scores(*(torch.stack(halves) for halves in sides))
-    else:  # all but the last token, and the last
-        upper, lower = (_scores(*side) for side in zip(*sides))
-    below = (q2 * log2.cumsum(-2).exp()) @ (k1 * sums_after(log1).exp()).mT  # the two sides meet in the middle
-    return torch.cat([F.pad(upper, (0, length - middle)), torch.cat([below, lower], -1)], -2)
+    (q1, q2), (k1, k2), (log1, log2) = halves = [z.tensor_split((middle,), -2) for z in (q, k, log_a)]
+    # 2. the block below and to the left: readers and writers meet in the middle
+    below = (q2 * log2.cumsum(-2).exp()) @ (k1 * log_decay_to_end(log1).exp()).mT
+    # 3. the triangles above and to the right: the same problem, in one call where they are of one size
+    if length % 2 == 0:
+        above, right = _surrogate_attention(*(torch.stack(pair) for pair in halves))
+    else:
+        above, right = (_surrogate_attention(*half) for half in zip(*halves))
+    return torch.cat([F.pad(above, (0, length - middle)), torch.cat([below, right], -1)], -2)
 
 # %% ../nbs/02_gateloop.ipynb #8bfd12fd
-def _prepare(q, k, log_a, phase, *others):
-    """All in the type to compute in: real gates and angles; the rest complex when gates turn or one of them is complex."""
-    real, rest = wide_dtype(q, k, log_a, phase, *others), (q, k, *others)
-    turning = phase is not None or any(z is not None and z.is_complex() for z in rest)
-    q, k, *others = (None if z is None else z.to(real.to_complex() if turning else real) for z in rest)
-    return q, k, log_a.to(real), None if phase is None else phase.to(real), *others
-
-
-def _turn(q, k, log_a, phase):
-    """Phases move from the gates into queries and keys: q, k, logs of gates that do not turn, and what q was turned by."""
-    if phase is None:
-        return q, k, log_a, torch.ones((), dtype=q.dtype, device=q.device).expand(1, 1, 1, 1)
-    log_a, turn = take_out(log_a, phase)
-    return q * turn, k * turn.conj(), log_a, turn
+def _rotary(q, k, log_a, phase):
+    """Phases move from the gates into queries and keys: q, k, logs of gates that do not turn, and the rotation of q."""
+    log_a, rotation = factor_out_phase(log_a, phase)
+    return q * rotation, k * rotation.conj(), log_a, rotation
 
 # %% ../nbs/02_gateloop.ipynb #26102ab1
-def _recurrent(q, k, v, log_a, state):
+def _recurrent(q, k, v, state, log_a):
     """One token after the other, real gates: q, k and log_a (b l h d), v (b l h p), state (b h d p)."""
-    whole, rest = split_gate(log_a.unsqueeze(-1))
-    outputs = []
-    for q_t, k_t, v_t, whole_t, rest_t in zip(*(z.unbind(1) for z in (q, k, v, whole, rest))):
-        state = fade(state, whole_t, rest_t, k_t.unsqueeze(-1) * v_t.unsqueeze(-2))
+    updates, outputs = (k_t.unsqueeze(-1) * v_t.unsqueeze(-2) for k_t, v_t in zip(k.unbind(1), v.unbind(1))), []
+    for q_t, state in zip(q.unbind(1), recurrence(log_a.unsqueeze(-1), updates, state)):
         outputs.append(einsum(q_t, state, "b h d, b h d p -> b h p"))
     return torch.stack(outputs, 1), state
 
 # %% ../nbs/02_gateloop.ipynb #b2fc2060
-def _scan(q, k, v, log_a, phase, state, backend):
-    """All states at once, complex gates as they are."""
+def _scan(q, k, v, state, log_a, phase, backend):
+    """All states at once, complex gates as they are; shapes as in _recurrent."""
     gates = [None if z is None else z.unsqueeze(-1) for z in (log_a, phase)]
     states = linear_scan(gates[0], einsum(k, v, "b l h d, b l h p -> b l h d p"), gates[1], state, backend=backend)
     return einsum(q, states, "b l h d, b l h d p -> b l h p"), states[:, -1]
 
 # %% ../nbs/02_gateloop.ipynb #4fd4820e
-def _chunked(q, k, v, log_a, state, size):
-    """Scores inside chunks of `size` tokens, the recurrence between them; real gates, shapes as in _recurrent."""
+def _chunked(q, k, v, state, log_a, size):
+    """Attention inside chunks of `size` tokens, the recurrence between them; real gates, shapes as in _recurrent."""
     length = q.shape[1]
-    q, k, v, log_a = (rearrange(F.pad(z, (0, 0, 0, 0, 0, -length % size)), "b (c l) h d -> b h c l d", l=size) for z in (q, k, v, log_a))
-    inside = _scores(q, k, log_a) @ v
-    updates = (k * sums_after(log_a).exp()).mT @ v
-    whole, rest = split_gate(log_a.sum(-2).unsqueeze(-1))
-    entering = []
-    for gate_and_update in zip(*(z.unbind(2) for z in (whole, rest, updates))):
-        entering.append(state)
-        state = fade(state, *gate_and_update)
-    y = inside + (q * log_a.cumsum(-2).exp()) @ torch.stack(entering, 2)
-    return rearrange(y, "b h c l p -> b (c l) h p")[:, :length], state
+    q, k, v, log_a = (F.pad(z, (0, 0, 0, 0, 0, -length % size)) for z in (q, k, v, log_a))
+    q, k, v, log_a = (rearrange(z, "b (c l) h d -> b h c l d", l=size) for z in (q, k, v, log_a))
+    # 1. outputs inside each chunk: surrogate attention
+    y_inside = _surrogate_attention(q, k, log_a) @ v
+    # 2. what each chunk adds to the state
+    updates = (k * log_decay_to_end(log_a).exp()).mT @ v
+    # 3. the recurrence over chunks: the state that enters each
+    gates = log_a.sum(-2).unsqueeze(-1)
+    *entering, state = state, *recurrence(gates, updates.unbind(2), state, dim=2)
+    # 4. outputs from the state that entered
+    y_before = (q * log_a.cumsum(-2).exp()) @ torch.stack(entering, 2)
+    return rearrange(y_inside + y_before, "b h c l p -> b (c l) h p")[:, :length], state
 
 # %% ../nbs/02_gateloop.ipynb #ecfb52db
-GATELOOP_MODES = ("recurrent", "scan", "attention", "chunked")
+Mode = Literal["recurrent", "scan", "attention", "chunked"]
+GATELOOP_MODES = get_args(Mode)
 
 
-def _check(q, k, log_a, phase, **others) -> None:
-    """Raise ValueError unless the arguments of `gateloop` or `gateloop_matrix` fit together."""
-    axes = {"q": "batch len heads key", "k": "batch len heads key", "v": "batch len heads value", "log_a": "batch len heads key|1",
-            "phase": "batch len heads key|1", "initial_state": "batch heads key value"}
-    given = {"q": q, "k": k, "log_a": log_a, "phase": phase, **others}
-    optional = ("phase", "initial_state")
-    check_tensors({name: (given[name], axes[name]) for name in axes if name in given and not (given[name] is None and name in optional)},
-                  complex_too=True)
-    for name in ("k", "v"):
-        if name in given and given[name].dtype.to_real() != q.dtype.to_real():
-            raise ValueError(f"{name} is {given[name].dtype}: it must have the precision of q, {q.dtype}")
+def _promote(log_a, phase, *values):
+    """The arguments in the type to compute in: real gates, and values that are complex when anything is."""
+    real, turning = wide_dtype(log_a, phase, *values), phase is not None or any(z.is_complex() for z in values)
+    dtype = torch.promote_types(real, torch.complex64) if turning else real
+    return log_a.to(real), None if phase is None else phase.to(real), *(z.to(dtype) for z in values)
+
+
+def _narrow(result, like):
+    """The result in the precision of the input `like`; where it is complex, complex64 at least."""
+    return result.to(torch.promote_types(wide_dtype(like), torch.complex64) if result.is_complex() else like.dtype)
 
 # %% ../nbs/02_gateloop.ipynb #9c68e159
-def _obstacle(q, v, mode) -> str | None:
-    """Why no Triton kernel computes this, or None."""
-    if mode in ("recurrent", "attention"):
-        return f"mode={mode!r} has no Triton kernel"
-    narrow = [f"{name} has {axis} = {z.shape[-1]}" for name, axis, z in (("q", "key", q), ("v", "value", v)) if z.shape[-1] < 16]
-    return f"{narrow[0]}: the kernel needs at least 16; mode='scan' has a kernel for any width" if narrow and mode == "chunked" else None
+def _by_rotation(q, k, v, state, log_a, phase, size):
+    """All modes but the scan, by the theorem on phases: chunks of `size` tokens, or the recurrence when it is None."""
+    if phase is None:
+        return _recurrent(q, k, v, state, log_a) if size is None else _chunked(q, k, v, state, log_a, size)
+    q, k, log_a, rotation = _rotary(q, k, log_a, phase)
+    y, state = _by_rotation(q, k, v, state, log_a, None, size)
+    return y, rotation[:, -1].unsqueeze(-1) * state
 
 
+@checked(same="q k v")
 def gateloop(
-    q: Shaped[Tensor, "batch len heads key"],  # queries, real or complex
-    k: Shaped[Tensor, "batch len heads key"],  # keys, real or complex
-    v: Shaped[Tensor, "batch len heads value"],  # values, real or complex
-    log_a: Float[Tensor, "batch len heads key"],  # log of the gates' magnitudes, at most 0; a last size of 1: one gate a head
-    phase: Float[Tensor, "batch len heads key"] | None = None,  # radians that the gates turn by; a last size of 1 as for log_a
+    q: Inexact[Tensor, "batch len heads key"],  # queries, real or complex
+    k: Inexact[Tensor, "batch len heads key"],  # keys, real or complex
+    v: Inexact[Tensor, "batch len heads value"],  # values, real or complex
+    log_a: Float[Tensor, "batch len heads #key"],  # log of the gates' magnitudes, at most 0; 1: one gate a head
+    phase: Float[Tensor, "batch len heads #key"] | None = None,  # radians that the gates turn by; None: real gates
     *,
-    mode: str = "scan",  # "recurrent", "scan", "attention" or "chunked": the same numbers at another cost
+    mode: Mode = "scan",  # the same numbers at another cost
     chunk_size: int = 64,  # tokens in a chunk, for mode "chunked" without a kernel: the kernel picks its own
-    initial_state: Shaped[Tensor, "batch heads key value"] | None = None,  # None is a zero state
+    initial_state: Inexact[Tensor, "batch heads key value"] | None = None,  # None is a zero state
     return_state: bool = False,  # also return the state after the last token
-    backend: str = "auto",  # "naive", "triton" or "auto"
-) -> Tensor | tuple[Tensor, Tensor]:  # y (batch, len, heads, value) at the precision of v; with return_state also the state
+    backend: Backend = "auto",  # "naive", "triton" or "auto"
+) -> Inexact[Tensor, "batch len heads value"] | tuple[Tensor, Tensor]:  # y, precision of v; the state if asked for
     """GateLoop: S_t = a_t * S_{t-1} + k_t^T v_t, y_t = q_t S_t with a_t = exp(log_a_t + i phase_t) (Katsch 2023).
 
-    The result is complex when phase is given or an input is complex, then complex64 at least; the state has float32 or complex64
-    at least. Raises ValueError when shapes or dtypes do not fit, the sequence is empty, a log_a is positive, or mode, chunk_size
-    or backend is not one of those named above; RuntimeError when backend="triton" cannot run here."""
-    _check(q, k, log_a, phase, v=v, initial_state=initial_state)
-    if mode not in GATELOOP_MODES:
-        raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(map(repr, GATELOOP_MODES))}")
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size!r}: it must be an integer of at least 1")
-    path = choose_backend(backend, q, k, v, log_a, phase, initial_state, kernel="scan" if mode == "scan" else "gateloop", obstacle=_obstacle(q, v, mode))
-
-    length, narrow, wide = q.shape[1], v.dtype, wide_dtype(v)
-    with torch.autocast(q.device.type, enabled=False):
-        if path == "triton" and mode == "chunked":
-            from llamba_ref.kernels.gateloop import triton_gateloop
-
-            y, state = triton_gateloop(q, k, v, log_a, phase, initial_state)
+    The result is complex when phase is given or an input is complex, then complex64 at least; the state has float32 or
+    complex64 at least. Raises ValueError when an argument is not what the signature says, the sequence is empty or a
+    log_a is positive; RuntimeError when backend="triton" cannot run here."""
+    obstacle, inputs = f"mode={mode!r} has no Triton kernel", (q, k, v, log_a, phase, initial_state)
+    if mode == "chunked" and (obstacle := wrong_widths("gateloop", 16, key=q.shape[-1], value=v.shape[-1])):
+        obstacle += "; mode='scan' has a kernel for any width"
+    if mode != "scan" and (kernel := find_kernel("gateloop.triton_gateloop", backend, *inputs, obstacle=obstacle)):
+        y, state = kernel(*inputs)
+    else:
+        (batch, length, heads, value), key = v.shape, q.shape[-1]
+        state = v.new_zeros(batch, heads, key, value) if initial_state is None else initial_state
+        log_a, phase, *values = _promote(log_a, phase, q, k, v, state)
+        if mode == "scan":
+            y, state = _scan(*values, log_a, phase, backend)
         else:
-            q, k, log_a, phase, v, state = _prepare(q, k, log_a, phase, v, initial_state)
-            if state is None:
-                state = v.new_zeros(v.shape[0], v.shape[2], q.shape[-1], v.shape[-1])
-            if mode == "scan":
-                y, state = _scan(q, k, v, log_a, phase, state, path)
-            else:
-                q, k, log_a, turn = _turn(q, k, log_a, phase)
-                if mode == "recurrent":
-                    y, state = _recurrent(q, k, v, log_a, state)
-                else:
-                    y, state = _chunked(q, k, v, log_a, state, size=min(chunk_size, length) if mode == "chunked" else length)
-                state = turn[:, -1].unsqueeze(-1) * state
-    y = y.to(wide.to_complex() if y.is_complex() else narrow)
-    return (y, state) if return_state else y
+            size = {"recurrent": None, "attention": length, "chunked": min(chunk_size, length)}[mode]
+            y, state = _by_rotation(*values, log_a, phase, size)
+    return (_narrow(y, v), state) if return_state else _narrow(y, v)
 
 # %% ../nbs/02_gateloop.ipynb #ce22a891
+@checked(same="q k")
 def gateloop_matrix(
-    q: Shaped[Tensor, "batch len heads key"],  # queries
-    k: Shaped[Tensor, "batch len heads key"],  # keys
-    log_a: Float[Tensor, "batch len heads key"],  # log of the gates' magnitudes; a last size of 1: one gate a head
-    phase: Float[Tensor, "batch len heads key"] | None = None,  # radians that the gates turn by
-) -> Shaped[Tensor, "batch heads len len"]:  # T, lower triangular, at the precision of q; y = T @ v head by head
+    q: Inexact[Tensor, "batch len heads key"],  # queries, real or complex
+    k: Inexact[Tensor, "batch len heads key"],  # keys, real or complex
+    log_a: Float[Tensor, "batch len heads #key"],  # log of the gates' magnitudes; a last size of 1: one gate a head
+    phase: Float[Tensor, "batch len heads #key"] | None = None,  # radians that the gates turn by; None: real gates
+) -> Inexact[Tensor, "batch heads len len"]:  # T, lower triangular, at the precision of q; y = T @ v head by head
     """The surrogate attention matrix: T_ts = sum over keys of q_t k_s a_{s+1} ... a_t for s <= t (Katsch 2023).
 
     Complex when phase is given or an input is complex. Raises ValueError as `gateloop` does."""
-    _check(q, k, log_a, phase)
-    narrow, wide = q.dtype, wide_dtype(q)
-    with torch.autocast(q.device.type, enabled=False):
-        q, k, log_a, phase = _prepare(q, k, log_a, phase)
-        q, k, log_a, _ = _turn(q, k, log_a, phase)
-        T = _scores(*(rearrange(z, "b l h d -> b h l d") for z in (q, k, log_a)))
-    return T.to(wide.to_complex() if T.is_complex() else narrow)
+    log_a, phase, queries, keys = _promote(log_a, phase, q, k)
+    if phase is not None:
+        queries, keys, log_a, _ = _rotary(queries, keys, log_a, phase)
+    T = _surrogate_attention(*(rearrange(z, "b l h d -> b h l d") for z in (queries, keys, log_a)))
+    return _narrow(T, q)
 
-# %% ../nbs/02_gateloop.ipynb #eed26b20
-class GateLoopParameters(nn.Module):
-    """The parameters of GateLoop's mixer and their start."""
+# %% ../nbs/02_gateloop.ipynb #86f2e6f4
+@torch.no_grad()
+def reset_gates(
+    alpha: Float[Tensor, "keys"],  # biases of the magnitudes, written to
+    beta: Float[Tensor, "keys"] | None,  # biases of the phases, written to; None: real gates
+) -> None:
+    """Memories from 1 to 1000 tokens, spread evenly on a log scale, in random order; phases up to 0.3 radians."""
+    log_a = -torch.logspace(0, -3, len(alpha))
+    alpha.copy_((log_a - torch.log(-log_a.expm1()))[torch.randperm(len(log_a))])  # the logit of exp(log_a)
+    if beta is not None:
+        beta.uniform_(0, 0.3)
+
+
+def _heads_and_gates(parts, alpha, beta, heads):
+    """The parts of a projected input, each (b l keys), as q, k, v, log_a and phase, each (b l h d), and z as it is."""
+    q, k, v, z, *of_token = parts
+    biases = [bias for bias in (alpha, beta) if bias is not None]
+    # 1. a gate is what the token says, unless it is fixed, plus a bias; in float32 at least, where 0.999 is not 1
+    sums = [(bias + token).expand_as(q) for bias, token in zip_longest(biases, of_token, fillvalue=0)]
+    logit, *phase = (z.to(wide_dtype(q, alpha)) for z in sums)
+    # 2. magnitudes by a sigmoid, as logs; all in heads
+    inputs = (q, k, v, F.logsigmoid(logit), *phase)
+    q, k, v, log_a, *phase = (rearrange(x, "b l (h d) -> b l h d", h=heads) for x in inputs)
+    return q, k, v, log_a, phase[0] if phase else None, z
+
+# %% ../nbs/02_gateloop.ipynb #9f6a3ebc
+GATES = {"complex": 2, "real": 1, "fixed": 0}  # kinds of gates, and how many numbers of the input make one
+
+
+def _check_mixer(d_model, n_heads, d_state, gates, mode):
+    """Raise ValueError for sizes below 1, heads that do not divide the width, and unknown `gates` or `mode`."""
+    check_sizes(d_model=d_model, n_heads=n_heads, d_state=d_state)
+    if d_model % n_heads:
+        raise ValueError(f"n_heads is {n_heads}: it must divide d_model = {d_model}")
+    check_option("gates", gates, tuple(GATES))
+    check_option("mode", mode, GATELOOP_MODES)
+
+# %% ../nbs/02_gateloop.ipynb #1cc3ba5a
+class GateLoop(nn.Module):
+    """GateLoop's mixer (Katsch 2023): gates from the input, the output gated by a SiLU. Raises as `_check_mixer`."""
 
     def __init__(
-        self,
-        d_model: int,  # width of the residual stream
+        self, d_model: int,  # width of the residual stream
         n_heads: int,  # heads; n_heads = d_model with d_state 1 are the paper's "max heads"
         d_state: int = 1,  # width of a key in each head
-        *,
-        gates: str = "complex",  # "complex" or "real": from the input; "fixed": complex, the same at every token
+        *, gates: str = "complex",  # "complex" or "real": from the input; "fixed": complex, the same at every token
         mode: str = "chunked",  # of `gateloop`; "scan" suits heads of width 1
     ):
         super().__init__()
-        check_sizes(d_model=d_model, n_heads=n_heads, d_state=d_state)
-        if d_model % n_heads:
-            raise ValueError(f"n_heads is {n_heads}: it must divide d_model = {d_model}")
-        for name, value, known in (("gates", gates, ("complex", "real", "fixed")), ("mode", mode, GATELOOP_MODES)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(map(repr, known))}")
+        _check_mixer(d_model, n_heads, d_state, gates, mode)
         self.n_heads, self.d_state, self.gates, self.mode = n_heads, d_state, gates, mode
         keys = n_heads * d_state
-        self.sizes = [keys, keys, d_model, d_model] + [keys] * {"complex": 2, "real": 1, "fixed": 0}[gates]
+        self.sizes = [keys, keys, d_model, d_model] + [keys] * GATES[gates]
         self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False)
         self.alpha = nn.Parameter(torch.empty(keys))
         self.beta = None if gates == "real" else nn.Parameter(torch.empty(keys))
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Memories from 1 to 1000 tokens, spread evenly on a log scale, in random order; phases up to 0.3 radians."""
+        """Linear maps as PyTorch begins them, gates by `reset_gates`."""
         self.in_proj.reset_parameters()
         self.out_proj.reset_parameters()
-        log_a = -torch.logspace(0, -3, len(self.alpha))
-        self.alpha.copy_((log_a - torch.log(-log_a.expm1()))[torch.randperm(len(log_a))])  # the logit of exp(log_a)
-        if self.beta is not None:
-            self.beta.uniform_(0, 0.3)
+        reset_gates(self.alpha, self.beta)
 
-# %% ../nbs/02_gateloop.ipynb #86f2e6f4
-class GateLoop(GateLoopParameters):
-    """GateLoop's mixer (Katsch 2023): every gate computed from the input; the output gated with a SiLU.
-
-    Raises ValueError for sizes below 1, heads that do not divide the width, and unknown `gates` or `mode`."""
-
-    def project(self, u: Tensor):
+    def project(self, u: Float[Tensor, "batch len d_model"]):
         """What the recurrence needs, q, k, v, log_a and phase, and the output gate's input z."""
-        q, k, v, z, *of_input = self.in_proj(u).split(self.sizes, dim=-1)
-        alpha, beta = self.alpha.expand_as(q), None if self.beta is None else self.beta.expand_as(q)
-        if self.gates != "fixed":
-            alpha = alpha + of_input[0]
-        if self.gates == "complex":
-            beta = beta + of_input[1]
-        wide = torch.promote_types(u.dtype, torch.float32)
-        log_a = F.logsigmoid(alpha.to(wide))
-        phase = None if beta is None else beta.to(wide)
-        return *(None if x is None else rearrange(x, "b l (h d) -> b l h d", h=self.n_heads) for x in (q, k, v, log_a, phase)), z
+        return _heads_and_gates(self.in_proj(u).split(self.sizes, dim=-1), self.alpha, self.beta, self.n_heads)
 
     def init_state(self, batch: int) -> Tensor:
-        """The state before the first token: zeros (batch, heads, d_state, headdim), complex with complex gates."""
-        weight = self.in_proj.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        dtype = wide if self.gates == "real" else wide.to_complex()
-        return weight.new_zeros(batch, self.n_heads, self.d_state, len(self.out_proj.weight) // self.n_heads, dtype=dtype)
+        """The state before the first token: zeros (batch, heads, d_state, headdim), complex unless gates are real."""
+        weight, kind = self.out_proj.weight, torch.float32 if self.beta is None else torch.complex64
+        shape = (batch, self.n_heads, self.d_state, len(weight) // self.n_heads)
+        return weight.new_zeros(shape, dtype=torch.promote_types(wide_dtype(weight), kind))
 
     def forward(
-        self,
-        u: Float[Tensor, "batch len d_model"],  # normed hidden states
+        self, u: Float[Tensor, "batch len d_model"],  # normed hidden states
         state: Tensor | None = None,  # state to go on from
-        padding: Int[Tensor, "batch"] | None = None,  # padding on the left of each row of `u`; then `state` must be None or zeros
+        padding: Int[Tensor, "batch"] | None = None,  # pads on the left of each row; then `state` must be None or zeros
     ):  # (batch, len, d_model), and the new state if one was given
         """Mix along the sequence."""
-        *qkv, log_a, phase, z = self.project(u)
+        q, k, v, log_a, phase, z = self.project(u)
         if padding is not None:  # what is padding writes nothing
-            qkv[2] = qkv[2].masked_fill(~is_token(padding, u.shape[1])[..., None, None], 0)
-        y, new_state = gateloop(*qkv, log_a, phase, mode=self.mode, initial_state=state, return_state=True)
-        y = rearrange(y.real if y.is_complex() else y, "b l h p -> b l (h p)").to(z.dtype)
-        y = self.out_proj(y * F.silu(z))
+            v = v.masked_fill(~is_token(padding, u.shape[1])[..., None, None], 0)
+        y, new_state = gateloop(q, k, v, log_a, phase, mode=self.mode, initial_state=state, return_state=True)
+        y = self.out_proj(rearrange(y.real, "b l h p -> b l (h p)").to(z.dtype) * F.silu(z))
         return y if state is None else (y, new_state)
 
     def step(self, u_t: Float[Tensor, "batch d_model"], state: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,34 +266,4 @@ class GateLoop(GateLoopParameters):
     def matrix(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch heads len len"]:
         """The matrix that each head applies to its values: the real part of the surrogate attention."""
         q, k, _, log_a, phase, _ = self.project(u)
-        T = gateloop_matrix(q, k, log_a, phase)
-        return T.real if T.is_complex() else T
-
-# %% ../nbs/02_gateloop.ipynb #4b7c1710
-class GateLoopConfig(ModelConfig):
-    """Sizes of a GateLoop language model: its config.json. Raises ValueError as `ModelConfig`."""
-
-    model_type = "gateloop"
-    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "tie_word_embeddings": "tie_embeddings"}
-    vocab_size: int  # number of token ids
-    d_model: int  # width of the residual stream
-    n_layer: int  # blocks
-    n_heads: int  # heads of a mixer
-    intermediate_size: int  # width of the MLPs
-    d_state: int = 1  # width of a key in each head
-    gates: Literal["complex", "real", "fixed"] = "complex"  # from the input; "fixed": the same at every token
-    mode: Literal["recurrent", "scan", "attention", "chunked"] = "chunked"  # of `gateloop`; "scan" suits heads of width 1
-    tie_embeddings: bool = True  # head and embedding share their weight
-    norm_epsilon: float = 1e-5  # added under the root in RMSNorm
-
-
-class GateLoopLM(LanguageModel):
-    """A language model of GateLoop mixers: the `Decoder` of Llama with another mixer in it."""
-
-    config_class = GateLoopConfig
-
-    def __init__(self, config: GateLoopConfig):
-        c = config
-        mixers = [GateLoop(c.d_model, c.n_heads, c.d_state, gates=c.gates, mode=c.mode) for _ in range(c.n_layer)]
-        super().__init__(Backbone(mixers, c.vocab_size, c.d_model, c.intermediate_size, c.norm_epsilon), c.tie_embeddings)
-        self.config = config
+        return gateloop_matrix(q, k, log_a, phase).real

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from .checkpoint import atomic_directory, find_checkpoint, read_config
 from .convert import LanguageModel, convert_gguf, layout_of
 from .data import check_tokenizer, load_tokenizer
-from .gateloop import GateLoopLM
+from .gateloop_lm import GateLoopLM
 from .llama import Llama
 from .llamba import Llamba
 from .mamba2 import Mamba2LM

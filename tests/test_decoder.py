@@ -603,7 +603,7 @@ def test_a_graph_of_forward_and_step(kind):
 
 def language_models():
     """One small model of each kind, head untied, a vocabulary of 300."""
-    from llamba_ref.gateloop import GateLoopConfig, GateLoopLM
+    from llamba_ref.gateloop_lm import GateLoopConfig, GateLoopLM
     from llamba_ref.llama import Llama, LlamaConfig
     from llamba_ref.llamba import Llamba, LlambaConfig, MLPConfig, SSMConfig
     from llamba_ref.mamba2 import Mamba2Config, Mamba2LM

@@ -16,7 +16,8 @@ from llamba_ref.models import load_model, save_model
 from llamba_ref.core import relative_error
 from llamba_ref.data import train_tokenizer
 from llamba_ref.decoder import RMSNorm
-from llamba_ref.gateloop import GATELOOP_MODES, GateLoop, GateLoopConfig, GateLoopLM, gateloop, gateloop_matrix, sums_after
+from llamba_ref.gateloop import GATELOOP_MODES, GateLoop, gateloop, gateloop_matrix, log_decay_to_end
+from llamba_ref.gateloop_lm import GateLoopConfig, GateLoopLM
 from llamba_ref.llama import Llama, LlamaConfig, Rope, apply_rope, rope_frequencies
 from llamba_ref.mohawk import distill
 from llamba_ref.scan import linear_scan
@@ -402,21 +403,21 @@ def test_autocast_does_not_narrow(mode, kind):
     assert all(torch.equal(one, other) for one, other in zip(gradients(out, leaves), gradients(plain, leaves)))
 
 
-def test_sums_after_is_its_definition():
+def test_log_decay_to_end_is_its_definition():
     log_a = torch.tensor([*GATES, -torch.inf], dtype=torch.float64).repeat(2, 3, 1).mT
     log_a = torch.cat([log_a, log_a[:, :5] - 0.7], 1)
-    sums = sums_after(log_a)
+    sums = log_decay_to_end(log_a)
     for t in range(log_a.shape[1]):
         assert torch.allclose(sums[:, t], log_a[:, t + 1 :].sum(1), rtol=1e-14, atol=0)
-    assert sums.shape == log_a.shape and sums_after(log_a[:, :1]).tolist() == [[[0.0] * 3]] * 2
+    assert sums.shape == log_a.shape and log_decay_to_end(log_a[:, :1]).tolist() == [[[0.0] * 3]] * 2
 
 
-def test_sums_after_does_not_cancel():
+def test_log_decay_to_end_does_not_cancel():
     """The total less the running sum is the same on paper, and loses small decays behind a large one."""
     log_a = torch.full((1000, 1), -1e-4)
     log_a[3] = -5000.0
-    exact = sums_after(log_a.double())
-    assert relative_error(sums_after(log_a)[3:], exact[3:]) < 1e-6
+    exact = log_decay_to_end(log_a.double())
+    assert relative_error(log_decay_to_end(log_a)[3:], exact[3:]) < 1e-6
     assert relative_error((log_a.sum(0) - log_a.cumsum(0))[3:], exact[3:]) > 1e-3
 
 
@@ -585,7 +586,7 @@ def test_bad_tensors(name, change, message):
 @pytest.mark.parametrize(
     "option, message",
     [
-        ({"mode": "parallel"}, "mode is 'parallel': it must be one of 'recurrent', 'scan', 'attention', 'chunked'"),
+        ({"mode": "parallel"}, "mode is 'parallel': it must be 'recurrent', 'scan', 'attention' or 'chunked'"),
         ({"chunk_size": 0}, "chunk_size is 0: it must be an integer of at least 1"),
         ({"chunk_size": -3}, "chunk_size is -3"),
         ({"chunk_size": 1.5}, "chunk_size is 1.5"),
@@ -765,8 +766,8 @@ def test_extreme_gates_of_the_mixer_are_finite():
     (dict(d_model=12, n_heads=-3), "n_heads is -3"),
     (dict(d_model=12, n_heads=4, d_state=2.5), "d_state is 2.5"),
     (dict(d_model=12, n_heads=4, d_state=True), "d_state is True"),
-    (dict(d_model=12, n_heads=4, gates="imaginary"), "gates is 'imaginary': it must be one of 'complex', 'real', 'fixed'"),
-    (dict(d_model=12, n_heads=4, mode="parallel"), "mode is 'parallel': it must be one of 'recurrent', 'scan', 'attention', 'chunked'"),
+    (dict(d_model=12, n_heads=4, gates="imaginary"), "gates is 'imaginary': it must be 'complex', 'real' or 'fixed'"),
+    (dict(d_model=12, n_heads=4, mode="parallel"), "mode is 'parallel': it must be 'recurrent', 'scan', 'attention' or 'chunked'"),
 ])
 def test_bad_sizes_of_a_mixer(sizes, message):
     with pytest.raises(ValueError, match=message):
