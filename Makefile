@@ -45,7 +45,7 @@ export: $(VENV)/.installed-dev  ## write llamba_ref/ from the notebooks, and cle
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_export
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_clean
 
-run: export  ## run every chapter in place, or one: NB=05_ssd
+run: export  ## run every chapter in place, or one: NB=07_ssd
 	@set -e; export OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH"; \
 	for chapter in nbs/$(NB).ipynb; do \
 	    echo "$$chapter"; \
@@ -54,7 +54,7 @@ run: export  ## run every chapter in place, or one: NB=05_ssd
 	    nbdev_clean --fname "$$chapter"; \
 	done
 
-notebooks: $(COLAB)/.installed  ## run every chapter as on Colab, compare with what is saved; or one: NB=05_ssd
+notebooks: $(COLAB)/.installed  ## run every chapter as on Colab, compare with what is saved; or one: NB=07_ssd
 	@OMP_NUM_THREADS=1 $(COLAB)/bin/python -m bench.chapters '$(NB)' $(RECORD)
 
 lab: $(VENV)/.installed-dev  ## open the chapters in JupyterLab

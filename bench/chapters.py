@@ -1,7 +1,7 @@
 """Every chapter, run as on Colab: in an empty directory, with the installed package. Prints what differs from the saved outputs.
 
     make notebooks              # all chapters, in an environment that has the package and no development tools
-    make notebooks NB=05_ssd    # one
+    make notebooks NB=07_ssd    # one
 
 A chapter has to run without an error, in under two minutes, and to print what is saved in it. Figures are not compared. What a
 cell that begins with `#| measured` prints comes from times on this machine: only the number of its lines is compared. What a cell

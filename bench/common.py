@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from llamba_ref.core import load_result
+from llamba_ref.conventions import load_result
 from llamba_ref.decoder import Decoder
 from llamba_ref.training import Stage
 

@@ -1,4 +1,4 @@
-"""A small Mamba-2 language model on the text and with the budget of bench.gateloop_lm, to look into in chapter 06_recall.
+"""A small Mamba-2 language model on the text and with the budget of bench.gateloop_lm, to look into in chapter 10_recall.
 
     python -m bench.mamba2_lm                 both learning rates, two at a time with one thread each; about 15 minutes on two cores
     python -m bench.mamba2_lm --save-to DIR   train the better one again and write it to DIR

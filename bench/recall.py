@@ -1,4 +1,4 @@
-"""How many pairs fit into a state: multi-query associative recall with Mamba-2, GateLoop and a Transformer (chapter 06_recall).
+"""How many pairs fit into a state: multi-query associative recall with Mamba-2, GateLoop and a Transformer (chapter 10_recall).
 
     python -m bench.recall        all runs, two at a time with one thread each; about half an hour on two cores
 
@@ -19,7 +19,7 @@ from llamba_ref.decoder import Decoder
 from llamba_ref.gateloop_lm import GateLoopConfig, GateLoopLM
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.mamba2 import Mamba2Config, Mamba2LM
-from llamba_ref.recall import WithConvolution, recall_accuracy, recall_batches, recall_sequences, recall_targets
+from llamba_ref.associative_recall import WithConvolution, recall_accuracy, recall_batches, recall_sequences, recall_targets
 from llamba_ref.training import CrossEntropy, FreshBatches, Stage, train
 
 VOCABULARY, WIDTH, LAYERS, HEADS, MLP = 64, 64, 2, 4, 128

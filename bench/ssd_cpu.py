@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bench.common import device_name, save
-from llamba_ref.core import relative_error
+from llamba_ref.conventions import relative_error
 from llamba_ref.ssd import ssd
 
 BATCH, LENGTH, HEADS, HEADDIM, STATE = 2, 2048, 8, 64, 64

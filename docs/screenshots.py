@@ -1,7 +1,7 @@
 """Pictures of every page for a person to look at: wide and narrow, light and dark, in pieces that fit a screen.
 
     make screenshots
-    python docs/screenshots.py --out shots --only nbs/05_ssd.html map.html"""
+    python docs/screenshots.py --out shots --only nbs/07_ssd.html map.html"""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import bench.common  # noqa: E402
 from bench import kernels  # noqa: E402
 from bench.kernels import GOALS, LARGE, OPERATIONS, Limits, Operation, Peer, Work, measure, verdict  # noqa: E402
-from llamba_ref.core import relative_error  # noqa: E402
+from llamba_ref.conventions import relative_error  # noqa: E402
 from llamba_ref.scan import linear_scan  # noqa: E402
 from llamba_ref.ssd import ssd, ssd_step  # noqa: E402
 

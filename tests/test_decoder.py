@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from llamba_ref.core import relative_error
+from llamba_ref.conventions import relative_error
 from llamba_ref.decoder import Backbone, Decoder, RMSNorm, SwiGLU, init_weights, pack_left, sample
 from llamba_ref.llama import Attention
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from llamba_ref.core import relative_error
+from llamba_ref.conventions import relative_error
 from llamba_ref.data import TokenBlocks, train_tokenizer
 from llamba_ref.evaluate import Comparison, Evaluation, compare, evaluate, generate_text, prompt_tokens, token_nll
 from llamba_ref.llama import Llama, LlamaConfig

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llamba_ref.cli import main
 from llamba_ref.models import load_model, save_model
-from llamba_ref.core import relative_error
+from llamba_ref.conventions import relative_error
 from llamba_ref.data import train_tokenizer
 from llamba_ref.decoder import RMSNorm
 from llamba_ref.gateloop import GATELOOP_MODES, GateLoop, gateloop, gateloop_matrix, log_decay_to_end

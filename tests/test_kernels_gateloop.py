@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamba_ref.core import relative_error
+from llamba_ref.conventions import relative_error
 from llamba_ref.gateloop import GateLoop, gateloop
 from llamba_ref.kernels import gateloop as kernels
 from llamba_ref.kernels import scan

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from llamba_ref.core import peak_bytes, relative_error
+from llamba_ref.conventions import peak_bytes, relative_error
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba
 from llamba_ref.mamba2 import Mamba2

@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from llamba_ref.core import relative_error  # noqa: E402
+from llamba_ref.conventions import relative_error  # noqa: E402
 from llamba_ref.kernels import scan as kernels  # noqa: E402
 from llamba_ref.kernels.launch import GPUS, launch  # noqa: E402
 from llamba_ref.kernels.scan import (

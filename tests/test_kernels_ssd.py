@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamba_ref.core import relative_error
+from llamba_ref.conventions import relative_error
 from llamba_ref.llamba import DiscreteMamba2
 from llamba_ref.mamba2 import Mamba2, MambaState
 from llamba_ref.ssd import ssd, ssd_step

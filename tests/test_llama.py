@@ -13,7 +13,7 @@ from torch import nn
 
 from llamba_ref.checkpoint import find_checkpoint, read_weights
 from llamba_ref.convert import LLAMA, convert_gguf
-from llamba_ref.core import peak_bytes, relative_error
+from llamba_ref.conventions import peak_bytes, relative_error
 from llamba_ref.llama import (
     Attention, KVCache, Llama, LlamaConfig, Rope, apply_rope, causal_attention, causal_mask, rope_frequencies,
 )

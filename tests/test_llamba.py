@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llamba_ref.core import relative_error
+from llamba_ref.conventions import relative_error
 from llamba_ref.llama import Attention, Llama, LlamaConfig, Rope
 from llamba_ref.llamba import (LLAMBA_SIZES, OPEN_GATE, AttentionConfig, DiscreteMamba2, Llamba, LlambaConfig, MLPConfig,
                                SSMConfig)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from llamba_ref import mohawk, training
-from llamba_ref.core import relative_error
+from llamba_ref.conventions import relative_error
 from llamba_ref.decoder import Backbone, Decoder
 from llamba_ref.llama import Attention, Llama, LlamaConfig
 from llamba_ref.llamba import DiscreteMamba2, Llamba

@@ -140,7 +140,7 @@ def test_notation_has_one_head_and_no_link_too_many():
 def test_names_are_in_the_code(stem):
     """A reader finds the name of each symbol, or its local name, in the code, or as an axis of a shape in the table."""
     code = "\n".join(
-        cells(other, "code") for other in NOTEBOOKS if stem in (other, "00_core")
+        cells(other, "code") for other in NOTEBOOKS if stem in (other, "01_conventions")
     )  # that chapter names what others define
     rows = chapter_rows(CHAPTERS[stem], stem)
     words = set(re.findall(r"\w+", code)) | {word for row in rows for word in re.findall(r"\w+", row.shape)}
@@ -166,9 +166,9 @@ def test_pieces():
 def test_rows():
     rows = "| --- | --- | --- | --- |\n| $q$, $k$ | `q`, `k` (`key`) | `(len, 3)` | two |\n| $r$ | | | place |"
     text = f"Words.\n\n{HEAD}\n{rows}\n\n{HEAD}"
-    q, k, r = chapter_rows(text.rsplit("\n", 1)[0], "01_scan")
-    assert q == Row("$q$", "`q`", frozenset(), "`(len, 3)`", frozenset(["01_scan"]))
-    assert k == Row("$k$", "`k`", frozenset(["`key`"]), "`(len, 3)`", frozenset(["01_scan"]))
+    q, k, r = chapter_rows(text.rsplit("\n", 1)[0], "02_scan")
+    assert q == Row("$q$", "`q`", frozenset(), "`(len, 3)`", frozenset(["02_scan"]))
+    assert k == Row("$k$", "`k`", frozenset(["`key`"]), "`(len, 3)`", frozenset(["02_scan"]))
     assert r[:4] == ("$r$", "", frozenset(), "")
 
 
@@ -184,35 +184,35 @@ PAGE = f"""{HEAD_OF_NOTATION}
 | $x_t$ | `x` | `(batch, len)` | values | [scan] |
 | $x_t$ | `x` | `(batch,)` | tokens | |
 
-[scan]: nbs/01_scan.ipynb
+[scan]: nbs/02_scan.ipynb
 """
 
 
 def test_small_tables_agree():
-    assert not disagreements({"01_scan": SMALL, "90_checkpoint": "no table"}, PAGE)
+    assert not disagreements({"02_scan": SMALL, "90_checkpoint": "no table"}, PAGE)
 
 
 @pytest.mark.parametrize("where, old, new, message", [
-    ("chapter", "`heads`", "`n_heads`", "01_scan has $H$ as"),
-    ("chapter", "(`length`)", "(`size`)", "01_scan has $L$ as"),
+    ("chapter", "`heads`", "`n_heads`", "02_scan has $H$ as"),
+    ("chapter", "(`length`)", "(`size`)", "02_scan has $L$ as"),
     ("chapter", " (`length`)", "", "notation has $L$ for `length`"),
-    ("chapter", "`(batch, len)`", "`(batch, length)`", "01_scan has $x_t$ as"),
-    ("chapter", "`(batch, len)`", "", "01_scan has $x_t$ as"),
-    ("chapter", "$x_t$", "$v_t$", "01_scan has $v_t$, notation does not"),
-    ("chapter", "$x_t$", "$v_t$", "notation has $x_t$ for 01_scan"),
-    ("chapter", "| $x_t$", "| $H$ | `heads` | | heads |\n| $x_t$", "01_scan has $H$ twice"),
-    ("chapter", "in the code", "name in code", "01_scan has another head"),
-    ("chapter", "| meaning |", "| |", "01_scan has another head"),
-    ("page", "| heads | [scan] |", "| heads | |", "01_scan has $H$, notation does not"),
+    ("chapter", "`(batch, len)`", "`(batch, length)`", "02_scan has $x_t$ as"),
+    ("chapter", "`(batch, len)`", "", "02_scan has $x_t$ as"),
+    ("chapter", "$x_t$", "$v_t$", "02_scan has $v_t$, notation does not"),
+    ("chapter", "$x_t$", "$v_t$", "notation has $x_t$ for 02_scan"),
+    ("chapter", "| $x_t$", "| $H$ | `heads` | | heads |\n| $x_t$", "02_scan has $H$ twice"),
+    ("chapter", "in the code", "name in code", "02_scan has another head"),
+    ("chapter", "| meaning |", "| |", "02_scan has another head"),
+    ("page", "| heads | [scan] |", "| heads | |", "02_scan has $H$, notation does not"),
     ("page", "| tokens | |", "| tokens | [scan] |", "notation has $x_t$ twice"),
-    ("page", "`x` | `(batch, len)`", "`y` | `(batch, len)`", "01_scan has $x_t$ as"),
+    ("page", "`x` | `(batch, len)`", "`y` | `(batch, len)`", "02_scan has $x_t$ as"),
 ])
 def test_faults_are_found(where, old, new, message):
     chapter, page = (
         text.replace(old, new, 1) if place == where else text for place, text in (("chapter", SMALL), ("page", PAGE))
     )
     assert (chapter, page) != (SMALL, PAGE)
-    assert any(fault.startswith(message) for fault in disagreements({"01_scan": chapter}, page))
+    assert any(fault.startswith(message) for fault in disagreements({"02_scan": chapter}, page))
 
 
 def test_tables_that_do_not_add_up_are_refused():
@@ -227,4 +227,4 @@ def test_tables_that_do_not_add_up_are_refused():
     ):
         assert old in SMALL
         with pytest.raises((AssertionError, AttributeError)):
-            chapter_rows(SMALL.replace(old, new, 1), "01_scan")
+            chapter_rows(SMALL.replace(old, new, 1), "02_scan")

@@ -324,7 +324,7 @@ def test_chapters_follow_each_other(name, visited, site):
 
 def test_search_finds_a_word(page, site):
     """By keyboard, from any page: a word that only some chapters have."""
-    page.goto(f"{site}nbs/00_core.html")
+    page.goto(f"{site}nbs/01_conventions.html")
     settle(page)
     page.keyboard.press("Control+k")
     page.keyboard.type("semiseparable")
@@ -333,13 +333,13 @@ def test_search_finds_a_word(page, site):
     page.wait_for_selector("#search-results li p.context")
     page.wait_for_load_state("networkidle")  # each result shows a piece of its page, which is fetched
     found = page.locator("#search-results")
-    assert "State space duality by hand" in found.inner_text() and found.locator('a[href^="nbs/05_ssd.html"]').count()
+    assert "State space duality by hand" in found.inner_text() and found.locator('a[href^="nbs/07_ssd.html"]').count()
     assert found.locator("li p.context").count() == found.locator("li").count() and not page.evaluate(RAW_TEX)
 
 
 def test_light_and_dark(page, site):
     """The switch changes the page, stays on the next one, and figures keep their white ground."""
-    page.goto(f"{site}nbs/05_ssd.html")
+    page.goto(f"{site}nbs/07_ssd.html")
     settle(page)
     ground = "getComputedStyle(document.body).backgroundColor"
     seen = set()

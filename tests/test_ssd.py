@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llamba_ref.core import relative_error
+from llamba_ref.conventions import relative_error
 from llamba_ref.ssd import segment_sum, ssd, ssd_matrix, ssd_step
 
 MODES = ("recurrent", "attention", "chunked")

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamba_ref import training
-from llamba_ref.core import peak_bytes, relative_error
+from llamba_ref.conventions import peak_bytes, relative_error
 from llamba_ref.data import Batches
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba

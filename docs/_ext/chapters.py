@@ -12,7 +12,7 @@ import nbformat
 from sphinx.errors import ExtensionError
 
 from drawings import llama_to_llamba, special_cases
-from llamba_ref.core import load_result
+from llamba_ref.conventions import load_result
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS, PAGES, REFERENCE = ROOT / "nbs", ROOT / "docs" / "nbs", ROOT / "docs" / "api"

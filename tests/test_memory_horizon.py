@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llamba_ref.gateloop import gateloop
 from llamba_ref.gateloop_lm import GateLoopConfig, GateLoopLM
-from llamba_ref.horizon import horizon_accuracy, horizon_sequences, horizon_targets, since_reset
+from llamba_ref.memory_horizon import horizon_accuracy, horizon_sequences, horizon_targets, since_reset
 from llamba_ref.training import CrossEntropy, FreshBatches, Run, Stage, train
 
 

@@ -11,8 +11,8 @@ from jaxtyping import Float, Inexact
 from shapes import check_package
 from torch import Tensor
 
-from llamba_ref import core
-from llamba_ref.core import (
+from llamba_ref import conventions
+from llamba_ref.conventions import (
     Backend,
     check_option,
     check_sizes,
@@ -468,7 +468,7 @@ def test_an_annotation_that_is_false_is_found(tmp_path, monkeypatch):
 
 
 def test_the_package_is_checked():
-    with pytest.raises(jaxtyping.TypeCheckError, match="llamba_ref.core.is_token"):
+    with pytest.raises(jaxtyping.TypeCheckError, match="llamba_ref.conventions.is_token"):
         is_token(torch.tensor([[2], [0]]), 3)
     log_a, x = -torch.ones(2, 8, 1), torch.ones(2, 8, 3)
     assert linear_scan(log_a, x).shape == (2, 8, 3)  # a last size of 1 is what the signature says

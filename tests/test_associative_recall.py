@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamba_ref.core import load_result, relative_error
+from llamba_ref.conventions import load_result, relative_error
 from llamba_ref.decoder import Backbone, Decoder
 from llamba_ref.gateloop import GateLoop
 from llamba_ref.llama import Llama, LlamaConfig
-from llamba_ref.recall import (
+from llamba_ref.associative_recall import (
     WithConvolution,
     memory_length,
     recall_accuracy,
