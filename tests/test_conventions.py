@@ -338,7 +338,7 @@ def test_is_token():
 
 
 def test_load_result(monkeypatch, tmp_path):
-    monkeypatch.setattr(core, "files", lambda package: tmp_path / package)
+    monkeypatch.setattr(conventions, "files", lambda package: tmp_path / package)
     (tmp_path / "llamba_ref" / "assets" / "results").mkdir(parents=True)
     (tmp_path / "llamba_ref" / "assets" / "results" / "speed.json").write_text(json.dumps({"rows": [1, 2]}))
     assert load_result("speed") == {"rows": [1, 2]}

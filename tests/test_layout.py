@@ -29,7 +29,7 @@ def sources(path):
 
 def python_of(cell):
     """A cell without the lines that only a notebook understands."""
-    return "\n".join("pass" if line.lstrip().startswith(("%", "!")) else line for line in cell.splitlines())
+    return re.sub(r"^( *)[%!].*$", r"\1pass", cell, flags=re.MULTILINE)
 
 
 def imported(text):
