@@ -17,12 +17,12 @@ import tyro
 
 from bench.common import Curve, best_rate_runs, equal_size, first_run, parameters, save
 from llamba_ref.checkpoint import find_checkpoint
-from llamba_ref.models import save_model
 from llamba_ref.data import Batches, load_documents, load_tokenizer, pack, split_documents
 from llamba_ref.decoder import Decoder
 from llamba_ref.evaluate import evaluate
 from llamba_ref.gateloop_lm import GateLoopConfig, GateLoopLM
 from llamba_ref.llama import Llama, LlamaConfig
+from llamba_ref.models import save_model
 from llamba_ref.training import CrossEntropy, Stage, train
 
 VOCABULARY, WIDTH, LAYERS, MLP, HEADS = 1024, 128, 4, 256, 4

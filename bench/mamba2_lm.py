@@ -17,10 +17,10 @@ import tyro
 from bench.common import best_rate_runs, first_run, save
 from bench.gateloop_lm import BATCH, LAYERS, LEARNING_RATES, LENGTH, VOCABULARY, WIDTH, train_on_novels
 from llamba_ref.checkpoint import find_checkpoint
-from llamba_ref.models import save_model
 from llamba_ref.data import load_tokenizer
 from llamba_ref.decoder import Decoder
 from llamba_ref.mamba2 import Mamba2Config, Mamba2LM
+from llamba_ref.models import save_model
 
 STATE, HEADDIM = 16, 32
 

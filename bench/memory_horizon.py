@@ -18,8 +18,8 @@ import tyro
 from bench.common import Curve, best_rate_runs, equal_size, first_run, parameters, save
 from llamba_ref.decoder import Decoder
 from llamba_ref.gateloop_lm import GateLoopConfig, GateLoopLM
-from llamba_ref.memory_horizon import horizon_accuracy, horizon_sequences, horizon_targets
 from llamba_ref.llama import Llama, LlamaConfig
+from llamba_ref.memory_horizon import horizon_accuracy, horizon_sequences, horizon_targets
 from llamba_ref.training import CrossEntropy, FreshBatches, Stage, train
 
 MODULUS, WIDTH, LAYERS, MLP = 5, 64, 2, 128

@@ -19,10 +19,10 @@ import torch
 
 from bench.common import save
 from llamba_ref.cli import Distill
-from llamba_ref.models import load_model
 from llamba_ref.data import Batches, load_documents, pack, split_documents
 from llamba_ref.evaluate import evaluate
 from llamba_ref.llamba import Llamba
+from llamba_ref.models import load_model
 from llamba_ref.mohawk import distill
 from llamba_ref.training import Stage
 

@@ -15,11 +15,17 @@ import torch
 from torch import nn
 
 from bench.common import Curve, best_rate_runs, parameters, save
+from llamba_ref.associative_recall import (
+    WithConvolution,
+    recall_accuracy,
+    recall_batches,
+    recall_sequences,
+    recall_targets,
+)
 from llamba_ref.decoder import Decoder
 from llamba_ref.gateloop_lm import GateLoopConfig, GateLoopLM
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.mamba2 import Mamba2Config, Mamba2LM
-from llamba_ref.associative_recall import WithConvolution, recall_accuracy, recall_batches, recall_sequences, recall_targets
 from llamba_ref.training import CrossEntropy, FreshBatches, Stage, train
 
 VOCABULARY, WIDTH, LAYERS, HEADS, MLP = 64, 64, 2, 4, 128

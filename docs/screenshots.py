@@ -14,7 +14,7 @@ from playwright.sync_api import Page
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from docs.browser import NARROW, SITE, WIDE, chromium, pages, served, settle  # noqa: E402
+from docs.browser import NARROW, SITE, WIDE, chromium, pages, served, settle
 
 PIECE, HEADER = 3000, 64  # pixels of height; the header stays on top and covers the first of each piece
 

@@ -21,8 +21,7 @@ from accelerate import Accelerator
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from .data import (Batches, StreamBatches, TokenBlocks, load_documents, pack, split_documents,
-                             train_tokenizer)
+from .data import Batches, StreamBatches, TokenBlocks, load_documents, pack, split_documents, train_tokenizer
 from .decoder import Decoder
 from .evaluate import Comparison, compare, evaluate, generate_text, prompt_tokens
 from .llama import Llama, LlamaConfig

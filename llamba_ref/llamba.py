@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .convert import LanguageModel, ModelConfig, check_fields
 from .conventions import check_sizes, wide_dtype
+from .convert import LanguageModel, ModelConfig, check_fields
 from .decoder import Backbone
 from .llama import Attention, Llama, LlamaConfig, Rope
 from .mamba2 import Projected, SSDMixer, convolve

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .conv import causal_conv
-from .convert import LanguageModel, ModelConfig
 from .conventions import check_sizes, is_token, wide_dtype
+from .convert import LanguageModel, ModelConfig
 from .decoder import Backbone
 from .ssd import ssd, ssd_matrix, ssd_step
 

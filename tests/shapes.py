@@ -1,4 +1,4 @@
-"""Signatures that are true: what a call was given and what it returned are held against the shapes in its annotations."""
+"""Signatures that are true: what a call was given and what it returned are held against its annotations of shapes."""
 
 import inspect
 from collections.abc import Callable
@@ -18,9 +18,9 @@ def has_shape(hint) -> bool:
 
 
 def checker(function: Callable) -> Callable:
-    """For jaxtyping, which makes two functions of a signature: one for the arguments, before a call, with the result Any,
-    and one for arguments and result, after it. The second alone is checked: what the package refuses itself gets its own
-    message, and what it takes must be as annotated. Of the annotations, those that have shapes count."""
+    """For jaxtyping, which makes two functions of a signature: one for the arguments, before a call, whose result is
+    Any, and one for arguments and result, after it. The second alone is checked: what the package refuses gets the
+    package's own message, and what it takes must be as annotated. Of the annotations, those that have shapes count."""
     hints = {name: hint for name, hint in function.__annotations__.items() if has_shape(hint)}
     if not hints or function.__annotations__.get("return") is Any:
         return function
@@ -29,13 +29,15 @@ def checker(function: Callable) -> Callable:
 
 
 def once_a_shape(function: Callable | type | None = None, **options) -> Callable:
-    """In the place of `jaxtyping.jaxtyped`: a call is checked when tensors of its shapes and types are new to the function.
+    """In the place of `jaxtyping.jaxtyped`: a call is checked when its shapes and types are new to the function.
 
     A loop over 4096 tokens is then as fast as without; and a compiler sees the function alone."""
     if function is None:
         return lambda function: once_a_shape(function, **options)
-    if inspect.isclass(function) or not any("Tensor," in str(hint) for hint in function.__annotations__.values()):
-        return jaxtyped(function, **options) if inspect.isclass(function) else function
+    if inspect.isclass(function):
+        return jaxtyped(function, **options)  # the fields of a dataclass
+    if inspect.isgeneratorfunction(function) or not any("Tensor," in str(h) for h in function.__annotations__.values()):
+        return function  # a call of a generator does nothing yet
     checked, seen = jaxtyped(function, **options), set()
 
     @wraps(function)
@@ -49,6 +51,7 @@ def once_a_shape(function: Callable | type | None = None, **options) -> Callable
         seen.add(key)
         return out
 
+    call.__code__ = call.__code__.replace(co_name=function.__name__)  # as in core.checked
     return call
 
 
@@ -60,6 +63,6 @@ def kind(value):
 
 
 def check_package(*modules: str):
-    """Check every call of the modules, which must not have been imported yet; a context, or for the rest of the process."""
+    """Check the calls of modules that have not been imported yet; a context, or for the rest of the process."""
     jaxtyping.jaxtyped = once_a_shape  # what the hook writes above each function
     return jaxtyping.install_import_hook(modules, "shapes.checker")

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from llamba_ref.checkpoint import EMBEDDED, find_checkpoint
-from llamba_ref.models import load_model
 from llamba_ref.conventions import load_result, relative_error
 from llamba_ref.data import load_documents, pack, split_documents
 from llamba_ref.evaluate import evaluate
 from llamba_ref.gateloop_lm import GateLoopLM
-from llamba_ref.memory_horizon import horizon_accuracy, horizon_sequences
 from llamba_ref.llamba import Llamba
 from llamba_ref.mamba2 import Mamba2LM
+from llamba_ref.memory_horizon import horizon_accuracy, horizon_sequences
+from llamba_ref.models import load_model
 
 MEGABYTE = 10**6
 

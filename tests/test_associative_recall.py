@@ -9,10 +9,6 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamba_ref.conventions import load_result, relative_error
-from llamba_ref.decoder import Backbone, Decoder
-from llamba_ref.gateloop import GateLoop
-from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.associative_recall import (
     WithConvolution,
     memory_length,
@@ -21,6 +17,10 @@ from llamba_ref.associative_recall import (
     recall_sequences,
     recall_targets,
 )
+from llamba_ref.conventions import load_result, relative_error
+from llamba_ref.decoder import Backbone, Decoder
+from llamba_ref.gateloop import GateLoop
+from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.training import CrossEntropy, FreshBatches, Run, Stage, train
 
 

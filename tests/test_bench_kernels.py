@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-import bench.common  # noqa: E402
-from bench import kernels  # noqa: E402
-from bench.kernels import GOALS, LARGE, OPERATIONS, Limits, Operation, Peer, Work, measure, verdict  # noqa: E402
-from llamba_ref.conventions import relative_error  # noqa: E402
-from llamba_ref.scan import linear_scan  # noqa: E402
-from llamba_ref.ssd import ssd, ssd_step  # noqa: E402
+import bench.common
+from bench import kernels
+from bench.kernels import GOALS, LARGE, OPERATIONS, Limits, Operation, Peer, Work, measure, verdict
+from llamba_ref.conventions import relative_error
+from llamba_ref.scan import linear_scan
+from llamba_ref.ssd import ssd, ssd_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = Limits(1e9, {"float32": 1e10, "tf32": 2e10, "float16": 4e10, "bfloat16": 4e10})

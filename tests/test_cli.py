@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from llamba_ref import cli
 from llamba_ref.cli import main
-from llamba_ref.models import load_model, save_model
 from llamba_ref.data import load_documents, pack, split_documents, train_tokenizer
 from llamba_ref.evaluate import compare, evaluate
 from llamba_ref.llama import Attention, Llama, LlamaConfig
 from llamba_ref.llamba import DiscreteMamba2, Llamba
+from llamba_ref.models import load_model, save_model
 from llamba_ref.training import seal
 
 TEXT = ["--held-out", "4", "--length", "32", "--validation-blocks", "4"]

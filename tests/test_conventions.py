@@ -235,6 +235,20 @@ def test_a_checked_operator_compiles_into_one_graph():
         compiled(**inputs(k=torch.ones(2, 8, 3, 3)))
 
 
+def test_many_operators_compile():
+    """Each has a code of its own: one code may only be recompiled a few times."""
+    def scaled_by(a):
+        @checked()
+        def scaled(x: Float[Tensor, "len"]) -> Tensor:
+            return a * x
+
+        return scaled
+
+    for a in range(20):
+        compiled = torch.compile(scaled_by(a), fullgraph=True, backend="eager")
+        assert compiled(torch.ones(2)).tolist() == [a, a]
+
+
 def test_check_option():
     check_option("mode", "a", ("a", "b"))
     with pytest.raises(ValueError, match="^mode is 'd': it must be 'a', 'b' or 'c'$"):

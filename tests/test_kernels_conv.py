@@ -7,9 +7,9 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
+from llamba_ref.conv import causal_conv, causal_conv_step
 from llamba_ref.conventions import relative_error
 from llamba_ref.kernels.conv import conv_backward_op, conv_op, conv_step_op
-from llamba_ref.conv import causal_conv, causal_conv_step
 from llamba_ref.mamba2 import Mamba2
 
 NAMES = ("x", "weight", "bias", "window")

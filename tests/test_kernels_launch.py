@@ -16,7 +16,15 @@ import triton.language as tl  # noqa: E402
 import llamba_ref.kernels  # noqa: E402
 from llamba_ref.kernels.ahead import POINTERS, Launch, compile_for, recording, scan_as_tree  # noqa: E402
 from llamba_ref.kernels.launch import (  # noqa: E402
-    GPUS, INTERPRETED, as_operation, gpu_of, launch, load_rows, precision_of, set_gradient, store_rows,
+    GPUS,
+    INTERPRETED,
+    as_operation,
+    gpu_of,
+    launch,
+    load_rows,
+    precision_of,
+    set_gradient,
+    store_rows,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

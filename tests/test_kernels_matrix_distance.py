@@ -14,7 +14,7 @@ from llamba_ref.mohawk import LayerByLayer, match_matrix, matrix_distance
 
 pytest.importorskip("triton")
 
-import llamba_ref.kernels.matrix_distance as kernels  # noqa: E402
+import llamba_ref.kernels.matrix_distance as kernels
 
 GATES = {
     "weak": (-0.1, -0.3, -1.0),

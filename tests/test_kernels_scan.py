@@ -19,13 +19,13 @@ from llamba_ref.kernels.launch import GPUS, launch  # noqa: E402
 from llamba_ref.kernels.scan import (
     combine,
     combine_complex,
+    cos_sin,
     expm1,
     last_row,
     scan_backward_op,
     scan_op,
     triton_scan,
-    cos_sin,
-)  # noqa: E402
+)
 from llamba_ref.scan import linear_scan  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,9 +14,9 @@ from llamba_ref.ssd import ssd, ssd_step
 
 pytest.importorskip("triton")
 
-from llamba_ref.kernels import scan as scan_kernels  # noqa: E402
-from llamba_ref.kernels import ssd as kernels  # noqa: E402
-from llamba_ref.kernels.launch import GPUS, INTERPRETED  # noqa: E402
+from llamba_ref.kernels import scan as scan_kernels
+from llamba_ref.kernels import ssd as kernels
+from llamba_ref.kernels.launch import GPUS, INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = 1e-5 if DEVICE == "cuda" else 2e-6

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llamba_ref.checkpoint import find_checkpoint
-from llamba_ref.convert import MAMBA2
 from llamba_ref.conventions import relative_error
+from llamba_ref.convert import MAMBA2
 from llamba_ref.data import load_tokenizer
 from llamba_ref.decoder import Backbone, Decoder
 from llamba_ref.gateloop import GATELOOP_MODES, gateloop, gateloop_matrix

@@ -19,8 +19,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from llamba_ref.checkpoint import find_checkpoint, read_json
-from llamba_ref.convert import COMMON, LLAMA, convert_gguf, own_fields
 from llamba_ref.conventions import relative_error
+from llamba_ref.convert import COMMON, LLAMA, convert_gguf, own_fields
 from llamba_ref.data import load_tokenizer
 from llamba_ref.gateloop_lm import GateLoopConfig, GateLoopLM
 from llamba_ref.llama import Llama, LlamaConfig, Rope, rope_frequencies

@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 
 import nbformat
+from drawings import llama_to_llamba, special_cases
 from sphinx.errors import ExtensionError
 
-from drawings import llama_to_llamba, special_cases
 from llamba_ref.conventions import load_result
 
 ROOT = Path(__file__).resolve().parents[2]
