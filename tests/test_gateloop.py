@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llamba_ref.cli import main
-from llamba_ref.models import load_model, save_model
 from llamba_ref.core import relative_error
 from llamba_ref.data import train_tokenizer
 from llamba_ref.decoder import RMSNorm
 from llamba_ref.gateloop import GATELOOP_MODES, GateLoop, gateloop, gateloop_matrix, log_decay_to_end
 from llamba_ref.gateloop_lm import GateLoopConfig, GateLoopLM
 from llamba_ref.llama import Llama, LlamaConfig, Rope, apply_rope, rope_frequencies
+from llamba_ref.models import load_model, save_model
 from llamba_ref.mohawk import distill
 from llamba_ref.scan import linear_scan
 from llamba_ref.ssd import ssd
