@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # %% auto #0
-__all__ = ['Backend', 'relative_error', 'check_tensors', 'check_sizes', 'check_option', 'checked', 'wide_dtype', 'polar_gate',
-           'cumulative_rotation', 'choose_backend', 'wrong_widths', 'find_kernel', 'load_result', 'peak_bytes',
-           'is_token']
+__all__ = ['Backend', 'relative_error', 'check_tensors', 'check_sizes', 'check_option', 'checked', 'wide_dtype',
+           'cumulative_rotation', 'polar_gate', 'choose_backend', 'wrong_widths', 'find_kernel', 'load_result',
+           'peak_bytes', 'is_token']
 
 # %% ../nbs/00_core.ipynb #c0306d32
 def relative_error(
@@ -138,6 +138,8 @@ def checked(
             with torch.autocast(next(iter(inputs.values()))[0].device.type, enabled=False):
                 return function(*args, **kwargs)
 
+        # A code of its own for each operator, because torch.compile counts how often it recompiles one.
+        checking.__code__ = checking.__code__.replace(co_name=function.__name__)
         return checking
 
     return decorate
@@ -151,6 +153,14 @@ def wide_dtype(
     return torch.float64 if any(tensor is not None and tensor.dtype in doubles for tensor in tensors) else torch.float32
 
 # %% ../nbs/00_core.ipynb #38244c86
+def cumulative_rotation(
+    phase: Float[Tensor, "batch len *rest"],  # radians that each step turns by
+) -> Complex[Tensor, "batch len *rest"]:  # exp(i (phase_1 + ... + phase_t)), complex64 or complex128
+    """The running product of unit gates along dim 1. Angles are summed in float64, whatever the input."""
+    angle = phase.double().cumsum(1)
+    return torch.complex(angle.cos(), angle.sin()).to(torch.promote_types(wide_dtype(phase), torch.complex64))
+
+
 def polar_gate(
     log_a: Float[Tensor, "*#shape"],  # log of the magnitude
     phase: Float[Tensor, "*#shape"] | None = None,  # radians; None: real gates
@@ -162,14 +172,6 @@ def polar_gate(
         return size
     sine = phase.sin()
     return torch.complex(size * phase.cos(), size * (-sine if conjugate else sine))
-
-
-def cumulative_rotation(
-    phase: Float[Tensor, "batch len *rest"],  # radians that each step turns by
-) -> Complex[Tensor, "batch len *rest"]:  # exp(i (phase_1 + ... + phase_t)), complex64 or complex128
-    """The running product of unit gates along dim 1. Angles are summed in float64, whatever the input."""
-    angle = phase.double().cumsum(1)
-    return torch.complex(angle.cos(), angle.sin()).to(torch.promote_types(wide_dtype(phase), torch.complex64))
 
 # %% ../nbs/00_core.ipynb #50b5500d
 Backend = Literal["naive", "triton", "auto"]

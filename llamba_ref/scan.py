@@ -55,7 +55,7 @@ def factor_out_phase(
 ) -> tuple[Inexact[Tensor, "batch len *#gate"], Complex[Tensor, "batch len *#gate"]]:  # logs of real gates, rotation
     """Gates without their phases, and the cumulative rotation to multiply by instead, a constant for autograd.
 
-    Where a gradient is wanted, the logs are complex: their imaginary part is 0, and the gradient of `phase` flows through it."""
+    Where a gradient is wanted, the logs are complex: an imaginary part of 0 carries the gradient of `phase`."""
     if phase.requires_grad:
         log_a = torch.complex(*torch.broadcast_tensors(log_a, phase - phase.detach()))
     return log_a, cumulative_rotation(phase.detach())
@@ -168,9 +168,9 @@ def linear_scan(
 ) -> Inexact[Tensor, "batch len *rest"]:  # every state; complex when phase is given or an input is, precision of x
     """All states of h_t = exp(log_a_t + i phase_t) h_{t-1} + x_t along dim 1 (Katsch 2023; Blelloch 1990).
 
-    After `len`, an axis of `log_a` or `phase` may be 1 where x has more: one gate for all. Complex results have complex64
-    at least. Raises ValueError when an argument is not what the signature says, the sequence is empty or a log_a is
-    positive; RuntimeError when backend="triton" cannot run here."""
+    After `len`, an axis of `log_a` or `phase` may be 1 where x has more: one gate for all. Complex results have
+    complex64 at least. Raises ValueError when an argument is not what the signature says, the sequence is empty or a
+    log_a is positive; RuntimeError when backend="triton" cannot run here."""
     obstacle = None if mode == "parallel" else f"mode={mode!r} has no Triton kernel"
     kernel = find_kernel("scan.triton_scan", backend, x, log_a, phase, initial_state, obstacle=obstacle)
     scan = kernel or (_parallel if mode == "parallel" else _sequential)

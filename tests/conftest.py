@@ -18,9 +18,13 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import hypothesis
 import pytest
 import torch
+from shapes import check_package
 
 hypothesis.settings.register_profile("repeatable", derandomize=True)  # the same examples in every run
 hypothesis.settings.load_profile("repeatable")
+
+PACKAGE = Path(__file__).parent.parent / "llamba_ref"  # its kernels are left out: Triton reads their source
+check_package(*(f"llamba_ref.{path.stem}" for path in PACKAGE.glob("[a-z]*.py")))
 
 GPU = torch.cuda.is_available()
 if not GPU:

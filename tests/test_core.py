@@ -4,9 +4,11 @@ import inspect
 import json
 from typing import Literal
 
+import jaxtyping
 import pytest
 import torch
 from jaxtyping import Float, Inexact
+from shapes import check_package
 from torch import Tensor
 
 from llamba_ref import core
@@ -26,6 +28,7 @@ from llamba_ref.core import (
     wide_dtype,
     wrong_widths,
 )
+from llamba_ref.scan import linear_scan
 
 MIB = 2**20
 
@@ -116,9 +119,10 @@ def test_a_wrong_shape_is_named_with_what_was_wanted(shape):
 def test_only_what_may_be_complex_may_be_complex(name):
     z = torch.zeros(2, 3, dtype=torch.complex64)
     assert check_tensors({"x": (z, "batch len")}, complex_too={"x"}) == {"batch": 2, "len": 3}
-    with pytest.raises(ValueError, match=f"^{name} is torch.complex64: it must be a tensor of real floating-point numbers$"):
+    wanted = "it must be a tensor of real floating-point numbers"
+    with pytest.raises(ValueError, match=f"^{name} is torch.complex64: {wanted}$"):
         check_tensors({name: (z, "batch len")}, complex_too={"x"})
-    with pytest.raises(ValueError, match="^x is torch.complex64: it must be a tensor of real floating-point numbers$"):
+    with pytest.raises(ValueError, match=f"^x is torch.complex64: {wanted}$"):
         check_tensors({"x": (z, "batch len")})
 
 
@@ -229,6 +233,20 @@ def test_a_checked_operator_compiles_into_one_graph():
     compiled(**inputs(log_a=torch.ones(2, 8, 4, 3)))
     with pytest.raises(Exception, match="it must be"):
         compiled(**inputs(k=torch.ones(2, 8, 3, 3)))
+
+
+def test_many_operators_compile():
+    """Each has a code of its own: one code may only be recompiled a few times."""
+    def scaled_by(a):
+        @checked()
+        def scaled(x: Float[Tensor, "len"]) -> Tensor:
+            return a * x
+
+        return scaled
+
+    for a in range(20):
+        compiled = torch.compile(scaled_by(a), fullgraph=True, backend="eager")
+        assert compiled(torch.ones(2)).tolist() == [a, a]
 
 
 def test_check_option():
@@ -426,3 +444,47 @@ def test_peak_of_a_function_that_fails():
     with pytest.raises(ZeroDivisionError):
         peak_bytes(lambda: 1 / 0)
     assert peak_bytes(lambda: mebibytes(1)) == MIB  # and the next one is counted as ever
+
+
+# the checker that all tests run under
+
+FALSEHOOD = """
+from __future__ import annotations
+from jaxtyping import Float
+from torch import Tensor
+
+def first(x: Float[Tensor, "batch len"]) -> Float[Tensor, "batch"]:
+    return x.sum() if x.shape[0] == 3 else x[:, 0]
+
+class Door:
+    def refuse(self, x: Float[Tensor, "batch len"]) -> Float[Tensor, "batch len"]:
+        if x.ndim != 2:
+            raise ValueError("x: my own message")
+        return x
+"""
+
+
+def test_an_annotation_that_is_false_is_found(tmp_path, monkeypatch):
+    (tmp_path / "falsehood.py").write_text(FALSEHOOD)
+    monkeypatch.syspath_prepend(tmp_path)
+    with check_package("falsehood"):
+        import falsehood
+    assert falsehood.first(torch.zeros(2, 4)).shape == (2,)
+    with pytest.raises(jaxtyping.TypeCheckError, match="return value of falsehood.first"):
+        falsehood.first(torch.zeros(3, 4))
+    for wrong in (torch.zeros(2, 4).long(), torch.zeros(2, 4, 1)):
+        with pytest.raises(jaxtyping.TypeCheckError, match="falsehood.first"):
+            falsehood.first(wrong)
+    with pytest.raises(ValueError, match="my own message"):
+        falsehood.Door().refuse(torch.zeros(2))
+    with pytest.raises(jaxtyping.TypeCheckError, match="falsehood.Door.refuse"):
+        falsehood.Door().refuse(torch.zeros(2, 2).long())
+
+
+def test_the_package_is_checked():
+    with pytest.raises(jaxtyping.TypeCheckError, match="llamba_ref.core.is_token"):
+        is_token(torch.tensor([[2], [0]]), 3)
+    log_a, x = -torch.ones(2, 8, 1), torch.ones(2, 8, 3)
+    assert linear_scan(log_a, x).shape == (2, 8, 3)  # a last size of 1 is what the signature says
+    gate = inspect.signature(linear_scan).parameters["log_a"].annotation
+    assert gate.replace("'", '"') == 'Float[Tensor, "batch len *#rest"]'

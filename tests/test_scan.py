@@ -1,4 +1,4 @@
-"""Linear scans: both modes against the loop that defines them, gradients of gradients, numbers at the edge, time and memory."""
+"""Linear scans: both modes against the loop that defines them, gradients of gradients, edges, time and memory."""
 
 import time
 
@@ -15,7 +15,8 @@ MODES = ("sequential", "parallel")
 LENGTHS = (1, 2, 3, 63, 64, 65, 500)
 GATES = (0.0, -1e-6, -50.0, -0.3, -1.0)
 TURNS = (1e-3, 1.0, 1000.0)  # sizes of the phases
-KINDS = {"real": (False, False), "complex gates": (True, False), "complex inputs": (False, True), "all complex": (True, True)}
+KINDS = {"real": (False, False), "complex gates": (True, False),
+         "complex inputs": (False, True), "all complex": (True, True)}
 
 
 def definition(log_a, x, phase=None, initial_state=None):
@@ -30,7 +31,8 @@ def definition(log_a, x, phase=None, initial_state=None):
     return torch.stack(states, 1)
 
 
-def example(length, kind="real", batch=2, rest=(3, 4), gate_rest=None, gates=GATES, turns=TURNS, dtype=torch.float64, seed=0):
+def example(length, kind="real", batch=2, rest=(3, 4), gate_rest=None, gates=GATES, turns=TURNS, dtype=torch.float64,
+            seed=0):
     """log_a, x, phase (None unless gates turn) and a state that require gradients; log_a is drawn from `gates`."""
     generator = torch.Generator().manual_seed(seed)
     (turning, complex_inputs), wide = KINDS[kind], torch.promote_types(dtype, torch.float32)
@@ -39,7 +41,8 @@ def example(length, kind="real", batch=2, rest=(3, 4), gate_rest=None, gates=GAT
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     def values(*shape):
-        z = torch.complex(normal(*shape), normal(*shape)).to(wide.to_complex()) if complex_inputs else normal(*shape).to(dtype)
+        z = normal(*shape)
+        z = torch.complex(z, normal(*shape)).to(wide.to_complex()) if complex_inputs else z.to(dtype)
         return z.requires_grad_()
 
     def drawn(numbers, shape):
@@ -82,7 +85,7 @@ def flat(tensors) -> Tensor:
 def test_modes_equal_the_definition(length, kind, gate_rest, with_state):
     log_a, x, phase, state = example(length, kind, gate_rest=gate_rest)
     start = state if with_state else None
-    leaves = [x] if length == 1 and not with_state else given_ones(log_a, x, phase, start)  # the first gate meets a zero
+    leaves = [x] if length == 1 and not with_state else given_ones(log_a, x, phase, start)  # the first gate meets 0
     expected = definition(log_a, x, phase, start)
     expected_grads = flat(gradients(expected, leaves))
     for mode in MODES:
@@ -112,8 +115,9 @@ def test_the_first_token_without_a_state_has_no_gate(mode):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    length=st.integers(1, 40), batch=st.integers(1, 3), rest=st.lists(st.integers(1, 4), max_size=3), kind=st.sampled_from(list(KINDS)),
-    shared=st.lists(st.booleans(), min_size=6, max_size=6), with_state=st.booleans(), seed=st.integers(0, 2**16),
+    length=st.integers(1, 40), batch=st.integers(1, 3), rest=st.lists(st.integers(1, 4), max_size=3),
+    kind=st.sampled_from(list(KINDS)), shared=st.lists(st.booleans(), min_size=6, max_size=6),
+    with_state=st.booleans(), seed=st.integers(0, 2**16),
 )  # fmt: skip
 def test_any_shape(length, batch, rest, kind, shared, with_state, seed):
     """Any axes after the first two, each of which log_a, phase or both may share."""
@@ -232,7 +236,8 @@ def test_fixed_gates_are_a_convolution(mode):
 
 
 UNIFORM = torch.rand(4096, 4, generator=torch.Generator().manual_seed(5))
-LONG_GATES = {str(gate): torch.full_like(UNIFORM, gate) for gate in (0.0, -1e-7, -1e-6, -1e-5, -1e-4, -1e-3, -0.1, -50.0)} | {
+LONG = (0.0, -1e-7, -1e-6, -1e-5, -1e-4, -1e-3, -0.1, -50.0)
+LONG_GATES = {str(gate): torch.full_like(UNIFORM, gate) for gate in LONG} | {
     "resets": torch.where(UNIFORM < 0.01, -50.0, -1e-6),
     "rare resets": torch.where(UNIFORM < 0.002, -50.0, -1e-4 * UNIFORM),
     "log-uniform": -(10.0 ** (8.7 * UNIFORM - 7)),
@@ -277,7 +282,8 @@ def float32_gradient_errors(mode, *inputs):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("turns", LONG_PHASES)
 def test_float32_gradients(mode, turns):
-    for name, errors in zip(("log_a", "x", "phase"), float32_gradient_errors(mode, *given_ones(*long_example(turns, 1024)))):
+    found = float32_gradient_errors(mode, *given_ones(*long_example(turns, 1024)))
+    for name, errors in zip(("log_a", "x", "phase"), found):
         for kind, error in zip([*LONG_GATES] * 2, errors):
             if (name, kind) != ("phase", "-50.0"):  # see the next test
                 assert error < 1e-5, (name, kind)
@@ -341,7 +347,8 @@ def test_types_of_results(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gates_may_be_wider_than_values(mode):
-    log_a, x, phase, state = (z.detach() for z in example(200, "complex gates", gates=(-1e-6, -0.01), dtype=torch.float32))
+    inputs = example(200, "complex gates", gates=(-1e-6, -0.01), dtype=torch.float32)
+    log_a, x, phase, state = (z.detach() for z in inputs)
     h = linear_scan(log_a, x.bfloat16(), phase, state, mode=mode)
     assert relative_error(h, definition(log_a.double(), x.bfloat16().double(), phase.double(), state.double())) < 1e-5
     in_double = linear_scan(log_a.double(), x, phase.double(), mode=mode)
@@ -378,7 +385,7 @@ def test_split_gate_keeps_what_exp_rounds_away():
 
 
 def test_gradient_of_split_gate_is_that_of_exp():
-    log_a = torch.tensor([0.0, -1e-6, -0.4999, -0.5, -0.5001, -3.0, -1e30, -torch.inf], dtype=torch.float64).requires_grad_()
+    log_a = torch.tensor([0.0, -1e-6, -0.4999, -0.5, -0.5001, -3.0, -1e30, -torch.inf]).double().requires_grad_()
     grad, = torch.autograd.grad(sum(split_gate(log_a)).sum(), log_a)
     assert relative_error(grad, log_a.exp()) < 1e-15
 
@@ -386,7 +393,8 @@ def test_gradient_of_split_gate_is_that_of_exp():
 def test_recurrence_does_not_drift():
     log_a, update = torch.full((4096,), -1e-6), torch.rand(4096)
     exact, by_product = torch.zeros(()).double(), torch.zeros(())
-    for gate, new, by_split in zip(log_a, update, recurrence(log_a, update, torch.zeros(()), dim=0)):
+    *_, by_split = recurrence(log_a, update, torch.zeros(()), dim=0)
+    for gate, new in zip(log_a, update):
         by_product, exact = gate.exp() * by_product + new, gate.double().exp() * exact + new.double()
     assert relative_error(by_split, exact) < 1e-6 and relative_error(by_product, exact) > 1e-5
     state, new = torch.randn(3, dtype=torch.complex128), torch.randn(3, dtype=torch.complex128)
@@ -410,13 +418,14 @@ def test_cumulative_rotation_sums_angles_in_float64():
 
 
 def test_polar_gate():
-    log_a, phase = torch.tensor([0.0, -0.3, -torch.inf], dtype=torch.float64), torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64)
+    log_a, phase = torch.tensor([[0.0, -0.3, -torch.inf], [0.0, 2.0, 1.0]], dtype=torch.float64)
     exact = torch.tensor([1.0, 0.7408182206817179, 0.0], dtype=torch.float64)
     assert relative_error(polar_gate(log_a), exact) < 1e-15
     turned = exact * torch.exp(1j * phase)
     assert relative_error(polar_gate(log_a, phase), turned) < 1e-15
     assert relative_error(polar_gate(log_a, phase, conjugate=True), turned.conj()) < 1e-15
-    assert polar_gate(log_a.float()).dtype == torch.float32 and polar_gate(log_a.float(), phase.float()).dtype == torch.complex64
+    assert polar_gate(log_a.float()).dtype == torch.float32
+    assert polar_gate(log_a.float(), phase.float()).dtype == torch.complex64
 
 
 # what it costs
@@ -468,8 +477,8 @@ def arguments():
         ("initial_state", lambda z: z[None], r"initial_state has shape \(1, 2, 3, 4\)"),
         ("x", lambda z: z.long(), "x is torch.int64: it must be a tensor of floating-point"),
         ("x", lambda z: z.numpy(), "x is ndarray: it must be a tensor"),
-        ("log_a", lambda z: z.to(torch.complex64), "log_a is torch.complex64: it must be a tensor of real floating-point"),
-        ("phase", lambda z: z.to(torch.complex64), "phase is torch.complex64: it must be a tensor of real floating-point"),
+        ("log_a", lambda z: z.to(torch.complex64), "log_a is torch.complex64: it must be a tensor of real"),
+        ("phase", lambda z: z.to(torch.complex64), "phase is torch.complex64: it must be a tensor of real"),
         ("phase", lambda z: 0.5, "phase is float"),
         ("log_a", lambda z: z.int(), "log_a is torch.int32"),
         ("initial_state", lambda z: z.bool(), "initial_state is torch.bool"),

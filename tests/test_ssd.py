@@ -72,7 +72,7 @@ def test_modes_equal_the_definition(length, heads, groups, with_state):
 
 @pytest.mark.parametrize("cache", [1, 2 * 4 * 3 * 7 * 3, 10**9])
 def test_chunks_by_the_cacheful(cache, monkeypatch):
-    """One chunk of 7 tokens at a time, three at a time with a rest, and all at once: the cache's size changes no number."""
+    """One chunk of 7 tokens at a time, three at a time with a rest, all at once: the cache's size changes no number."""
     monkeypatch.setattr(sys.modules["llamba_ref.ssd"], "CACHE", cache)
     *inputs, state = example(75)
     leaves = (*inputs, state)
@@ -155,7 +155,8 @@ def test_later_tokens_do_not_reach_back():
 
 
 UNIFORM = torch.rand(1, 4096, 2, generator=torch.Generator().manual_seed(5))
-LONG_GATES = {str(gate): torch.full_like(UNIFORM, gate) for gate in (0.0, -1e-7, -1e-6, -1e-5, -1e-4, -1e-3, -0.1, -50.0)} | {
+LONG = (0.0, -1e-7, -1e-6, -1e-5, -1e-4, -1e-3, -0.1, -50.0)
+LONG_GATES = {str(gate): torch.full_like(UNIFORM, gate) for gate in LONG} | {
     "resets": torch.where(UNIFORM < 0.01, -50.0, -1e-6),
     "rare resets": torch.where(UNIFORM < 0.002, -50.0, -1e-4 * UNIFORM),
     "log-uniform": -(10.0 ** (8.7 * UNIFORM - 7)),
@@ -314,7 +315,9 @@ def test_prefill_and_step_at_every_split(heads, groups):
     *inputs, start = example(70, heads=heads, groups=groups)
     whole, last = definition(*inputs, start)
     for k in range(71):
-        y, state = ssd(*(z[:, :k] for z in inputs), initial_state=start, return_state=True) if k else (whole[:, :0], start)
+        y, state = whole[:, :0], start
+        if k:
+            y, state = ssd(*(z[:, :k] for z in inputs), initial_state=start, return_state=True)
         rest = []
         for t in range(k, min(k + 5, 70)):
             y_t, state = ssd_step(*(z[:, t] for z in inputs), state)
@@ -353,6 +356,25 @@ def test_step_gradcheck():
     assert torch.autograd.gradcheck(ssd_step, (*leaves, start))
 
 
+# compilers
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiles_into_one_graph(mode):
+    *inputs, start = example(130, dtype=torch.float32)
+    inputs = [z.detach() for z in inputs]
+    compiled = torch.compile(ssd, fullgraph=True, backend="aot_eager")
+    options = dict(mode=mode, initial_state=start.detach(), return_state=True)
+    if mode == "recurrent":
+        inputs = [z[:, :5] for z in inputs]  # a loop becomes as many steps
+    for one, other in zip(compiled(*inputs, **options), ssd(*inputs, **options)):
+        assert relative_error(one, other) < 1e-6
+    step = [z[:, 0] for z in inputs]
+    for one, other in zip(torch.compile(ssd_step, fullgraph=True, backend="aot_eager")(*step, start.detach()),
+                          ssd_step(*step, start.detach())):
+        assert relative_error(one, other) < 1e-6
+
+
 # bad input
 
 
@@ -368,7 +390,8 @@ def arguments():
         ("log_a", lambda z: z[..., :3], r"log_a has shape \(2, 6, 3\): it must be \(batch = 2, len = 6, heads = 4\)"),
         ("log_a", lambda z: z[..., None], r"log_a has shape \(2, 6, 4, 1\)"),
         ("B", lambda z: z[:, :5], r"B has shape \(2, 5, 2, 5\): it must be \(batch = 2, len = 6, groups, state\)"),
-        ("C", lambda z: z[..., :4], r"C has shape \(2, 6, 2, 4\): it must be \(batch = 2, len = 6, groups = 2, state = 5\)"),
+        ("C", lambda z: z[..., :4],
+         r"C has shape \(2, 6, 2, 4\): it must be \(batch = 2, len = 6, groups = 2, state = 5\)"),
         ("C", lambda z: z[:, :, :1], r"C has shape \(2, 6, 1, 5\)"),
         ("initial_state", lambda z: z.mT, r"initial_state has shape .* headdim = 3, state = 5\)"),
         ("x", lambda z: z.to(torch.complex64), "x is torch.complex64: it must be a tensor of real floating-point"),
