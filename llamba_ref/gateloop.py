@@ -18,7 +18,7 @@ from .core import Backend, check_option, check_sizes, checked, find_kernel, is_t
 from .scan import factor_out_phase, linear_scan, recurrence
 
 # %% auto #0
-__all__ = ['Mode', 'GATELOOP_MODES', 'GATES', 'log_decay_to_end', 'gateloop', 'gateloop_matrix', 'reset_gates', 'GateLoop']
+__all__ = ['Mode', 'GATELOOP_MODES', 'log_decay_to_end', 'gateloop', 'gateloop_matrix', 'reset_gates', 'GateLoop']
 
 # %% ../nbs/02_gateloop.ipynb #14d877c2
 def log_decay_to_end(
@@ -187,7 +187,7 @@ def _heads_and_gates(parts, alpha, beta, heads):
     return q, k, v, log_a, phase[0] if phase else None, z
 
 # %% ../nbs/02_gateloop.ipynb #9f6a3ebc
-GATES = {"complex": 2, "real": 1, "fixed": 0}  # kinds of gates, and how many numbers of the input make one
+_GATES = {"complex": 2, "real": 1, "fixed": 0}  # kinds of gates, and how many numbers of the input make one
 
 
 def _check_mixer(d_model, n_heads, d_state, gates, mode):
@@ -195,7 +195,7 @@ def _check_mixer(d_model, n_heads, d_state, gates, mode):
     check_sizes(d_model=d_model, n_heads=n_heads, d_state=d_state)
     if d_model % n_heads:
         raise ValueError(f"n_heads is {n_heads}: it must divide d_model = {d_model}")
-    check_option("gates", gates, tuple(GATES))
+    check_option("gates", gates, tuple(_GATES))
     check_option("mode", mode, GATELOOP_MODES)
 
 # %% ../nbs/02_gateloop.ipynb #1cc3ba5a
@@ -213,7 +213,7 @@ class GateLoop(nn.Module):
         _check_mixer(d_model, n_heads, d_state, gates, mode)
         self.n_heads, self.d_state, self.gates, self.mode = n_heads, d_state, gates, mode
         keys = n_heads * d_state
-        self.sizes = [keys, keys, d_model, d_model] + [keys] * GATES[gates]
+        self.sizes = [keys, keys, d_model, d_model] + [keys] * _GATES[gates]
         self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False)
         self.alpha = nn.Parameter(torch.empty(keys))
         self.beta = None if gates == "real" else nn.Parameter(torch.empty(keys))
