@@ -24,13 +24,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from llamba_ref.checkpoint import (
-    atomic_directory,
-    find_checkpoint,
-    load_strict,
-    read_config,
-    read_json,
-    read_weights,
-    write_checkpoint,
+    atomic_directory, find_checkpoint, load_strict, read_config, read_json, read_weights, write_checkpoint,
 )
 from .decoder import Decoder
 

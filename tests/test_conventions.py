@@ -13,20 +13,8 @@ from torch import Tensor
 
 from llamba_ref import conventions
 from llamba_ref.conventions import (
-    Backend,
-    check_option,
-    check_sizes,
-    check_tensors,
-    checked,
-    choose_backend,
-    find_kernel,
-    is_token,
-    load_result,
-    peak_bytes,
-    polar_gate,
-    relative_error,
-    wide_dtype,
-    wrong_widths,
+    Backend, check_option, check_sizes, check_tensors, checked, choose_backend, find_kernel, is_token, load_result,
+    peak_bytes, polar_gate, relative_error, wide_dtype, wrong_widths,
 )
 from llamba_ref.scan import linear_scan
 

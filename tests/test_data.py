@@ -25,20 +25,8 @@ from transformers import AutoTokenizer
 
 from llamba_ref import data
 from llamba_ref.data import (
-    Batches,
-    StreamBatches,
-    TokenBlocks,
-    check_tokenizer,
-    epoch_seed,
-    is_held_out,
-    load_documents,
-    load_tokenizer,
-    pack,
-    read_texts,
-    split_documents,
-    split_text,
-    tokenize,
-    train_tokenizer,
+    Batches, StreamBatches, TokenBlocks, check_tokenizer, epoch_seed, is_held_out, load_documents, load_tokenizer,
+    pack, read_texts, split_documents, split_text, tokenize, train_tokenizer,
 )
 
 CATS, LLAMAS = "the cat and the hat ", "é🦙"

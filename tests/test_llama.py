@@ -15,15 +15,7 @@ from llamba_ref.checkpoint import find_checkpoint, read_weights
 from llamba_ref.conventions import peak_bytes, relative_error
 from llamba_ref.convert import LLAMA
 from llamba_ref.llama import (
-    Attention,
-    KVCache,
-    Llama,
-    LlamaConfig,
-    Rope,
-    apply_rope,
-    causal_attention,
-    causal_mask,
-    rope_frequencies,
+    Attention, KVCache, Llama, LlamaConfig, Rope, apply_rope, causal_attention, causal_mask, rope_frequencies,
 )
 from llamba_ref.llamba import Llamba
 

@@ -10,14 +10,7 @@ import torch.nn.functional as F
 from llamba_ref.conventions import relative_error
 from llamba_ref.llama import Attention, Llama, LlamaConfig, Rope
 from llamba_ref.llamba import (
-    LLAMBA_SIZES,
-    OPEN_GATE,
-    AttentionConfig,
-    DiscreteMamba2,
-    Llamba,
-    LlambaConfig,
-    MLPConfig,
-    SSMConfig,
+    LLAMBA_SIZES, OPEN_GATE, AttentionConfig, DiscreteMamba2, Llamba, LlambaConfig, MLPConfig, SSMConfig,
 )
 from llamba_ref.mamba2 import MambaState
 

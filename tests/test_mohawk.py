@@ -18,16 +18,8 @@ from llamba_ref.decoder import Backbone, Decoder
 from llamba_ref.llama import Attention, Llama, LlamaConfig
 from llamba_ref.llamba import DiscreteMamba2, Llamba
 from llamba_ref.mohawk import (
-    OBJECTIVES,
-    EndToEnd,
-    LayerByLayer,
-    alignment_loss,
-    comparable,
-    distill,
-    distillation_loss,
-    match_matrix,
-    match_output,
-    orientation_loss,
+    OBJECTIVES, EndToEnd, LayerByLayer, alignment_loss, comparable, distill, distillation_loss, match_matrix,
+    match_output, orientation_loss,
 )
 from llamba_ref.plots import draw_matrices
 from llamba_ref.training import Stage, reached

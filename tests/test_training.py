@@ -30,22 +30,8 @@ from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba
 from llamba_ref.mohawk import OBJECTIVES, distill
 from llamba_ref.training import (
-    CrossEntropy,
-    FreshBatches,
-    Objective,
-    Run,
-    Stage,
-    describe,
-    first_bad,
-    mean_over_chunks,
-    next_tokens,
-    optimizer_for,
-    reached,
-    read_metrics,
-    seal,
-    train,
-    train_step,
-    warmup_stable_decay,
+    CrossEntropy, FreshBatches, Objective, Run, Stage, describe, first_bad, mean_over_chunks, next_tokens,
+    optimizer_for, reached, read_metrics, seal, train, train_step, warmup_stable_decay,
 )
 
 VOCAB, LENGTH, BATCH = 48, 24, 4

@@ -12,14 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llamba_ref.kernels.launch import (
-    INTERPRETED,
-    as_operation,
-    gpu_of,
-    launch,
-    load_rows,
-    precision_of,
-    set_gradient,
-    store_rows,
+    INTERPRETED, as_operation, gpu_of, launch, load_rows, precision_of, set_gradient, store_rows,
 )
 
 # %% auto #0
