@@ -9,11 +9,11 @@ import importlib.util
 import inspect
 import json
 import os
+import sys
 import weakref
 from collections.abc import Callable, Collection
 from functools import wraps
 from importlib.resources import files
-from types import ModuleType
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -222,12 +222,12 @@ def wrong_widths(
     return f"kernel {kernel} needs widths of {limits}, here {' and '.join(wrong)}" if wrong else None
 
 
-def _kernels(module: str) -> ModuleType:
-    return importlib.import_module(f"llamba_ref.kernels.{module}")
+def _import(module: str) -> None:
+    importlib.import_module(module)
 
 
 # torch.compile does not trace imports. torch.compiler.assume_constant_result says so, but takes seconds to be imported.
-_kernels._dynamo_marked_constant = True
+_import._dynamo_marked_constant = True
 
 
 def find_kernel(
@@ -240,7 +240,8 @@ def find_kernel(
     module, function = name.split(".")
     if choose_backend(backend, *tensors, kernel=module, obstacle=obstacle) == "naive" or not tensors[0].numel():
         return None
-    return getattr(_kernels(module), function)
+    _import(f"llamba_ref.kernels.{module}")
+    return getattr(sys.modules[f"llamba_ref.kernels.{module}"], function)
 
 # %% ../nbs/01_conventions.ipynb #1a8a880c
 def load_result(

@@ -173,12 +173,12 @@ def linear_scan(
     log_a is positive; RuntimeError when backend="triton" cannot run here."""
     obstacle = None if mode == "parallel" else f"mode={mode!r} has no Triton kernel"
     kernel = find_kernel("scan.triton_scan", backend, x, log_a, phase, initial_state, obstacle=obstacle)
-    scan = kernel or (_parallel if mode == "parallel" else _sequential)
+    scan = {"parallel": _parallel, "sequential": _sequential}[mode] if kernel is None else kernel
 
     start = torch.zeros_like(x[:, 0]) if initial_state is None else initial_state
     real = wide_dtype(x, log_a, phase, start)
     if phase is None and not x.is_complex() and not start.is_complex():
-        h = scan(x if kernel else x.to(real), start.to(real), log_a.to(real))  # the kernel reads x as it is
+        h = scan(x.to(real) if kernel is None else x, start.to(real), log_a.to(real))  # the kernel reads x as it is
         return h.to(x.dtype)
     gates = [z.to(real) for z in (log_a, phase) if z is not None]
     values = (z.to(torch.promote_types(real, torch.complex64)).resolve_conj() for z in (x, start))

@@ -128,11 +128,11 @@ def ssd(
     dtype = wide_dtype(x, log_a, B, C, initial_state)
     log_a = log_a.to(dtype)
     state = log_a.new_zeros(batch, heads, headdim, n) if initial_state is None else initial_state.to(dtype)
-    if kernel:
-        y, state = kernel(x, log_a.contiguous(), B, C, state.contiguous())
-    else:
+    if kernel is None:
         size = {"recurrent": None, "attention": length, "chunked": min(chunk_size, length)}[mode]
         y, state = _in_groups(x, log_a, B, C, state, size)
+    else:
+        y, state = kernel(x, log_a.contiguous(), B, C, state.contiguous())
     return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
 
 # %% ../nbs/07_ssd.ipynb #9dc08f7d
@@ -158,7 +158,8 @@ def ssd_step(
     inputs = (x_t, log_a_t, B_t, C_t, state)
     differentiable = torch.is_grad_enabled() and any(z.requires_grad for z in inputs)
     obstacle = "kernel ssd_step has no gradient" if differentiable else None
-    if kernel := find_kernel("ssd.triton_step", backend, *inputs, obstacle=obstacle):
+    kernel = find_kernel("ssd.triton_step", backend, *inputs, obstacle=obstacle)
+    if kernel is not None:
         return kernel(x_t, log_a_t.to(dtype), B_t, C_t, state.to(dtype), in_place)
     heads = dict(g=B_t.shape[1])
     x_t, y_dtype = x_t.to(dtype), x_t.dtype

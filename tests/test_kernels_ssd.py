@@ -603,7 +603,7 @@ def test_one_float64_is_enough(name):
     log_a, start = (log_a.double(), start) if name == "log_a" else (log_a, start.double())
     with pytest.raises(RuntimeError, match="kernel ssd computes in float32, but an argument is torch.float64"):
         ssd(x, log_a, B, C, initial_state=start, backend="triton")
-    with pytest.raises(RuntimeError, match="kernel ssd_step computes in float32, but an argument is torch.float64"):
+    with pytest.raises(RuntimeError, match="kernel ssd computes in float32, but an argument is torch.float64"):
         ssd_step(x[:, 0], log_a[:, 0], B[:, 0], C[:, 0], start, backend="triton")
 
 
@@ -613,9 +613,7 @@ def test_a_cpu_that_does_not_interpret(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="backend='triton': kernel ssd needs a CUDA tensor, this one is on cpu; use"):
         ssd(*inputs, backend="triton")
-    with pytest.raises(
-        RuntimeError, match="backend='triton': kernel ssd_step needs a CUDA tensor, this one is on cpu; use"
-    ):
+    with pytest.raises(RuntimeError, match="backend='triton': kernel ssd needs a CUDA tensor, this one is on cpu; use"):
         ssd_step(*token, start, backend="triton")
 
 

@@ -41,7 +41,7 @@ def test_every_chapter_is_in_the_contents():
 def test_chapter_installs_the_package_on_colab_only(path):
     """The first code cell installs the package where there is a google.colab, nowhere else; no cell needs nbdev."""
     cells = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-    guard, install = [line for line in cells[0].splitlines() if not line.startswith(("#|", "import sys"))]
+    guard, install = [line for line in cells[0].splitlines() if line and not line.startswith(("#|", "import sys"))]
     assert guard == 'if "google.colab" in sys.modules:'
     assert install == "    %pip install -q git+https://github.com/llamba-ref/llamba_ref"
     assert not any(re.search(r"^\s*(import|from) nbdev", cell, re.MULTILINE) for cell in cells)
