@@ -1,4 +1,4 @@
-"""How a Transformer becomes a recurrent model: `import llamba_ref as lr` gives the public names, each loaded when it is asked for."""
+"""How a Transformer becomes a recurrent model: `import llamba_ref as lr` gives the public names, each when asked for."""
 
 import sys
 from importlib import import_module
@@ -27,7 +27,7 @@ __all__ = sorted(HOME)
 
 
 class Package(ModuleType):
-    """A module whose public names win over submodules of the same name: `lr.ssd` is the function, whatever was imported before."""
+    """A module whose public names win over submodules of their name: `lr.ssd` is the function, whatever was imported."""
 
     def __setattr__(self, name, value):
         if name in HOME and isinstance(value, ModuleType):  # what Python does after it has imported llamba_ref.ssd

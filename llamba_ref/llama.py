@@ -249,8 +249,10 @@ class Llama(LanguageModel):
 
     def __init__(self, config: LlamaConfig):
         c = config
-        mixers = [Attention(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rope, c.attention_bias)
-                  for _ in range(c.num_hidden_layers)]
+        mixers = [
+            Attention(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.rope, c.attention_bias)
+            for _ in range(c.num_hidden_layers)
+        ]
         backbone = Backbone(mixers, c.vocab_size, c.hidden_size, c.intermediate_size, c.rms_norm_eps, c.mlp_bias)
         super().__init__(backbone, tie_embeddings=c.tie_word_embeddings)
         self.config = config

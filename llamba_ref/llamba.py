@@ -173,7 +173,7 @@ def student_config(
     d_state: int = 64,  # width N of a key
     chunk_size: int = 128,  # length of a chunk in `ssd`
 ) -> LlambaConfig:
-    """The sizes of a student. Raises ValueError for a layer that does not exist, and for heads that do not divide the width."""
+    """The sizes of a student. Raises ValueError for a layer that does not exist, or heads that do not divide the width."""
     layers, heads = tuple(sorted(set(keep_attention))), c.num_attention_heads
     if not set(layers) <= set(range(c.num_hidden_layers)):
         raise ValueError(f"keep_attention is {list(keep_attention)}: layers are 0 to {c.num_hidden_layers - 1}")
@@ -192,7 +192,7 @@ def student_config(
 
 # %% ../nbs/12_llamba.ipynb #bb11be47
 class Llamba(LanguageModel):
-    """Llamba: a `Decoder` whose mixers are `DiscreteMamba2`, some of them `Attention` in a hybrid (Bick et al. 2025)."""
+    """Llamba: a `Decoder` of `DiscreteMamba2` mixers, some of them `Attention` in a hybrid (Bick et al. 2025)."""
 
     config_class = LlambaConfig
 
@@ -212,10 +212,11 @@ class Llamba(LanguageModel):
         d_state: int = 64,  # width N of a key
         chunk_size: int = 128,  # length of a chunk in `ssd`
     ) -> Llamba:
-        """A student with the teacher's embedding, norms, MLPs, head and kept attention, and new mixers in the official start.
+        """A student with the teacher's embedding, norms, MLPs, head and kept attention, and new mixers.
 
         The student has a mixer head for each of the teacher's query heads, so that their matrices can be compared.
-        Raises ValueError for a teacher that is no `Llama`, a layer that does not exist, and heads that do not divide the width.
+        Raises ValueError for a teacher that is no `Llama`, a layer that does not exist, and heads that do not divide
+        the width.
         """
         if not isinstance(teacher, Llama):
             raise ValueError(f"teacher is a {type(teacher).__name__}: it must be a llamba_ref.llama.Llama")

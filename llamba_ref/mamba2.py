@@ -248,8 +248,9 @@ class Mamba2LM(LanguageModel):
 
     def __init__(self, config: Mamba2Config):
         c = config
-        mixers = [Mamba2(c.d_model, c.d_state, c.headdim, n_groups=c.n_groups, expand=c.expand, d_conv=c.d_conv, chunk_size=c.chunk_size,
-                         dt_limit=c.dt_limit, bias=c.bias, conv_bias=c.conv_bias, norm_epsilon=c.norm_epsilon) for _ in range(c.n_layer)]
+        names = ("d_model", "d_state", "headdim", "n_groups", "expand", "d_conv", "chunk_size", "dt_limit", "bias",
+                 "conv_bias", "norm_epsilon")
+        mixers = [Mamba2(**{name: getattr(c, name) for name in names}) for _ in range(c.n_layer)]
         multiple = {"pad_vocab_size_multiple": c.pad_vocab_size_multiple}
         super().__init__(Backbone(mixers, c.vocab_size, c.d_model, None, c.norm_epsilon, **multiple), c.tie_embeddings)
         self.config = config

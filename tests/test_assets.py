@@ -64,7 +64,9 @@ def test_the_gateloop_of_the_horizon_is_the_recorded_one():
     model, record = GateLoopLM.from_pretrained("horizon"), recorded("memory_horizon")
     ids = horizon_sequences(128, 256, generator=torch.Generator().manual_seed(10_256))  # as in bench.memory_horizon
     by_distance = horizon_accuracy(model, ids, load_result("memory_horizon")["edges"][:9])
-    assert max(abs(found - saved) for found, saved in zip(by_distance, record["by_distance"])) < 2e-3  # weights in float16
+    assert (
+        max(abs(found - saved) for found, saved in zip(by_distance, record["by_distance"])) < 2e-3
+    )  # weights in float16
     assert sum(p.numel() for p in model.parameters()) == record["parameters"]
 
 

@@ -283,7 +283,8 @@ def test_limits():
 
 
 def test_a_process_of_its_own():
-    """Results and exceptions come back; a process that dies is an exception too. What is sent need not be imported there."""
+    """Results and exceptions come back; a process that dies is an exception too. What is sent need not be imported
+    there."""
     assert kernels.in_a_process(os.getpid) != os.getpid()
     with pytest.raises(FileNotFoundError, match="no_such_folder"):
         kernels.in_a_process(os.listdir, "no_such_folder")

@@ -1,4 +1,5 @@
-"""The command `llamba`: what every option does, what a run leaves behind, what errors look like, what a killed run loses."""
+"""The command `llamba`: what every option does, what a run leaves behind, what errors look like, what a killed run
+loses."""
 
 import json
 import os

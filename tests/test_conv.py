@@ -27,7 +27,10 @@ def test_convolution_is_conv1d_and_goes_on(first, second, width, bias):
 @settings(max_examples=40, deadline=None)
 def test_any_cut_gives_the_whole_forward_and_gradient(lengths, width, activation):
     """Also pieces shorter than the filter, and a window in front of the first."""
-    leaves = [torch.randn(shape).double().requires_grad_() for shape in ((2, sum(lengths), 3), (3, 1, width), (3,), (2, 3, width))]
+    leaves = [
+        torch.randn(shape).double().requires_grad_()
+        for shape in ((2, sum(lengths), 3), (3, 1, width), (3,), (2, 3, width))
+    ]
     x, weight, bias, window = leaves
     both = torch.cat([window.mT, x], 1)
     whole = F.conv1d(both.mT[..., 1:], weight, bias, groups=3).mT
@@ -52,7 +55,9 @@ def test_steps_in_place_are_the_whole(length, dtype):
     place = window.data_ptr()
     steps = torch.stack([causal_conv_step(x_t, weight, bias, window) for x_t in x.unbind(1)], 1)
     whole, last = causal_conv(x, weight, bias)
-    assert steps.dtype == dtype and torch.equal(steps, whole) and torch.equal(window, last) and window.data_ptr() == place
+    assert (
+        steps.dtype == dtype and torch.equal(steps, whole) and torch.equal(window, last) and window.data_ptr() == place
+    )
 
 
 def test_a_window_that_was_passed_in_is_not_changed():

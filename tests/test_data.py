@@ -118,7 +118,9 @@ PLAIN = "\ufeffOne.\r\n\r\nStill.\r\n\r\n\r\n\r\nTwö\0.\r\n".encode()
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("name", ["notes.txt", "NOTES.TXT", "notes.md", "[a]*?.txt", "notes.txt.gz", "notes.txt.bz2", "notes.md.xz"])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "NOTES.TXT", "notes.md", "[a]*?.txt", "notes.txt.gz", "notes.txt.bz2", "notes.md.xz"]
+)
 def test_plain_file(tmp_path, name, streaming):
     path, compress = tmp_path / name, {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
     path.write_bytes(compress.get(path.suffix, bytes)(PLAIN))

@@ -65,7 +65,13 @@ def tokens(*shape):
 def clone(state):
     if isinstance(state, torch.Tensor):
         return state.clone()
-    return type(state)(*map(clone, state)) if hasattr(state, "_fields") else [clone(s) for s in state] if isinstance(state, list) else state
+    return (
+        type(state)(*map(clone, state))
+        if hasattr(state, "_fields")
+        else [clone(s) for s in state]
+        if isinstance(state, list)
+        else state
+    )
 
 
 def flat(state):
@@ -80,7 +86,9 @@ def gradients(model, logits):
 # Parts
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)]
+)
 def test_rmsnorm(dtype, bound):
     norm = RMSNorm(8, eps=1e-6).to(dtype)
     nn.init.normal_(norm.weight)
@@ -116,8 +124,14 @@ def test_init_weights():
 
 def test_names_are_those_of_the_released_checkpoints():
     names = set(build(tied=False).state_dict())
-    assert {"backbone.embedding.weight", "backbone.final_layernorm.weight", "lm_head.weight", "backbone.layers.0.input_layernorm.weight",
-            "backbone.layers.2.post_attention_layernorm.weight", "backbone.layers.1.mlp.down_proj.weight"} <= names
+    assert {
+        "backbone.embedding.weight",
+        "backbone.final_layernorm.weight",
+        "lm_head.weight",
+        "backbone.layers.0.input_layernorm.weight",
+        "backbone.layers.2.post_attention_layernorm.weight",
+        "backbone.layers.1.mlp.down_proj.weight",
+    } <= names
     assert "lm_head.weight" not in build(tied=True).state_dict()
 
 
@@ -196,7 +210,11 @@ def test_half_precision_runs_and_keeps_its_type(kind):
 # Padding
 
 
-@given(mask=st.integers(1, 5).flatmap(lambda n: st.lists(st.lists(st.integers(0, 1), min_size=n, max_size=n), min_size=1, max_size=4)))
+@given(
+    mask=st.integers(1, 5).flatmap(
+        lambda n: st.lists(st.lists(st.integers(0, 1), min_size=n, max_size=n), min_size=1, max_size=4)
+    )
+)
 def test_pack_left(mask):
     mask = torch.tensor(mask)
     if (mask.sum(1) == 0).any():
@@ -222,7 +240,9 @@ def test_masked_is_absent(kind, data):
     """Padding left, right and in holes: logits, gradients and the state are those of the tokens alone."""
     torch.manual_seed(0)
     model, width = build(kind), data.draw(st.integers(1, 7))
-    masks = data.draw(st.lists(st.lists(st.booleans(), min_size=width, max_size=width).filter(any), min_size=1, max_size=3))
+    masks = data.draw(
+        st.lists(st.lists(st.booleans(), min_size=width, max_size=width).filter(any), min_size=1, max_size=3)
+    )
     mask, ids, following = torch.tensor(masks).long(), tokens(len(masks), width), tokens(len(masks))
     out, (logits, state) = model(ids, mask), model.prefill(ids, mask)
     assert torch.equal(out, logits)
@@ -284,14 +304,22 @@ def test_top_p_keeps_the_fewest_that_reach_p(logits, p, temperature):
     assert z[drawn].min() >= z.sort(descending=True).values[min(needed, len(z)) - 1]
 
 
-@given(logits=LOGITS, temperature=st.floats(1e-30, 1e30), k=st.none() | st.integers(1, 20), p=st.none() | st.floats(1e-6, 1))
+@given(
+    logits=LOGITS,
+    temperature=st.floats(1e-30, 1e30),
+    k=st.none() | st.integers(1, 20),
+    p=st.none() | st.floats(1e-6, 1),
+)
 @settings(deadline=None)
 def test_sample_draws_a_token_whatever_the_settings(logits, temperature, k, p):
     drawn = sample(torch.tensor([logits]), temperature, k, p)
     assert drawn.shape == (1,) and drawn.dtype == torch.int64 and 0 <= drawn < len(logits)
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1, "top_k": 1}, {"temperature": 1, "top_p": 1e-9}, {"temperature": 1e-20}])
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0}, {"temperature": 1, "top_k": 1}, {"temperature": 1, "top_p": 1e-9}, {"temperature": 1e-20}],
+)
 def test_four_ways_to_be_greedy(options):
     z = torch.randn(50, 30)
     assert torch.equal(sample(z, **options), z.argmax(-1))
@@ -300,8 +328,13 @@ def test_four_ways_to_be_greedy(options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_frequencies(dtype):
     z = torch.tensor([1.0, 0.5, 0.0, -1.0, -torch.inf], dtype=dtype)
-    cases = [({}, z.double()), ({"temperature": 2.0}, z.double() / 2), ({"top_k": 2}, torch.tensor([1.0, 0.5, *[-torch.inf] * 3]).double()),
-             ({"top_p": 0.7}, torch.tensor([1.0, 0.5, *[-torch.inf] * 3]).double()), ({"top_k": 3, "top_p": 0.8}, torch.tensor([1.0, 0.5, *[-torch.inf] * 3]).double())]
+    cases = [
+        ({}, z.double()),
+        ({"temperature": 2.0}, z.double() / 2),
+        ({"top_k": 2}, torch.tensor([1.0, 0.5, *[-torch.inf] * 3]).double()),
+        ({"top_p": 0.7}, torch.tensor([1.0, 0.5, *[-torch.inf] * 3]).double()),
+        ({"top_k": 3, "top_p": 0.8}, torch.tensor([1.0, 0.5, *[-torch.inf] * 3]).double()),
+    ]
     for options, kept in cases:
         drawn = sample(z.expand(40_000, -1), **({"temperature": 1.0} | options)).bincount(minlength=5) / 40_000
         assert relative_error(drawn, kept.softmax(0)) < 0.02, options
@@ -321,8 +354,16 @@ def test_a_generator_makes_draws_repeatable():
     assert all(torch.equal(a, b) for a, b in zip(*draws))
 
 
-@pytest.mark.parametrize("options, name", [({"temperature": -1}, "temperature"), ({"temperature": float("nan")}, "temperature"),
-                                           ({"top_k": 0}, "top_k"), ({"top_p": 0}, "top_p"), ({"top_p": 1.1}, "top_p")])
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+    ],
+)
 def test_sample_refuses(options, name):
     with pytest.raises(ValueError, match=f"{name} is {options[name]}"):
         sample(torch.zeros(1, 4), **options)
@@ -403,7 +444,9 @@ def test_walk_shows_what_forward_does(kind):
         assert relative_error(layer.mixer_output, layer.block.mixer(layer.mixer_input)) < 1e-14
         assert relative_error(layer.output, layer.block(layer.input)) < 1e-14
         matrix = layer.matrix()
-        assert matrix.shape[:1] + matrix.shape[2:] == (2, 6, 6) and not matrix.triu(1).any() and not matrix.requires_grad
+        assert (
+            matrix.shape[:1] + matrix.shape[2:] == (2, 6, 6) and not matrix.triu(1).any() and not matrix.requires_grad
+        )
         x = layer.output
     assert index == 2 and relative_error(model.head(x), model(ids)) < 1e-14
 
@@ -432,10 +475,17 @@ def test_matrix_of_the_toy_mixer():
 # Bad input
 
 
-@pytest.mark.parametrize("ids, message", [
-    (torch.tensor([1, 2]), r"input_ids has shape \(2,\)"), (torch.empty(1, 0, dtype=torch.long), r"input_ids has shape \(1, 0\)"),
-    (torch.empty(0, 3, dtype=torch.long), r"input_ids has shape \(0, 3\)"), (torch.zeros(1, 2), "input_ids has dtype torch.float32"),
-    (torch.tensor([[0, VOCAB]]), rf"holds id {VOCAB}: ids must be in \[0, {VOCAB}\)"), (torch.tensor([[-1, 3]]), "holds id -1")])
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        (torch.tensor([1, 2]), r"input_ids has shape \(2,\)"),
+        (torch.empty(1, 0, dtype=torch.long), r"input_ids has shape \(1, 0\)"),
+        (torch.empty(0, 3, dtype=torch.long), r"input_ids has shape \(0, 3\)"),
+        (torch.zeros(1, 2), "input_ids has dtype torch.float32"),
+        (torch.tensor([[0, VOCAB]]), rf"holds id {VOCAB}: ids must be in \[0, {VOCAB}\)"),
+        (torch.tensor([[-1, 3]]), "holds id -1"),
+    ],
+)
 def test_bad_ids(ids, message):
     model = build()
     for call in (model, model.prefill, lambda i: model.generate(i, 1), lambda i: next(model.walk(i))):
@@ -443,9 +493,15 @@ def test_bad_ids(ids, message):
             call(ids)
 
 
-@pytest.mark.parametrize("mask, message", [
-    (torch.ones(2, 4), r"attention_mask has shape \(2, 4\)"), (torch.tensor([[1, 2, 1], [1, 1, 1]]), "only 0 .* and 1"),
-    (torch.tensor([[1, 1, 1], [0, 0, 0]]), "row without a token: row 1"), (torch.full((2, 3), torch.nan), "only 0 .* and 1")])
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (torch.ones(2, 4), r"attention_mask has shape \(2, 4\)"),
+        (torch.tensor([[1, 2, 1], [1, 1, 1]]), "only 0 .* and 1"),
+        (torch.tensor([[1, 1, 1], [0, 0, 0]]), "row without a token: row 1"),
+        (torch.full((2, 3), torch.nan), "only 0 .* and 1"),
+    ],
+)
 def test_bad_mask(mask, message):
     model, ids = build(), tokens(2, 3)
     for call in (model, model.prefill, lambda i, m: model.generate(i, 1, attention_mask=m)):
@@ -469,8 +525,12 @@ def test_bad_state_and_step():
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize("row", [[0.0, NAN, 1.0], [NAN] * 3, [INF, 0.0, 1.0], [INF, -INF, 0.0], [INF, NAN, 0.0], [-INF] * 3])
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2, "top_p": 0.5}, {"temperature": 1e-300}])
+@pytest.mark.parametrize(
+    "row", [[0.0, NAN, 1.0], [NAN] * 3, [INF, 0.0, 1.0], [INF, -INF, 0.0], [INF, NAN, 0.0], [-INF] * 3]
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2, "top_p": 0.5}, {"temperature": 1e-300}]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_that_are_no_numbers_are_an_error(row, options, dtype):
     logits = torch.tensor([[0.0, 1.0, -INF], row], dtype=dtype)
@@ -526,8 +586,15 @@ def test_top_k_beyond_the_vocabulary_is_none():
     assert torch.equal(draws[0], draws[1]) and torch.equal(draws[0], draws[2])
 
 
-@pytest.mark.parametrize("options, name", [({"top_k": 2.5}, "top_k is 2.5"), ({"top_k": True}, "top_k is True"),
-                                           ({"top_p": NAN}, "top_p is nan"), ({"temperature": -1e-300}, "temperature is -1e-300")])
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ({"top_k": 2.5}, "top_k is 2.5"),
+        ({"top_k": True}, "top_k is True"),
+        ({"top_p": NAN}, "top_p is nan"),
+        ({"temperature": -1e-300}, "temperature is -1e-300"),
+    ],
+)
 def test_generate_refuses_settings_before_it_reads(options, name):
     with pytest.raises(ValueError, match=name):
         build().generate(tokens(1, 3), 0, **options)
@@ -608,11 +675,23 @@ def language_models():
     from llamba_ref.llamba import Llamba, LlambaConfig, MLPConfig, SSMConfig
     from llamba_ref.mamba2 import Mamba2Config, Mamba2LM
 
-    yield Llama(LlamaConfig(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                            num_key_value_heads=2, head_dim=16, tie_word_embeddings=False))
+    yield Llama(
+        LlamaConfig(
+            vocab_size=300,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            tie_word_embeddings=False,
+        )
+    )
     yield Llamba(LlambaConfig(vocab_size=300, d_model=64, n_layer=2, ssm_cfg=SSMConfig(8, 4, 4), mlp_cfg=MLPConfig(96),
                               tie_embeddings=False, lm_head_bias=True))
-    yield GateLoopLM(GateLoopConfig(vocab_size=300, d_model=64, n_layer=2, n_heads=4, intermediate_size=96, tie_embeddings=False))
+    yield GateLoopLM(
+        GateLoopConfig(vocab_size=300, d_model=64, n_layer=2, n_heads=4, intermediate_size=96, tie_embeddings=False)
+    )
     yield Mamba2LM(Mamba2Config(vocab_size=300, d_model=64, n_layer=2, d_state=8, headdim=16, tie_embeddings=False,
                                 pad_vocab_size_multiple=16))
 
@@ -620,7 +699,11 @@ def language_models():
 def test_embedding_mlps_and_head_start_alike_in_all_models():
     """Normal with deviation 0.02, as Llama's: an untied head of a Llamba had 0.07."""
     for model in language_models():
-        parts = [model.backbone.embedding, model.lm_head, *(m for block in model.backbone.layers if block.mlp for m in block.mlp.children())]
+        parts = [
+            model.backbone.embedding,
+            model.lm_head,
+            *(m for block in model.backbone.layers if block.mlp for m in block.mlp.children()),
+        ]
         assert len(parts) in (2, 8)
         for part in parts:
             weight = part.weight.detach()

@@ -1,4 +1,5 @@
-"""GateLoop: every mode against the loop that defines it, what it contains as special cases, its mixer and its language model."""
+"""GateLoop: every mode against the loop that defines it, what it contains as special cases, its mixer and its language
+model."""
 
 import copy
 import json
@@ -28,7 +29,12 @@ MODES = ("recurrent", "scan", "attention", "chunked")
 LENGTHS = (1, 2, 3, 63, 64, 65, 500)
 GATES = (0.0, -1e-6, -50.0, -0.3, -1.0)
 TURNS = (1e-3, 1.0, 1000.0)  # sizes of the phases
-KINDS = {"real": (False, False), "complex gates": (True, False), "complex inputs": (False, True), "all complex": (True, True)}
+KINDS = {
+    "real": (False, False),
+    "complex gates": (True, False),
+    "complex inputs": (False, True),
+    "all complex": (True, True),
+}
 NAMES = ("q", "k", "v", "log_a", "phase", "initial_state")
 
 
@@ -46,7 +52,7 @@ def definition(q, k, v, log_a, phase=None, initial_state=None):
 
 def example(length, kind="real", batch=2, heads=3, key=4, value=5, per_head=(False, False), gates=GATES, turns=TURNS,
             dtype=torch.float64, seed=0):  # fmt: skip
-    """q, k, v, log_a, phase (None unless gates turn) and a state that require gradients; log_a is drawn from `gates`."""
+    """q, k, v, log_a, phase (None unless gates turn) and a state, all with gradients; log_a is drawn from `gates`."""
     generator = torch.Generator().manual_seed(seed)
     (turning, complex_inputs), wide = KINDS[kind], torch.promote_types(dtype, torch.float32)
 
@@ -54,7 +60,11 @@ def example(length, kind="real", batch=2, heads=3, key=4, value=5, per_head=(Fal
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     def values(*shape, complex_too=complex_inputs):
-        z = torch.complex(normal(*shape), normal(*shape)).to(wide.to_complex()) if complex_too else normal(*shape).to(dtype)
+        z = (
+            torch.complex(normal(*shape), normal(*shape)).to(wide.to_complex())
+            if complex_too
+            else normal(*shape).to(dtype)
+        )
         return z.requires_grad_()
 
     def drawn(numbers, shape):
@@ -115,7 +125,12 @@ def test_modes_equal_the_definition(length, kind, per_head, with_state):
     expected_grads = flat(gradients(expected, leaves))
     for mode in MODES:
         ours, our_last = gateloop(*inputs, mode=mode, initial_state=start, return_state=True)
-        assert ours.shape == y.shape and our_last.shape == last.shape and ours.dtype == y.dtype and our_last.dtype == last.dtype
+        assert (
+            ours.shape == y.shape
+            and our_last.shape == last.shape
+            and ours.dtype == y.dtype
+            and our_last.dtype == last.dtype
+        )
         out = flat([ours, our_last])
         assert relative_error(out, expected) < 1e-10, mode
         assert relative_error(flat(gradients(out, leaves)), expected_grads) < 1e-8, mode
@@ -147,14 +162,16 @@ def test_any_chunk_size(chunk_size, kind):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    length=st.integers(1, 40), batch=st.integers(1, 3), heads=st.integers(1, 3), key=st.integers(1, 5), value=st.integers(1, 5),
-    chunk_size=st.integers(1, 50), kind=st.sampled_from(list(KINDS)), per_head=st.tuples(st.booleans(), st.booleans()),
+    length=st.integers(1, 40), batch=st.integers(1, 3), heads=st.integers(1, 3), key=st.integers(1, 5),
+    value=st.integers(1, 5), chunk_size=st.integers(1, 50), kind=st.sampled_from(list(KINDS)), per_head=st.tuples(st.booleans(), st.booleans()),
     complex_inputs=st.tuples(*[st.booleans()] * 4), with_state=st.booleans(), seed=st.integers(0, 2**16),
 )  # fmt: skip
 def test_any_shape(length, batch, heads, key, value, chunk_size, kind, per_head, complex_inputs, with_state, seed):
     """Each of q, k, v and the state real or complex, whatever the others are."""
     q, k, v, log_a, phase, state = example(length, kind, batch, heads, key, value, per_head, seed=seed)
-    q, k, v, state = (z if stays or not z.is_complex() else z.real for z, stays in zip((q, k, v, state), complex_inputs))
+    q, k, v, state = (
+        z if stays or not z.is_complex() else z.real for z, stays in zip((q, k, v, state), complex_inputs)
+    )
     inputs, start = (q, k, v, log_a, phase), state if with_state else None
     y, last = definition(*inputs, start)
     complex_result = phase is not None or any(z.is_complex() for z in given_ones(q, k, v, start))
@@ -209,7 +226,10 @@ def test_conjugated_inputs(mode, kind):
     inputs = (q.conj(), k.conj(), v.conj(), log_a, phase)
     assert relative_error(run(inputs, state.conj(), mode=mode), flat(definition(*inputs, state.conj()))) < 1e-10
     matrix = gateloop_matrix(q.conj(), k.conj(), log_a, phase)
-    assert relative_error(torch.einsum("bhts,bshp->bthp", matrix, v), definition(q.conj(), k.conj(), v, log_a, phase)[0]) < 1e-10
+    assert (
+        relative_error(torch.einsum("bhts,bshp->bthp", matrix, v), definition(q.conj(), k.conj(), v, log_a, phase)[0])
+        < 1e-10
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -243,7 +263,11 @@ def test_a_sequence_in_pieces(mode, kind):
     for i, j in ((0, 1), (1, 65), (65, 70), (70, 150)):
         y, state = gateloop(*each(lambda z: z[:, i:j], *inputs), mode=mode, initial_state=state, return_state=True)
         pieces.append(y)
-    out, expected, leaves = flat([torch.cat(pieces, 1), state]), flat(definition(*inputs, start)), given_ones(*inputs, start)
+    out, expected, leaves = (
+        flat([torch.cat(pieces, 1), state]),
+        flat(definition(*inputs, start)),
+        given_ones(*inputs, start),
+    )
     assert relative_error(out, expected) < 1e-10
     for ours, theirs in zip(gradients(out, leaves), gradients(expected, leaves)):
         assert relative_error(ours, theirs) < 1e-8
@@ -251,11 +275,15 @@ def test_a_sequence_in_pieces(mode, kind):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_state_is_not_changed_and_keeps_float32_token_by_token(mode):
-    *inputs, start = each(Tensor.detach, *example(1024, "complex gates", 1, 2, gates=(-1e-6,), turns=(1.0,), dtype=torch.float32))
+    *inputs, start = each(
+        Tensor.detach, *example(1024, "complex gates", 1, 2, gates=(-1e-6,), turns=(1.0,), dtype=torch.float32)
+    )
     exact = definition(*widened(*inputs, start))[1]
     state, kept = start, start.clone()
     for t in range(1024):
-        _, state = gateloop(*each(lambda z: z[:, t : t + 1], *inputs), mode=mode, initial_state=state, return_state=True)
+        _, state = gateloop(
+            *each(lambda z: z[:, t : t + 1], *inputs), mode=mode, initial_state=state, return_state=True
+        )
     assert torch.equal(start, kept) and relative_error(state, exact) < 1e-5
 
 
@@ -263,7 +291,9 @@ def test_a_state_is_not_changed_and_keeps_float32_token_by_token(mode):
 
 
 UNIFORM = torch.rand(4096, 3, generator=torch.Generator().manual_seed(5))
-LONG_GATES = {str(gate): torch.full_like(UNIFORM, gate) for gate in (0.0, -1e-7, -1e-6, -1e-5, -1e-4, -1e-3, -0.1, -50.0)} | {
+LONG_GATES = {
+    str(gate): torch.full_like(UNIFORM, gate) for gate in (0.0, -1e-7, -1e-6, -1e-5, -1e-4, -1e-3, -0.1, -50.0)
+} | {
     "resets": torch.where(UNIFORM < 0.01, -50.0, -1e-6),
     "rare resets": torch.where(UNIFORM < 0.002, -50.0, -1e-4 * UNIFORM),
     "log-uniform": -(10.0 ** (8.7 * UNIFORM - 7)),
@@ -282,7 +312,11 @@ def long_example(turns, positive, length=4096):
     log_a = torch.stack([gates[:length] for gates in LONG_GATES.values()])[:, :, None]
     q, k, v = (torch.randn(len(log_a), length, 1, size, generator=generator) for size in (3, 3, 2))
     phase = None if LONG_PHASES[turns] is None else LONG_PHASES[turns][:length, None].expand_as(log_a)
-    return *((z.abs() if positive else z) for z in (q, k, v)), log_a, phase  # where all are positive, nothing averages out
+    return (
+        *((z.abs() if positive else z) for z in (q, k, v)),
+        log_a,
+        phase,
+    )  # where all are positive, nothing averages out
 
 
 @pytest.mark.parametrize("turns", LONG_PHASES)
@@ -293,7 +327,11 @@ def test_float32_over_4096_tokens(turns, positive):
     for mode, size in (("recurrent", 64), ("scan", 64), ("chunked", 64), ("chunked", 4)):
         ours, our_last = gateloop(*inputs, mode=mode, chunk_size=size, return_state=True)
         for row, kind in enumerate(LONG_GATES):
-            assert relative_error(ours[row], y[row]) < 1e-5 and relative_error(our_last[row], last[row]) < 1e-5, (mode, size, kind)
+            assert relative_error(ours[row], y[row]) < 1e-5 and relative_error(our_last[row], last[row]) < 1e-5, (
+                mode,
+                size,
+                kind,
+            )
     if positive != (turns == "constant"):  # a matrix of 4096 x 4096 takes its time
         for row, kind in enumerate(LONG_GATES):
             ours = gateloop(*each(lambda z: z[row : row + 1], *inputs), mode="attention")
@@ -344,7 +382,9 @@ def test_a_gate_of_zero_separates_documents(mode, kind):
     gates = log_a.detach().clone()
     gates[:, edges[:-1]] = -torch.inf
     packed = gateloop(q, k, v, gates, phase, mode=mode, initial_state=state)
-    alone = torch.cat([definition(*each(lambda z: z[:, i:j], q, k, v, log_a, phase))[0] for i, j in zip(edges, edges[1:])], 1)
+    alone = torch.cat(
+        [definition(*each(lambda z: z[:, i:j], q, k, v, log_a, phase))[0] for i, j in zip(edges, edges[1:])], 1
+    )
     *grads, of_state = gradients(packed, [q, k, v, state])
     assert relative_error(packed, alone) < 1e-10 and not of_state.any()
     assert relative_error(flat(grads), flat(gradients(alone, [q, k, v]))) < 1e-8
@@ -386,7 +426,9 @@ def test_gates_may_be_wider_than_values(mode):
     exact, exact_last = definition(*widened(*halves, inputs[5]))
     assert y.dtype == torch.complex64 and relative_error(y, exact) < 1e-5 and relative_error(last, exact_last) < 1e-5
     y = gateloop(*inputs[:3], *each(Tensor.double, *inputs[3:5]), mode=mode)
-    assert y.dtype == torch.complex64 and relative_error(y, definition(*widened(*inputs[:5]))[0]) < 5e-8  # rounded once, at the end
+    assert (
+        y.dtype == torch.complex64 and relative_error(y, definition(*widened(*inputs[:5]))[0]) < 5e-8
+    )  # rounded once, at the end
     y = gateloop(*inputs[:5], mode=mode, initial_state=inputs[5].to(torch.complex128))
     assert relative_error(y, definition(*widened(*inputs))[0]) < 5e-8
 
@@ -495,9 +537,14 @@ def test_fixed_gates_are_a_state_space_model(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_retnet(mode):
-    """One fixed decay a head, queries and keys turned by their position: (Q Theta)(K conj(Theta))^T times gamma^(t - s)."""
+    """One fixed decay a head, queries and keys turned by their position: (Q Theta)(K conj(Theta))^T times gamma^(t -
+    s)."""
     q, k, v = (torch.randn(100, 4, dtype=torch.float64) for _ in range(3))
-    gamma, theta, t = 0.97, torch.tensor([0.01, 0.1, 1.0, -2.0], dtype=torch.float64), torch.arange(100, dtype=torch.float64)
+    gamma, theta, t = (
+        0.97,
+        torch.tensor([0.01, 0.1, 1.0, -2.0], dtype=torch.float64),
+        torch.arange(100, dtype=torch.float64),
+    )
     turn = torch.exp(1j * torch.outer(t, theta))
     decay = (gamma ** (t[:, None] - t).clamp(min=0)).tril()
     retention = ((q * turn) @ (k * turn.conj()).mT * decay) @ v.to(torch.complex128)
@@ -508,7 +555,8 @@ def test_retnet(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gated_linear_attention(mode):
-    """GLA: real gates from the input, one per key channel: ((Q * b)(K / b)^T, masked) V with b the running product of the gates."""
+    """GLA: real gates from the input, one per key channel: ((Q * b)(K / b)^T, masked) V with b the running product of
+    the gates."""
     q, k, v = (torch.randn(60, 4, dtype=torch.float64) for _ in range(3))
     log_a = F.logsigmoid(torch.randn(60, 4, dtype=torch.float64)) / 16
     b = log_a.exp().cumprod(0)
@@ -524,7 +572,12 @@ def test_rope(rope):
     turned_q, turned_k = (apply_rope(z, torch.arange(200)[None], theta) for z in (q, k))
     q, k = (torch.complex(*z.transpose(1, 2).chunk(2, -1)) for z in (q, k))
     phase = theta.expand(q.shape)
-    assert relative_error(gateloop_matrix(q, k.conj(), torch.zeros_like(phase), phase).real, (turned_q @ turned_k.mT).tril()) < 1e-10
+    assert (
+        relative_error(
+            gateloop_matrix(q, k.conj(), torch.zeros_like(phase), phase).real, (turned_q @ turned_k.mT).tril()
+        )
+        < 1e-10
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -547,14 +600,30 @@ def arguments():
     "name, change, message",
     [
         ("q", lambda z: z[0], r"q has shape \(6, 3, 4\): it must be \(batch, len, heads, key\)"),
-        ("k", lambda z: z[..., :2], r"k has shape \(2, 6, 3, 2\): it must be \(batch = 2, len = 6, heads = 3, key = 4\)"),
+        (
+            "k",
+            lambda z: z[..., :2],
+            r"k has shape \(2, 6, 3, 2\): it must be \(batch = 2, len = 6, heads = 3, key = 4\)",
+        ),
         ("k", lambda z: z[:, :5], r"k has shape \(2, 5, 3, 4\)"),
-        ("v", lambda z: z[:, :, :1], r"v has shape \(2, 6, 1, 5\): it must be \(batch = 2, len = 6, heads = 3, value\)"),
-        ("log_a", lambda z: z[..., :2], r"log_a has shape \(2, 6, 3, 2\): it must be \(batch = 2, len = 6, heads = 3, key = 4 or 1\)"),
+        (
+            "v",
+            lambda z: z[:, :, :1],
+            r"v has shape \(2, 6, 1, 5\): it must be \(batch = 2, len = 6, heads = 3, value\)",
+        ),
+        (
+            "log_a",
+            lambda z: z[..., :2],
+            r"log_a has shape \(2, 6, 3, 2\): it must be \(batch = 2, len = 6, heads = 3, key = 4 or 1\)",
+        ),
         ("log_a", lambda z: z[..., 0], r"log_a has shape \(2, 6, 3\)"),
         ("phase", lambda z: z[:, :, :1], r"phase has shape \(2, 6, 1, 4\): it must be .* key = 4 or 1\)"),
         ("phase", lambda z: z[..., :3], r"phase has shape \(2, 6, 3, 3\)"),
-        ("initial_state", lambda z: z.mT, r"initial_state has shape \(2, 3, 5, 4\): it must be \(batch = 2, heads = 3, key = 4, value = 5\)"),
+        (
+            "initial_state",
+            lambda z: z.mT,
+            r"initial_state has shape \(2, 3, 5, 4\): it must be \(batch = 2, heads = 3, key = 4, value = 5\)",
+        ),
         ("initial_state", lambda z: z[:1], r"initial_state has shape \(1, 3, 4, 5\)"),
         ("q", lambda z: z.numpy(), "q is ndarray: it must be a tensor of floating-point numbers"),
         ("q", lambda z: z.long(), "q is torch.int64"),
@@ -562,8 +631,16 @@ def arguments():
         ("k", lambda z: None, "k is NoneType"),
         ("v", lambda z: None, "v is NoneType"),
         ("log_a", lambda z: None, "log_a is NoneType"),
-        ("log_a", lambda z: z.to(torch.complex64), "log_a is torch.complex64: it must be a tensor of real floating-point numbers"),
-        ("phase", lambda z: z.to(torch.complex64), "phase is torch.complex64: it must be a tensor of real floating-point numbers"),
+        (
+            "log_a",
+            lambda z: z.to(torch.complex64),
+            "log_a is torch.complex64: it must be a tensor of real floating-point numbers",
+        ),
+        (
+            "phase",
+            lambda z: z.to(torch.complex64),
+            "phase is torch.complex64: it must be a tensor of real floating-point numbers",
+        ),
         ("phase", lambda z: z.long(), "phase is torch.int64"),
         ("initial_state", lambda z: z.real.long(), "initial_state is torch.int64"),
         ("k", lambda z: z.double(), "k is torch.float64: it must have the precision of q, torch.float32"),
@@ -676,7 +753,11 @@ def test_state_of_the_mixer(gates, dtype):
     layer = mixer(gates, dtype=dtype)
     state = layer.init_state(5)
     wide = torch.promote_types(dtype, torch.float32)
-    assert state.shape == (5, 3, 2, 4) and state.dtype == (wide if gates == "real" else wide.to_complex()) and not state.any()
+    assert (
+        state.shape == (5, 3, 2, 4)
+        and state.dtype == (wide if gates == "real" else wide.to_complex())
+        and not state.any()
+    )
     y, new = layer(torch.randn(5, 7, 12, dtype=dtype), state)
     assert y.dtype == dtype and y.shape == (5, 7, 12) and new.dtype == state.dtype and new.abs().sum() > 0
     assert layer(torch.randn(5, 7, 12, dtype=dtype)).dtype == dtype
@@ -759,16 +840,25 @@ def test_extreme_gates_of_the_mixer_are_finite():
     assert y.isfinite().all() and all(z.grad.isfinite().all() for z in (u, *layer.parameters()))
 
 
-@pytest.mark.parametrize("sizes, message", [
-    (dict(d_model=10, n_heads=4), "n_heads is 4: it must divide d_model = 10"),
-    (dict(d_model=0, n_heads=4), "d_model is 0: it must be an integer of at least 1"),
-    (dict(d_model=12, n_heads=0), "n_heads is 0"),
-    (dict(d_model=12, n_heads=-3), "n_heads is -3"),
-    (dict(d_model=12, n_heads=4, d_state=2.5), "d_state is 2.5"),
-    (dict(d_model=12, n_heads=4, d_state=True), "d_state is True"),
-    (dict(d_model=12, n_heads=4, gates="imaginary"), "gates is 'imaginary': it must be 'complex', 'real' or 'fixed'"),
-    (dict(d_model=12, n_heads=4, mode="parallel"), "mode is 'parallel': it must be 'recurrent', 'scan', 'attention' or 'chunked'"),
-])
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        (dict(d_model=10, n_heads=4), "n_heads is 4: it must divide d_model = 10"),
+        (dict(d_model=0, n_heads=4), "d_model is 0: it must be an integer of at least 1"),
+        (dict(d_model=12, n_heads=0), "n_heads is 0"),
+        (dict(d_model=12, n_heads=-3), "n_heads is -3"),
+        (dict(d_model=12, n_heads=4, d_state=2.5), "d_state is 2.5"),
+        (dict(d_model=12, n_heads=4, d_state=True), "d_state is True"),
+        (
+            dict(d_model=12, n_heads=4, gates="imaginary"),
+            "gates is 'imaginary': it must be 'complex', 'real' or 'fixed'",
+        ),
+        (
+            dict(d_model=12, n_heads=4, mode="parallel"),
+            "mode is 'parallel': it must be 'recurrent', 'scan', 'attention' or 'chunked'",
+        ),
+    ],
+)
 def test_bad_sizes_of_a_mixer(sizes, message):
     with pytest.raises(ValueError, match=message):
         GateLoop(**sizes)
@@ -813,13 +903,23 @@ def test_padding_changes_nothing(gates, kind):
     model, ids, after = make(gates=gates), torch.randint(VOCAB, (3, 11)), torch.randint(VOCAB, (3,))
     mask = torch.ones(3, 11, dtype=torch.long)
     for row, length in ((0, 5), (2, 1)):
-        mask[row, {"left": torch.arange(11 - length), "right": torch.arange(length, 11), "holes": torch.randperm(11)[length:]}[kind]] = 0
+        mask[
+            row,
+            {
+                "left": torch.arange(11 - length),
+                "right": torch.arange(length, 11),
+                "holes": torch.randperm(11)[length:],
+            }[kind],
+        ] = 0
     logits, state = model.prefill(ids, mask)
     forward, (stepped, _) = model(ids, mask), model.step(after, state)
     for row in range(3):
         tokens = mask[row].bool()
         alone, alone_state = model.prefill(ids[row : row + 1, tokens])
-        assert relative_error(logits[row, tokens], alone[0]) < 1e-10 and relative_error(forward[row, tokens], alone[0]) < 1e-10
+        assert (
+            relative_error(logits[row, tokens], alone[0]) < 1e-10
+            and relative_error(forward[row, tokens], alone[0]) < 1e-10
+        )
         assert relative_error(stepped[row], model.step(after[row : row + 1], alone_state)[0][0]) < 1e-10
 
 
@@ -836,7 +936,9 @@ def test_a_padded_batch_generates_what_single_prompts_do():
     ids, mask = torch.randint(VOCAB, (2, 8)), torch.ones(2, 8, dtype=torch.long)
     mask[0, :5] = 0
     together = model.generate(ids, 6, attention_mask=mask)[:, 8:]
-    assert torch.equal(together[0], model.generate(ids[:1, 5:], 6)[0, 3:]) and torch.equal(together[1], model.generate(ids[1:], 6)[0, 8:])
+    assert torch.equal(together[0], model.generate(ids[:1, 5:], 6)[0, 3:]) and torch.equal(
+        together[1], model.generate(ids[1:], 6)[0, 8:]
+    )
 
 
 @pytest.mark.parametrize("gates", OF_INPUT)
@@ -860,14 +962,20 @@ def test_bfloat16_and_autocast_run():
     ids = torch.randint(VOCAB, (2, 9))
     model = make(torch.bfloat16)
     logits, state = model.prefill(ids)
-    assert logits.dtype == torch.bfloat16 and state[0].dtype == torch.complex64 and model.step(ids[:, 0], state)[0].dtype == torch.bfloat16
+    assert (
+        logits.dtype == torch.bfloat16
+        and state[0].dtype == torch.complex64
+        and model.step(ids[:, 0], state)[0].dtype == torch.bfloat16
+    )
     assert relative_error(logits.float(), model.float()(ids)) < 0.05
     with torch.autocast("cpu", dtype=torch.bfloat16):
         narrow = model(ids)
     assert relative_error(narrow.float(), model(ids)) < 0.05
 
 
-@pytest.mark.parametrize("changes", [{}, dict(gates="real", tie_embeddings=False), dict(gates="fixed", mode="scan", norm_epsilon=1e-6)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(gates="real", tie_embeddings=False), dict(gates="fixed", mode="scan", norm_epsilon=1e-6)]
+)
 def test_save_and_load(tmp_path, changes):
     model, ids = make(torch.float32, **changes), torch.randint(VOCAB, (2, 7))
     model.save_pretrained(tmp_path / "model")
@@ -934,7 +1042,10 @@ def test_the_state_does_not_grow():
         with torch.no_grad():
             ids = torch.randint(VOCAB, (1, length))
             _, state = model.prefill(ids)
-            return [sum(layer.untyped_storage().nbytes() for layer in layers) for layers in (state, model.step(ids[:, 0], state)[1])]
+            return [
+                sum(layer.untyped_storage().nbytes() for layer in layers)
+                for layers in (state, model.step(ids[:, 0], state)[1])
+            ]
 
     assert kept_alive(1) == kept_alive(300) == [2 * 4 * 2 * 4 * 8] * 2
 
@@ -982,6 +1093,10 @@ def test_the_command_line_knows_it(tmp_path, capsys):
     save_model(tmp_path / "model", model, tokenizer)
     loaded, its_tokenizer = load_model(str(tmp_path / "model"))
     ids = torch.tensor([tokenizer("She was").input_ids])
-    assert isinstance(loaded, GateLoopLM) and torch.equal(loaded(ids), model(ids)) and its_tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert (
+        isinstance(loaded, GateLoopLM)
+        and torch.equal(loaded(ids), model(ids))
+        and its_tokenizer.get_vocab() == tokenizer.get_vocab()
+    )
     main(["generate", str(tmp_path / "model"), "She was", "--tokens", "4"])
     assert capsys.readouterr().out.startswith("She was")

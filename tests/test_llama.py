@@ -240,7 +240,8 @@ def test_the_cache_grows_in_place(model, mask):
 
 
 def test_bytes_of_256_steps():
-    """What the steps make at most at one time: the cache with its room and, while it is copied, the one before; not a copy a step."""
+    """What the steps make at most at one time: the cache with its room and, while it is copied, the one before; not a
+    copy a step."""
     mixer, u = Attention(64, 4, 4, 16), torch.randn(1, 1024 + 256, 64)
     with torch.no_grad():
         _, start = mixer(u[:, :1024], mixer.init_state(1))
@@ -257,7 +258,7 @@ def test_bytes_of_256_steps():
 @pytest.mark.parametrize("model", [lambda: random_llama(SMALL).double(), hybrid], ids=["llama", "hybrid"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_state_goes_on_in_several_ways(model, grad):
-    """Branches from one state, in turns and in depth, from a prompt and from a step; none sees the tokens of another."""
+    """Branches from one state, in turns and in depth, after a prompt or a step; none sees the tokens of another."""
     model, prompt, tails = model(), torch.randint(96, (2, 6)), torch.randint(96, (3, 2, 4))
     with torch.set_grad_enabled(grad):
         _, state = model.prefill(prompt)
@@ -281,7 +282,10 @@ def test_the_room_is_taken_once():
         old = KVCache(*entry(3)).extend(*entry(1))
         first, second = old.extend(*entry(2)), old.extend(*entry(2))
         assert first.k.data_ptr() == old.k.data_ptr() != second.k.data_ptr()
-        assert first.extend(*entry(1)).k.data_ptr() == old.k.data_ptr() and first.extend(*entry(1)).k.data_ptr() != old.k.data_ptr()
+        assert (
+            first.extend(*entry(1)).k.data_ptr() == old.k.data_ptr()
+            and first.extend(*entry(1)).k.data_ptr() != old.k.data_ptr()
+        )
         zeroed = second._replace(v=torch.zeros_like(second.v))  # other values than those in the room
         assert not zeroed.extend(*entry(1)).v[:, :, :-1].any() and second.extend(*entry(1)).v[:, :, :-1].equal(second.v)
         wide = KVCache(*entry(3)).extend(*entry(1).double())
@@ -323,7 +327,9 @@ def test_gradients_through_frozen_keys():
 LONG = 4096
 
 
-@pytest.mark.parametrize("kind", ["prompt", "prompt with a state", "prompt in two parts", "padded", "padded with a state"])
+@pytest.mark.parametrize(
+    "kind", ["prompt", "prompt with a state", "prompt in two parts", "padded", "padded with a state"]
+)
 def test_attention_builds_no_mask_of_all_pairs(kind):
     """A mask of 4096 x 4096 is 17 MB, and 67 more where it becomes numbers. All else is 1 MB a tensor."""
     mixer, u = Attention(64, 4, 2, 16), torch.randn(1, LONG, 64)
@@ -340,7 +346,10 @@ def test_attention_builds_no_mask_of_all_pairs(kind):
 @pytest.mark.parametrize("past", [0, 1, 4])
 @pytest.mark.parametrize("padding", [None, [0, 3], [7, 1]])
 def test_attention_in_pieces_is_attention(rows, past, padding):
-    q, k, v = (torch.randn(2, heads, 9 + past * (heads == 2), 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    q, k, v = (
+        torch.randn(2, heads, 9 + past * (heads == 2), 8, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
     padding = None if padding is None else torch.tensor(padding)
     mask = causal_mask(9, past, padding, "cpu")
     scores = (q @ k.repeat_interleave(2, 1).mT / 8**0.5).masked_fill(~mask, -torch.inf)

@@ -40,7 +40,9 @@ def make_teacher(**changes):
 
 def make(keep_attention=(), dtype=torch.float64, chunk_size=128, **changes):
     """A shaken student."""
-    return shaken(Llamba.from_teacher(make_teacher(**changes).to(dtype), keep_attention, d_state=5, chunk_size=chunk_size))
+    return shaken(
+        Llamba.from_teacher(make_teacher(**changes).to(dtype), keep_attention, d_state=5, chunk_size=chunk_size)
+    )
 
 
 def same(out, ref, dtype=torch.float64):
@@ -107,7 +109,9 @@ def test_a_state_can_be_used_twice():
     first, _ = model.step(torch.tensor([1]), state)
     model.step(torch.tensor([2]), state)
     assert torch.equal(model.step(torch.tensor([1]), state)[0], first)
-    assert all(torch.equal(a, b) for old, new in zip(before, state) for a, b in zip(old, [t for t in new if t is not None]))
+    assert all(
+        torch.equal(a, b) for old, new in zip(before, state) for a, b in zip(old, [t for t in new if t is not None])
+    )
 
 
 @pytest.mark.parametrize("lost", ["conv", "ssm"])
@@ -129,7 +133,9 @@ def test_padding_changes_nothing(keep, kind):
         mask = torch.ones(3, 11, dtype=torch.long)
         pads = 11 - length
         for row in (0, 2):
-            places = {"left": range(pads), "right": range(length, 11), "holes": torch.randperm(11)[:pads].tolist()}[kind]
+            places = {"left": range(pads), "right": range(length, 11), "holes": torch.randperm(11)[:pads].tolist()}[
+                kind
+            ]
             mask[row, list(places)] = 0
         ids, after = torch.randint(VOCAB, (3, 11)), torch.randint(VOCAB, (3,))
         with torch.no_grad():
@@ -218,9 +224,16 @@ def test_official_start():
     mixer.reset_parameters()
     assert abs(F.silu(torch.tensor(OPEN_GATE, dtype=torch.float64)).item() - 1) < 1e-12
     assert torch.equal(mixer.z_bias, torch.full((32,), OPEN_GATE, dtype=torch.float64))
-    assert torch.equal(mixer.conv1d.weight, torch.tensor([0.0, 0, 0, 1]).double().expand(96, 1, 4)) and not mixer.conv1d.bias.any()
+    assert (
+        torch.equal(mixer.conv1d.weight, torch.tensor([0.0, 0, 0, 1]).double().expand(96, 1, 4))
+        and not mixer.conv1d.bias.any()
+    )
     assert torch.equal(mixer.D, torch.ones(4).double())
-    assert not mixer.in_proj.weight[96:128].any() and mixer.in_proj.weight[:96].abs().min() > 0 and mixer.in_proj.weight[128:].abs().min() > 0
+    assert (
+        not mixer.in_proj.weight[96:128].any()
+        and mixer.in_proj.weight[:96].abs().min() > 0
+        and mixer.in_proj.weight[128:].abs().min() > 0
+    )
     u = torch.randn(2, 10, 32).double()
     values = (u @ mixer.in_proj.weight[:32].T).unflatten(-1, (4, 8))
     heads = torch.einsum("bhts,bshp->bthp", mixer.matrix(u), values).flatten(2)
@@ -264,20 +277,55 @@ def test_extreme_decays_are_finite():
 
 # Names, sizes, files
 
-MIXER = ["mixer.in_proj.weight", "mixer.z_bias", "mixer.conv1d.weight", "mixer.conv1d.bias", "mixer.D", "mixer.out_proj.weight"]
-REST = ["input_layernorm.weight", "post_attention_layernorm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"]
+MIXER = [
+    "mixer.in_proj.weight",
+    "mixer.z_bias",
+    "mixer.conv1d.weight",
+    "mixer.conv1d.bias",
+    "mixer.D",
+    "mixer.out_proj.weight",
+]
+REST = [
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+]
 OFFICIAL_1B = {
-    "architectures": ["LlambaLMHeadModel"], "transformers_version": "4.45.0", "torch_dtype": "float32", "model_type": "llamba",
-    "vocab_size": 128256, "d_model": 2048, "n_layer": 16, "tie_embeddings": True, "pad_vocab_size_multiple": 8,
-    "lm_head_bias": False, "lm_head_prenorm": "rms", "resid_dropout": 0.0, "norm_epsilon": 1e-05,
+    "architectures": ["LlambaLMHeadModel"],
+    "transformers_version": "4.45.0",
+    "torch_dtype": "float32",
+    "model_type": "llamba",
+    "vocab_size": 128256,
+    "d_model": 2048,
+    "n_layer": 16,
+    "tie_embeddings": True,
+    "pad_vocab_size_multiple": 8,
+    "lm_head_bias": False,
+    "lm_head_prenorm": "rms",
+    "resid_dropout": 0.0,
+    "norm_epsilon": 1e-05,
     "mlp_cfg": {"intermediate_size": 8192, "bias": False, "act_fn": "silu"},
-    "ssm_cfg": {"d_state": 64, "n_v_heads": 32, "n_qk_heads": 32, "expand": 1, "chunk_size": 128, "activation": "identity", "bias": False},
+    "ssm_cfg": {
+        "d_state": 64,
+        "n_v_heads": 32,
+        "n_qk_heads": 32,
+        "expand": 1,
+        "chunk_size": 128,
+        "activation": "identity",
+        "bias": False,
+    },
 }
 
 
 def official_names(layers, tied):
     names = {f"backbone.layers.{i}.{name}" for i in range(layers) for name in MIXER + REST}
-    return names | {"backbone.embedding.weight", "backbone.final_layernorm.weight"} | (set() if tied else {"lm_head.weight"})
+    return (
+        names
+        | {"backbone.embedding.weight", "backbone.final_layernorm.weight"}
+        | (set() if tied else {"lm_head.weight"})
+    )
 
 
 @pytest.mark.parametrize("name", LLAMBA_SIZES)
@@ -306,20 +354,27 @@ def test_configs_make_the_round_trip_through_json():
     assert set(LLAMBA_SIZES["llamba-1b"].to_dict()) <= set(OFFICIAL_1B)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"model_type": "mamba2"}, "only 'llamba'"),
-    ({"ssm_cfg": {"d_state": 64, "dt_min": 0.001}}, "ssm_cfg: unknown entry dt_min"),
-    ({"ssm_cfg": {"d_conv": 3}}, "d_conv is 3: only 4"), ({"d_modle": 3}, "unknown entry d_modle"),
-    ({"ssm_cfg": {"conv_bias": False}}, "conv_bias is False: only True"),
-    ({"ssm_cfg": {"d_state": "64"}}, "d_state is '64'"),
-    ({"ssm_cfg": None}, "ssm_cfg is None"),
-    ({"mlp_cfg": {"intermediate_size": 10, "act_fn": "gelu"}}, "mlp_cfg: act_fn is 'gelu': it must be 'silu'"),
-    ({"mlp_cfg": {}}, "mlp_cfg: missing entry intermediate_size"),
-    ({"d_model": 0}, "d_model is 0"),
-    ({"attn_cfg": {"layers": [16], "n_heads": 32, "n_kv_heads": 8, "head_dim": 64}}, "layers are 0 to 15"),
-    ({"attn_cfg": {"layers": [1], "n_heads": 32, "n_kv_heads": 8}}, "attn_cfg: missing entry head_dim"),
-    ({"attn_cfg": {"layers": [1], "n_heads": 32, "n_kv_heads": 8, "head_dim": 64, "rope": {"base": 1}}}, "rope: unknown entry base"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "mamba2"}, "only 'llamba'"),
+        ({"ssm_cfg": {"d_state": 64, "dt_min": 0.001}}, "ssm_cfg: unknown entry dt_min"),
+        ({"ssm_cfg": {"d_conv": 3}}, "d_conv is 3: only 4"),
+        ({"d_modle": 3}, "unknown entry d_modle"),
+        ({"ssm_cfg": {"conv_bias": False}}, "conv_bias is False: only True"),
+        ({"ssm_cfg": {"d_state": "64"}}, "d_state is '64'"),
+        ({"ssm_cfg": None}, "ssm_cfg is None"),
+        ({"mlp_cfg": {"intermediate_size": 10, "act_fn": "gelu"}}, "mlp_cfg: act_fn is 'gelu': it must be 'silu'"),
+        ({"mlp_cfg": {}}, "mlp_cfg: missing entry intermediate_size"),
+        ({"d_model": 0}, "d_model is 0"),
+        ({"attn_cfg": {"layers": [16], "n_heads": 32, "n_kv_heads": 8, "head_dim": 64}}, "layers are 0 to 15"),
+        ({"attn_cfg": {"layers": [1], "n_heads": 32, "n_kv_heads": 8}}, "attn_cfg: missing entry head_dim"),
+        (
+            {"attn_cfg": {"layers": [1], "n_heads": 32, "n_kv_heads": 8, "head_dim": 64, "rope": {"base": 1}}},
+            "rope: unknown entry base",
+        ),
+    ],
+)
 def test_a_bad_config_is_named(change, message):
     with pytest.raises(ValueError, match="some/where.*" + message):
         LlambaConfig.from_dict(OFFICIAL_1B | change, "some/where")
@@ -337,7 +392,10 @@ def test_save_and_load(tmp_path, keep, tied):
     model.save_pretrained(tmp_path / "model")
     loaded = Llamba.from_pretrained(tmp_path / "model")
     assert loaded.config == model.config and torch.equal(loaded(ids), model(ids))
-    assert Llamba.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).backbone.embedding.weight.dtype == torch.bfloat16
+    assert (
+        Llamba.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).backbone.embedding.weight.dtype
+        == torch.bfloat16
+    )
     with pytest.raises(FileExistsError):
         model.save_pretrained(tmp_path / "model")
 
@@ -400,7 +458,9 @@ def test_a_student_is_its_teacher_but_for_the_mixers(tied, keep):
     theirs, ours = teacher.state_dict(), student.state_dict()
     copied = [name for name in ours if ".mixer." not in name or int(name.split(".")[2]) in keep]
     assert set(copied) == {name for name in theirs if ".mixer." not in name or int(name.split(".")[2]) in keep}
-    assert all(torch.equal(ours[name], theirs[name]) and ours[name].data_ptr() != theirs[name].data_ptr() for name in copied)
+    assert all(
+        torch.equal(ours[name], theirs[name]) and ours[name].data_ptr() != theirs[name].data_ptr() for name in copied
+    )
     kinds = [Attention if i in keep else DiscreteMamba2 for i in range(3)]
     assert [type(block.mixer) for block in student.backbone.layers] == kinds
     assert student.backbone.layers[0].input_layernorm.eps == 1e-6
@@ -420,7 +480,9 @@ def test_with_everything_kept_the_logits_are_the_teachers():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_student_keeps_type_and_device(dtype):
     student = Llamba.from_teacher(make_teacher().to(dtype), (1,))
-    assert {p.dtype for p in student.parameters()} == {dtype} and {p.device.type for p in student.parameters()} == {"cpu"}
+    assert {p.dtype for p in student.parameters()} == {dtype} and {p.device.type for p in student.parameters()} == {
+        "cpu"
+    }
     with torch.device("meta"):
         teacher = Llama(make_teacher().config).to(dtype)
     assert {(p.dtype, p.device.type) for p in Llamba.from_teacher(teacher).parameters()} == {(dtype, "meta")}

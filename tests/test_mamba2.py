@@ -1,4 +1,5 @@
-"""Mamba-2: equal to transformers' model in logits, gradients and decoding, two layouts of checkpoints, gates that break the textbook formula."""
+"""Mamba-2: equal to transformers' model in logits, gradients and decoding, two layouts of checkpoints, gates that
+break the textbook formula."""
 
 import copy
 import json
@@ -31,8 +32,20 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 VOCAB = 50
-SIZES = dict(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=5, head_dim=4, expand=2, n_groups=1, chunk_size=16,
-             tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=16,
+    num_hidden_layers=2,
+    state_size=5,
+    head_dim=4,
+    expand=2,
+    n_groups=1,
+    chunk_size=16,
+    tie_word_embeddings=True,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
 CLOSE = 2e-6  # float32 against float32, both off the exact numbers by a few 1e-7
 
 
@@ -134,14 +147,33 @@ def test_logits_are_those_of_transformers(pair, groups, chunk_size):
             assert relative_error(ours(ids), theirs(ids).logits) < CLOSE, length
 
 
-@pytest.mark.parametrize("changes", [
-    dict(head_dim=8), dict(head_dim=32), dict(head_dim=1, n_groups=8), dict(expand=1), dict(expand=3, head_dim=6, n_groups=2),
-    dict(expand=4, head_dim=8, n_groups=4), dict(hidden_size=32, state_size=16, head_dim=8, n_groups=2), dict(state_size=1),
-    dict(conv_kernel=1), dict(conv_kernel=2), dict(conv_kernel=7), dict(use_bias=True), dict(use_conv_bias=False),
-    dict(use_bias=True, use_conv_bias=False, n_groups=2), dict(tie_word_embeddings=False), dict(layer_norm_epsilon=0.1),
-    dict(num_hidden_layers=1), dict(num_hidden_layers=5), dict(time_step_limit=(0.01, 0.5)), dict(time_step_limit=(0.3, math.inf)),
-    dict(use_bias=True, tie_word_embeddings=False, time_step_limit=(0.1, 0.5), n_groups=4),
-], ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(head_dim=8),
+        dict(head_dim=32),
+        dict(head_dim=1, n_groups=8),
+        dict(expand=1),
+        dict(expand=3, head_dim=6, n_groups=2),
+        dict(expand=4, head_dim=8, n_groups=4),
+        dict(hidden_size=32, state_size=16, head_dim=8, n_groups=2),
+        dict(state_size=1),
+        dict(conv_kernel=1),
+        dict(conv_kernel=2),
+        dict(conv_kernel=7),
+        dict(use_bias=True),
+        dict(use_conv_bias=False),
+        dict(use_bias=True, use_conv_bias=False, n_groups=2),
+        dict(tie_word_embeddings=False),
+        dict(layer_norm_epsilon=0.1),
+        dict(num_hidden_layers=1),
+        dict(num_hidden_layers=5),
+        dict(time_step_limit=(0.01, 0.5)),
+        dict(time_step_limit=(0.3, math.inf)),
+        dict(use_bias=True, tie_word_embeddings=False, time_step_limit=(0.1, 0.5), n_groups=4),
+    ],
+    ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()),
+)
 def test_logits_with_other_sizes_and_options(pair, changes):
     ours, theirs = pair(**changes)
     assert in_their_words(ours).keys() == dict(theirs.named_parameters()).keys()
@@ -198,15 +230,22 @@ def test_padded_batches_are_those_of_transformers(pair, groups, kind):
             assert relative_error(logits[tokens], alone) < CLOSE, length
 
 
-@pytest.mark.parametrize("changes", [{}, dict(bias=True, n_groups=2), dict(conv_bias=False, dt_limit=(0.1, 0.5)), dict(d_conv=2)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(bias=True, n_groups=2), dict(conv_bias=False, dt_limit=(0.1, 0.5)), dict(d_conv=2)]
+)
 @pytest.mark.parametrize("kind", ["left", "right", "holes"])
 def test_padding_changes_nothing(changes, kind):
-    """Logits, the state and the step after it; with biases in the projections too, which transformers lets leak out of the padding."""
+    """Logits, the state and the step after it; with biases in the projections too, which transformers lets leak out of
+    the padding."""
     model = make(**changes)
     for length in (1, 2, 3, 5, 10):
         mask = torch.ones(3, 11, dtype=torch.long)
         for row in (0, 2):
-            places = {"left": range(11 - length), "right": range(length, 11), "holes": torch.randperm(11)[: 11 - length].tolist()}
+            places = {
+                "left": range(11 - length),
+                "right": range(length, 11),
+                "holes": torch.randperm(11)[: 11 - length].tolist(),
+            }
             mask[row, list(places[kind])] = 0
         ids, after = ids_of(3, 11), ids_of(3)
         with torch.no_grad():
@@ -215,7 +254,10 @@ def test_padding_changes_nothing(changes, kind):
             for row in range(3):
                 tokens = mask[row].bool()
                 alone, alone_state = model.prefill(ids[row : row + 1, tokens])
-                assert relative_error(logits[row, tokens], alone[0]) < 1e-12 and relative_error(forward[row, tokens], alone[0]) < 1e-12
+                assert (
+                    relative_error(logits[row, tokens], alone[0]) < 1e-12
+                    and relative_error(forward[row, tokens], alone[0]) < 1e-12
+                )
                 assert relative_error(stepped[row], model.step(after[row : row + 1], alone_state)[0][0]) < 1e-12
                 for layer, other in zip(state, alone_state):
                     assert all(relative_error(a[row], b[0]) < 1e-12 for a, b in zip(layer, other))
@@ -231,7 +273,9 @@ def test_gradients_through_padding():
 # Decoding
 
 
-@pytest.mark.parametrize("changes", [{}, dict(n_groups=2, chunk_size=4), dict(use_bias=True, use_conv_bias=False), dict(conv_kernel=2)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(n_groups=2, chunk_size=4), dict(use_bias=True, use_conv_bias=False), dict(conv_kernel=2)]
+)
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 13])
 def test_prefill_and_step_are_those_of_transformers(pair, changes, k):
     ours, theirs = pair(**changes)
@@ -275,7 +319,9 @@ def test_greedy_generation_of_a_padded_batch_is_that_of_transformers(pair):
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6, 7, 8, 9, 33])
-@pytest.mark.parametrize("changes", [{}, dict(n_groups=4, bias=True, conv_bias=False), dict(d_conv=2, dt_limit=(0.1, 0.5)), dict(d_conv=1)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(n_groups=4, bias=True, conv_bias=False), dict(d_conv=2, dt_limit=(0.1, 0.5)), dict(d_conv=1)]
+)
 def test_prefill_and_step_are_forward_at_every_split(changes, length):
     for chunk_size in (1, 4, 256) if length < 10 else (4,):
         model, ids = make(chunk_size=chunk_size, **changes), ids_of(2, length)
@@ -336,7 +382,12 @@ def test_these_tests_notice_a_lost_state(lost):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_gradient_of_every_parameter_is_that_of_transformers(pair, groups, changes):
     ours, theirs = pair(n_groups=groups, **changes)
-    ids, w, mine, other = ids_of(2, 37), torch.randn(2, 37, VOCAB), in_their_words(ours), dict(theirs.named_parameters())
+    ids, w, mine, other = (
+        ids_of(2, 37),
+        torch.randn(2, 37, VOCAB),
+        in_their_words(ours),
+        dict(theirs.named_parameters()),
+    )
     assert mine.keys() == other.keys() and len(mine) == (25 if changes else 20)
     (ours(ids) * w).sum().backward()
     (theirs(ids).logits * w).sum().backward()
@@ -392,7 +443,10 @@ def equations(mixer, u, head_width, dt_limit):
             x, B, C = conv.split([width, groups * keys, groups * keys])
             y = []
             for h in range(heads):
-                x_h, (B_h, C_h) = x[h * head_width :][:head_width], (m[h * groups // heads * keys :][:keys] for m in (B, C))
+                x_h, (B_h, C_h) = (
+                    x[h * head_width :][:head_width],
+                    (m[h * groups // heads * keys :][:keys] for m in (B, C)),
+                )
                 step = torch.log1p(torch.exp(dt[t, h] + mixer.dt_bias[h])).clamp(*dt_limit)
                 S[h] = torch.exp(-torch.exp(mixer.A_log[h]) * step) * S[h] + step * torch.outer(x_h, B_h)
                 y.append(S[h] @ C_h + mixer.D[h] * x_h)
@@ -404,29 +458,52 @@ def equations(mixer, u, head_width, dt_limit):
 
 @settings(max_examples=20, deadline=None)
 @given(
-    length=st.integers(1, 12), batch=st.integers(1, 2), groups=st.integers(1, 3), ratio=st.integers(1, 2), headdim=st.integers(1, 3),
-    d_state=st.integers(1, 4), expand=st.integers(1, 2), d_conv=st.integers(1, 5), chunk_size=st.integers(1, 13), bias=st.booleans(),
-    conv_bias=st.booleans(), limited=st.booleans(), seed=st.integers(0, 2**16),
+    length=st.integers(1, 12), batch=st.integers(1, 2), groups=st.integers(1, 3), ratio=st.integers(1, 2),
+    headdim=st.integers(1, 3), d_state=st.integers(1, 4), expand=st.integers(1, 2), d_conv=st.integers(1, 5), chunk_size=st.integers(1, 13),
+    bias=st.booleans(), conv_bias=st.booleans(), limited=st.booleans(), seed=st.integers(0, 2**16),
 )  # fmt: skip
-def test_a_mixer_against_its_equations(length, batch, groups, ratio, headdim, d_state, expand, d_conv, chunk_size, bias, conv_bias, limited, seed):
+def test_a_mixer_against_its_equations(
+    length, batch, groups, ratio, headdim, d_state, expand, d_conv, chunk_size, bias, conv_bias, limited, seed
+):
     torch.manual_seed(seed)
     d_model, dt_limit = groups * ratio * headdim, (0.1, 0.5) if limited else (0.0, math.inf)
-    mixer = make_mixer(d_model, d_state, headdim, n_groups=groups, expand=expand, d_conv=d_conv, chunk_size=chunk_size, bias=bias,
-                       conv_bias=conv_bias, dt_limit=dt_limit)
+    mixer = make_mixer(
+        d_model,
+        d_state,
+        headdim,
+        n_groups=groups,
+        expand=expand,
+        d_conv=d_conv,
+        chunk_size=chunk_size,
+        bias=bias,
+        conv_bias=conv_bias,
+        dt_limit=dt_limit,
+    )
     u = torch.randn(batch, length, d_model).double().requires_grad_()
     y, expected = mixer(u), equations(mixer, u, headdim, dt_limit)
     assert relative_error(y, expected) < 1e-12
     leaves = (u, *mixer.parameters())
-    flat = [torch.cat([torch.zeros(1) if g is None else g.flatten() for g in gradients(out, leaves)]) for out in (y, expected)]
+    flat = [
+        torch.cat([torch.zeros(1) if g is None else g.flatten() for g in gradients(out, leaves)])
+        for out in (y, expected)
+    ]
     assert relative_error(*flat) < 1e-9
 
 
-@pytest.mark.parametrize("mixer", [
-    lambda: make_mixer(16), lambda: make_mixer(16, n_groups=2), lambda: make_mixer(16, n_groups=4, bias=True, dt_limit=(0.1, 0.5)),
-    lambda: shaken(DiscreteMamba2(16, 3, 4, 4)).double(), lambda: shaken(DiscreteMamba2(16, 3, 4, 2, activation="silu")).double(),
-], ids=["mamba2", "mamba2 in groups", "mamba2 with limits", "llamba", "llamba in groups"])
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        lambda: make_mixer(16),
+        lambda: make_mixer(16, n_groups=2),
+        lambda: make_mixer(16, n_groups=4, bias=True, dt_limit=(0.1, 0.5)),
+        lambda: shaken(DiscreteMamba2(16, 3, 4, 4)).double(),
+        lambda: shaken(DiscreteMamba2(16, 3, 4, 2, activation="silu")).double(),
+    ],
+    ids=["mamba2", "mamba2 in groups", "mamba2 with limits", "llamba", "llamba in groups"],
+)
 def test_one_layer_in_three_vocabularies(mixer):
-    """B and C of a state space model are keys and queries of attention, a step size times x is a value, exp(dt A) is a gate."""
+    """B and C of a state space model are keys and queries of attention, a step size times x is a value, exp(dt A) is a
+    gate."""
     mixer = mixer()
     u = torch.randn(2, 19, 16).double().requires_grad_()
     p, _ = mixer.project(u, None)
@@ -435,7 +512,10 @@ def test_one_layer_in_three_vocabularies(mixer):
     expected_grads = gradients(expected, leaves)
     k, q = (m.repeat_interleave(p.x.shape[2] // m.shape[2], dim=2) for m in (p.B, p.C))
     if p.dt is not None:
-        assert relative_error(p.log_a, -p.dt * mixer.A_log.exp()) < 1e-14 and relative_error(p.written, p.dt[..., None] * p.x) < 1e-14
+        assert (
+            relative_error(p.log_a, -p.dt * mixer.A_log.exp()) < 1e-14
+            and relative_error(p.written, p.dt[..., None] * p.x) < 1e-14
+        )
     outs = [ssd(p.written, p.log_a, p.B, p.C, mode=mode, chunk_size=4) for mode in ("attention", "chunked")]
     outs += [gateloop(q, k, p.written, p.log_a[..., None], mode=mode, chunk_size=4) for mode in GATELOOP_MODES]
     for out in outs:
@@ -447,15 +527,34 @@ def test_one_layer_in_three_vocabularies(mixer):
 # The original layout
 
 SSM = {"layer": "Mamba2", "d_state": 5, "headdim": 4, "ngroups": 2}
-OFFICIAL = {"d_model": 16, "d_intermediate": 0, "n_layer": 2, "vocab_size": VOCAB, "ssm_cfg": SSM, "attn_layer_idx": [], "attn_cfg": {},
-            "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 16, "tie_embeddings": True}
+OFFICIAL = {
+    "d_model": 16,
+    "d_intermediate": 0,
+    "n_layer": 2,
+    "vocab_size": VOCAB,
+    "ssm_cfg": SSM,
+    "attn_layer_idx": [],
+    "attn_cfg": {},
+    "rms_norm": True,
+    "residual_in_fp32": True,
+    "fused_add_norm": True,
+    "pad_vocab_size_multiple": 16,
+    "tie_embeddings": True,
+}
 MIXER = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight", "out_proj.weight")
 
 
 def as_official(theirs):
     """The weights of transformers' model as the original code stores them; a tied head is stored as well."""
-    weights = {name.replace("backbone.embeddings.", "backbone.embedding."): tensor.clone() for name, tensor in theirs.state_dict().items()}
-    layers = [f"backbone.layers.{i}.{name}" for i in range(2) for name in ("norm.weight", *(f"mixer.{part}" for part in MIXER))]
+    weights = {
+        name.replace("backbone.embeddings.", "backbone.embedding."): tensor.clone()
+        for name, tensor in theirs.state_dict().items()
+    }
+    layers = [
+        f"backbone.layers.{i}.{name}"
+        for i in range(2)
+        for name in ("norm.weight", *(f"mixer.{part}" for part in MIXER))
+    ]
     assert {"backbone.embedding.weight", "backbone.norm_f.weight", "lm_head.weight", *layers} <= weights.keys()
     return weights
 
@@ -472,7 +571,10 @@ def write(path, config, weights, file="pytorch_model.bin"):
 def test_the_original_layout(folder, file, tied, groups):
     theirs = make_theirs(vocab_size=64, n_groups=groups, tie_word_embeddings=tied)
     weights, ids = as_official(theirs), ids_of(2, 37)
-    assert weights["lm_head.weight"].shape == (64, 16) and torch.equal(weights["lm_head.weight"], weights["backbone.embedding.weight"]) == tied
+    assert (
+        weights["lm_head.weight"].shape == (64, 16)
+        and torch.equal(weights["lm_head.weight"], weights["backbone.embedding.weight"]) == tied
+    )
     config = OFFICIAL | {"ssm_cfg": SSM | {"ngroups": groups}, "tie_embeddings": tied}
     ours = Mamba2LM.from_pretrained(write(folder(), config, weights, file))
     assert ours.config == Mamba2Config(vocab_size=VOCAB, d_model=16, n_layer=2, d_state=5, headdim=4, n_groups=groups,
@@ -510,13 +612,40 @@ def test_defaults_of_the_original_layout(folder):
 
 
 def test_everything_that_the_original_layout_can_say(folder):
-    theirs = make_theirs(vocab_size=64, expand=4, conv_kernel=3, chunk_size=7, head_dim=8, n_groups=2, time_step_limit=(0.1, 0.5),
-                         use_bias=True, use_conv_bias=False)
+    theirs = make_theirs(
+        vocab_size=64,
+        expand=4,
+        conv_kernel=3,
+        chunk_size=7,
+        head_dim=8,
+        n_groups=2,
+        time_step_limit=(0.1, 0.5),
+        use_bias=True,
+        use_conv_bias=False,
+    )
     weights = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
     weights["backbone.embedding.weight"] = weights.pop("backbone.embeddings.weight")
-    ssm = SSM | {"expand": 4, "d_conv": 3, "chunk_size": 7, "headdim": 8, "dt_limit": [0.1, 0.5], "bias": True, "conv_bias": False}
-    idle = {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False, "d_ssm": None, "use_mem_eff_path": True, "conv_init": None,
-            "A_init_range": [1, 16], "dt_min": 0.001, "dt_max": 0.1, "dt_init_floor": 1e-4}
+    ssm = SSM | {
+        "expand": 4,
+        "d_conv": 3,
+        "chunk_size": 7,
+        "headdim": 8,
+        "dt_limit": [0.1, 0.5],
+        "bias": True,
+        "conv_bias": False,
+    }
+    idle = {
+        "rmsnorm": True,
+        "norm_before_gate": False,
+        "D_has_hdim": False,
+        "d_ssm": None,
+        "use_mem_eff_path": True,
+        "conv_init": None,
+        "A_init_range": [1, 16],
+        "dt_min": 0.001,
+        "dt_max": 0.1,
+        "dt_init_floor": 1e-4,
+    }
     ours, ids = Mamba2LM.from_pretrained(write(folder(), OFFICIAL | {"ssm_cfg": ssm | idle}, weights)), ids_of(2, 37)
     with torch.no_grad():
         assert relative_error(ours(ids), theirs(ids).logits[..., :VOCAB]) < CLOSE
@@ -538,7 +667,9 @@ def test_types_of_stored_weights(folder, stored):
     weights = {name: tensor.to(stored) for name, tensor in as_official(make_theirs(vocab_size=64, n_groups=2)).items()}
     path = write(folder(), OFFICIAL, weights)
     wide, narrow = Mamba2LM.from_pretrained(path), Mamba2LM.from_pretrained(path, dtype=None)
-    assert {p.dtype for p in wide.parameters()} == {torch.float32} and {p.dtype for p in narrow.parameters()} == {stored}
+    assert {p.dtype for p in wide.parameters()} == {torch.float32} and {p.dtype for p in narrow.parameters()} == {
+        stored
+    }
     assert torch.equal(wide.backbone.embedding.weight, weights["backbone.embedding.weight"].float())
 
 
@@ -552,29 +683,115 @@ def test_published_sizes():
 
 
 CODESTRAL = {  # mistralai/Mamba-Codestral-7B-v0.1, written by transformers 4.44
-    "_name_or_path": "codestral", "architectures": ["Mamba2ForCausalLM"], "bos_token_id": 0, "chunk_size": 256, "conv_kernel": 4,
-    "eos_token_id": 0, "expand": 2, "head_dim": 64, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.1,
-    "intermediate_size": 8192, "layer_norm_epsilon": 1e-05, "model_type": "mamba2", "n_groups": 8, "norm_before_gate": True,
-    "num_heads": 128, "num_hidden_layers": 64, "pad_token_id": 0,
-    "rescale_prenorm_residual": False, "residual_in_fp32": True, "rms_norm": True, "state_size": 128, "tie_word_embeddings": False,
-    "time_step_floor": 0.0001, "time_step_init_scheme": "random", "time_step_limit": [0.0, math.inf], "time_step_max": 0.1, "time_step_min": 0.001,
-    "time_step_rank": 256, "time_step_scale": 1.0, "torch_dtype": "bfloat16", "transformers_version": "4.44.0.dev0", "use_bias": False,
-    "use_cache": True, "use_conv_bias": True, "vocab_size": 32768,
+    "_name_or_path": "codestral",
+    "architectures": ["Mamba2ForCausalLM"],
+    "bos_token_id": 0,
+    "chunk_size": 256,
+    "conv_kernel": 4,
+    "eos_token_id": 0,
+    "expand": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.1,
+    "intermediate_size": 8192,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "mamba2",
+    "n_groups": 8,
+    "norm_before_gate": True,
+    "num_heads": 128,
+    "num_hidden_layers": 64,
+    "pad_token_id": 0,
+    "rescale_prenorm_residual": False,
+    "residual_in_fp32": True,
+    "rms_norm": True,
+    "state_size": 128,
+    "tie_word_embeddings": False,
+    "time_step_floor": 0.0001,
+    "time_step_init_scheme": "random",
+    "time_step_limit": [0.0, math.inf],
+    "time_step_max": 0.1,
+    "time_step_min": 0.001,
+    "time_step_rank": 256,
+    "time_step_scale": 1.0,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.44.0.dev0",
+    "use_bias": False,
+    "use_cache": True,
+    "use_conv_bias": True,
+    "vocab_size": 32768,
 }
 OLDER = {name: value for name, value in CODESTRAL.items()
          if name not in ("intermediate_size", "time_step_init_scheme", "time_step_scale", "architectures")}
-NVIDIA = {"d_model": 4096, "d_intermediate": 0, "n_layer": 56, "vocab_size": 256000, "rms_norm": True, "residual_in_fp32": False,
-          "fused_add_norm": False, "pad_vocab_size_multiple": 128, "tie_embeddings": False, "ssm_cfg": {
-              "layer": "Mamba2", "d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 8, "chunk_size": 128, "rmsnorm": True,
-              "norm_before_gate": False, "use_mem_eff_path": False}}
+NVIDIA = {
+    "d_model": 4096,
+    "d_intermediate": 0,
+    "n_layer": 56,
+    "vocab_size": 256000,
+    "rms_norm": True,
+    "residual_in_fp32": False,
+    "fused_add_norm": False,
+    "pad_vocab_size_multiple": 128,
+    "tie_embeddings": False,
+    "ssm_cfg": {
+        "layer": "Mamba2",
+        "d_state": 128,
+        "d_conv": 4,
+        "expand": 2,
+        "headdim": 64,
+        "ngroups": 8,
+        "chunk_size": 128,
+        "rmsnorm": True,
+        "norm_before_gate": False,
+        "use_mem_eff_path": False,
+    },
+}
 
 
-@pytest.mark.parametrize("config, expected", [
-    (CODESTRAL, Mamba2Config(bos_token_id=0, eos_token_id=0, pad_token_id=0, vocab_size=32768, d_model=4096, n_layer=64, n_groups=8, tie_embeddings=False)),
-    (OLDER, Mamba2Config(bos_token_id=0, eos_token_id=0, pad_token_id=0, vocab_size=32768, d_model=4096, n_layer=64, n_groups=8, tie_embeddings=False)),
-    (NVIDIA, Mamba2Config(vocab_size=256000, d_model=4096, n_layer=56, n_groups=8, chunk_size=128, tie_embeddings=False,
-                          pad_vocab_size_multiple=128)),
-], ids=["Codestral", "transformers 4.44", "original with groups"])
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        (
+            CODESTRAL,
+            Mamba2Config(
+                bos_token_id=0,
+                eos_token_id=0,
+                pad_token_id=0,
+                vocab_size=32768,
+                d_model=4096,
+                n_layer=64,
+                n_groups=8,
+                tie_embeddings=False,
+            ),
+        ),
+        (
+            OLDER,
+            Mamba2Config(
+                bos_token_id=0,
+                eos_token_id=0,
+                pad_token_id=0,
+                vocab_size=32768,
+                d_model=4096,
+                n_layer=64,
+                n_groups=8,
+                tie_embeddings=False,
+            ),
+        ),
+        (
+            NVIDIA,
+            Mamba2Config(
+                vocab_size=256000,
+                d_model=4096,
+                n_layer=56,
+                n_groups=8,
+                chunk_size=128,
+                tie_embeddings=False,
+                pad_vocab_size_multiple=128,
+            ),
+        ),
+    ],
+    ids=["Codestral", "transformers 4.44", "original with groups"],
+)
 def test_published_configs_are_read(config, expected):
     """norm_before_gate of transformers' early files means nothing: transformers never read it."""
     assert Mamba2Config.from_dict(json.loads(json.dumps(config))) == expected
@@ -617,22 +834,39 @@ def test_transformers_loads_what_is_saved(folder, changes):
 @pytest.mark.parametrize("tied", [True, False])
 def test_from_the_original_layout_to_transformers(folder, tied):
     weights = as_official(make_theirs(vocab_size=64, n_groups=2, tie_word_embeddings=tied))
-    ours, path, ids = Mamba2LM.from_pretrained(write(folder(), OFFICIAL | {"tie_embeddings": tied}, weights)), folder() / "new", ids_of(2, 21)
+    ours, path, ids = (
+        Mamba2LM.from_pretrained(write(folder(), OFFICIAL | {"tie_embeddings": tied}, weights)),
+        folder() / "new",
+        ids_of(2, 21),
+    )
     ours.save_pretrained(path)
     assert load_file(path / "model.safetensors")["backbone.embeddings.weight"].shape == (VOCAB, 16)
     theirs, found = transformers.Mamba2ForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not any(found.values()), found
     again = Mamba2LM.from_pretrained(path)
-    assert again.config == replace(ours.config, pad_vocab_size_multiple=1) and again.backbone.embedding.weight.shape == (VOCAB, 16)
+    assert again.config == replace(
+        ours.config, pad_vocab_size_multiple=1
+    ) and again.backbone.embedding.weight.shape == (VOCAB, 16)
     with torch.no_grad():
-        assert relative_error(again(ids), ours(ids)) < 1e-6 and relative_error(theirs.eval()(ids).logits, ours(ids)) < CLOSE
+        assert (
+            relative_error(again(ids), ours(ids)) < 1e-6
+            and relative_error(theirs.eval()(ids).logits, ours(ids)) < CLOSE
+        )
 
 
 # Strictness
 
-THEIRS = {"model_type": "mamba2", "num_heads": 8, "hidden_act": "silu", "conv_kernel": 4, "time_step_limit": [0.0, {"__float__": "Infinity"}],
-          "use_bias": False, "use_conv_bias": True, "layer_norm_epsilon": 1e-5,
-          **{name: value for name, value in SIZES.items() if not name.endswith("_token_id")}}
+THEIRS = {
+    "model_type": "mamba2",
+    "num_heads": 8,
+    "hidden_act": "silu",
+    "conv_kernel": 4,
+    "time_step_limit": [0.0, {"__float__": "Infinity"}],
+    "use_bias": False,
+    "use_conv_bias": True,
+    "layer_norm_epsilon": 1e-5,
+    **{name: value for name, value in SIZES.items() if not name.endswith("_token_id")},
+}
 
 
 @pytest.mark.parametrize("change, message", [
@@ -687,7 +921,10 @@ def test_a_bad_config_of_transformers_is_named(change, message):
 
 
 def test_what_is_missing_in_a_config_is_named():
-    for config, names in ((OFFICIAL, ("d_model", "n_layer", "vocab_size")), (THEIRS, THEIRS.keys() - {"model_type", "hidden_act"} - {f"{kind}_token_id" for kind in ("bos", "eos", "pad")})):
+    for config, names in (
+        (OFFICIAL, ("d_model", "n_layer", "vocab_size")),
+        (THEIRS, THEIRS.keys() - {"model_type", "hidden_act"} - {f"{kind}_token_id" for kind in ("bos", "eos", "pad")}),
+    ):
         for name in names:
             with pytest.raises(ValueError, match=f"some/where: missing entry {name};"):
                 Mamba2Config.from_dict({k: v for k, v in config.items() if k != name}, "some/where")
@@ -715,7 +952,11 @@ def test_loading_is_strict(folder, layout):
         good, config, tie, embedding = as_official(theirs), OFFICIAL, "tie_embeddings", "backbone.embedding.weight"
     else:
         good = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
-        config, tie, embedding = THEIRS | {"vocab_size": 64, "n_groups": 2}, "tie_word_embeddings", "backbone.embeddings.weight"
+        config, tie, embedding = (
+            THEIRS | {"vocab_size": 64, "n_groups": 2},
+            "tie_word_embeddings",
+            "backbone.embeddings.weight",
+        )
 
     def load(weights, **changes):
         return Mamba2LM.from_pretrained(write(folder(), config | {tie: False} | changes, weights))
@@ -724,8 +965,11 @@ def test_loading_is_strict(folder, layout):
     for name in ("backbone.layers.1.mixer.dt_bias", "backbone.layers.0.mixer.norm.weight", "lm_head.weight"):
         with pytest.raises(ValueError, match=rf"1 missing .{name}"):
             load({k: v for k, v in good.items() if k != name})
-    for name, ours in (("backbone.norm_f.weight", "backbone.final_layernorm.weight"), (embedding, "backbone.embedding.weight"),
-                       ("backbone.layers.0.norm.weight", "backbone.layers.0.input_layernorm.weight")):
+    for name, ours in (
+        ("backbone.norm_f.weight", "backbone.final_layernorm.weight"),
+        (embedding, "backbone.embedding.weight"),
+        ("backbone.layers.0.norm.weight", "backbone.layers.0.input_layernorm.weight"),
+    ):
         with pytest.raises(ValueError, match=rf"1 missing .({name}|{ours})"):
             load({k: v for k, v in good.items() if k != name})
     for name in ("backbone.layers.0.mixer.z_bias", "backbone.layers.2.mixer.D", "backbone.layers.0.mixer.in_proj.bias"):
@@ -733,7 +977,9 @@ def test_loading_is_strict(folder, layout):
             load(good | {name: torch.zeros(4)})
     for name in ("backbone.layers.0.mixer.A_log", "backbone.layers.1.mixer.D", "backbone.layers.1.mixer.norm.weight"):
         shape = tuple(good[name].shape)
-        with pytest.raises(ValueError, match=rf"{name} has shape \({shape[0] + 1},\) instead of {re.escape(str(shape))}"):
+        with pytest.raises(
+            ValueError, match=rf"{name} has shape \({shape[0] + 1},\) instead of {re.escape(str(shape))}"
+        ):
             load(good | {name: torch.zeros(shape[0] + 1)})
     with pytest.raises(ValueError, match=r"embeddings?.weight has shape \(50, 16\) instead of \(64, 16\)"):
         load(good | {embedding: good[embedding][:50].clone()})
@@ -742,33 +988,59 @@ def test_loading_is_strict(folder, layout):
     load(good | {"lm_head.weight": good[embedding].clone()}, **{tie: True})
 
 
-@pytest.mark.parametrize("twice, as_well", [("backbone.norm_f.weight", "backbone.final_layernorm.weight"),
-                                            ("backbone.layers.1.norm.weight", "backbone.layers.1.input_layernorm.weight")])
+@pytest.mark.parametrize(
+    "twice, as_well",
+    [
+        ("backbone.norm_f.weight", "backbone.final_layernorm.weight"),
+        ("backbone.layers.1.norm.weight", "backbone.layers.1.input_layernorm.weight"),
+    ],
+)
 def test_a_weight_stored_under_two_names_is_no_checkpoint(folder, twice, as_well):
     weights = as_official(make_theirs(vocab_size=64, n_groups=2))
     with pytest.raises(ValueError, match=f"{twice}|{as_well}"):
         Mamba2LM.from_pretrained(write(folder(), OFFICIAL, weights | {as_well: weights[twice] + 1}))
 
 
-@pytest.mark.parametrize("sizes, message", [
-    (dict(d_model=10, headdim=3), r"headdim is 3: it must divide the inner width expand \* d_model = 20"),
-    (dict(d_model=8, headdim=4, n_groups=3), "n_groups is 3: it must divide the number of heads, 4"),
-    (dict(d_model=8, headdim=4, n_groups=8), "n_groups is 8"),
-    *((dict(d_model=8, headdim=4) | {name: 0}, f"{name} is 0: it must be an integer of at least 1")
-      for name in ("d_model", "d_state", "headdim", "n_groups", "expand", "d_conv", "chunk_size")),
-    (dict(d_model=8, headdim=4, d_state=2.5), "d_state is 2.5"),
-    (dict(d_model=8, headdim=4, expand=True), "expand is True"),
-    (dict(d_model=8, headdim=4, dt_limit=(-0.1, 1)), r"dt_limit is \(-0.1, 1\): it must be \(low, high\) with 0 <= low <= high"),
-    (dict(d_model=8, headdim=4, dt_limit=(1, 0.5)), r"dt_limit is \(1, 0.5\)"),
-    (dict(d_model=8, headdim=4, dt_limit=(math.nan, 1)), r"dt_limit is \(nan, 1\)"),
-])
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        (dict(d_model=10, headdim=3), r"headdim is 3: it must divide the inner width expand \* d_model = 20"),
+        (dict(d_model=8, headdim=4, n_groups=3), "n_groups is 3: it must divide the number of heads, 4"),
+        (dict(d_model=8, headdim=4, n_groups=8), "n_groups is 8"),
+        *(
+            (dict(d_model=8, headdim=4) | {name: 0}, f"{name} is 0: it must be an integer of at least 1")
+            for name in ("d_model", "d_state", "headdim", "n_groups", "expand", "d_conv", "chunk_size")
+        ),
+        (dict(d_model=8, headdim=4, d_state=2.5), "d_state is 2.5"),
+        (dict(d_model=8, headdim=4, expand=True), "expand is True"),
+        (
+            dict(d_model=8, headdim=4, dt_limit=(-0.1, 1)),
+            r"dt_limit is \(-0.1, 1\): it must be \(low, high\) with 0 <= low <= high",
+        ),
+        (dict(d_model=8, headdim=4, dt_limit=(1, 0.5)), r"dt_limit is \(1, 0.5\)"),
+        (dict(d_model=8, headdim=4, dt_limit=(math.nan, 1)), r"dt_limit is \(nan, 1\)"),
+    ],
+)
 def test_bad_sizes_of_a_mixer(sizes, message):
     with pytest.raises(ValueError, match=message):
         Mamba2(**sizes)
 
 
-@pytest.mark.parametrize("name", ["vocab_size", "d_model", "n_layer", "d_state", "headdim", "n_groups", "expand", "d_conv", "chunk_size",
-                                  "pad_vocab_size_multiple"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vocab_size",
+        "d_model",
+        "n_layer",
+        "d_state",
+        "headdim",
+        "n_groups",
+        "expand",
+        "d_conv",
+        "chunk_size",
+        "pad_vocab_size_multiple",
+    ],
+)
 def test_bad_sizes_of_a_config(name):
     for wrong in (0, -1, 1.5, "2", None, True):
         with pytest.raises(ValueError, match=f"{name} is {wrong!r}"):
@@ -794,7 +1066,9 @@ def test_the_last_projections_start_smaller_the_more_layers_there_are(layers):
     model = Mamba2LM(Mamba2Config(vocab_size=VOCAB, d_model=32, n_layer=layers, d_state=4, headdim=8))
     for block in model.backbone.layers:
         for name, width, scale in (("out_proj", 64, math.sqrt(layers)), ("in_proj", 32, 1.0)):
-            weight = getattr(block.mixer, name).weight * scale * math.sqrt(width)  # as PyTorch starts it: uniform in [-1, 1]
+            weight = (
+                getattr(block.mixer, name).weight * scale * math.sqrt(width)
+            )  # as PyTorch starts it: uniform in [-1, 1]
             assert 0.98 < weight.abs().max() <= 1 + 1e-6 and abs(weight.std() - 1 / math.sqrt(3)) < 0.03
     assert abs(model.backbone.embedding.weight.std() - 0.02) < 0.002
     assert all((norm == 1).all() for name, norm in model.named_parameters() if "norm" in name)
@@ -806,12 +1080,16 @@ def test_a_seed_gives_the_same_model_and_a_reset_gives_another():
         torch.manual_seed(seed)
         models.append(Mamba2LM(config).state_dict())
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-    assert not any(torch.equal(models[0][name], models[2][name]) for name in models[0] if not name.endswith((".D", "norm.weight")))
+    assert not any(
+        torch.equal(models[0][name], models[2][name]) for name in models[0] if not name.endswith((".D", "norm.weight"))
+    )
     mixer = make_mixer()
     before = {name: p.clone() for name, p in mixer.named_parameters()}
     mixer.reset_parameters()
     assert not any(torch.equal(before[name], p) for name, p in mixer.named_parameters())
-    assert (mixer.D == 1).all() and (mixer.norm.weight == 1).all() and F.softplus(mixer.dt_bias).max() <= 0.1 * (1 + 1e-5)
+    assert (
+        (mixer.D == 1).all() and (mixer.norm.weight == 1).all() and F.softplus(mixer.dt_bias).max() <= 0.1 * (1 + 1e-5)
+    )
 
 
 def test_the_inverse_of_softplus():
@@ -820,7 +1098,9 @@ def test_the_inverse_of_softplus():
     assert relative_error(torch.log1p(torch.exp(-exact.abs())) + exact.clamp(min=0), y) < 1e-14
     assert ((torch.log1p(torch.exp(-exact.abs())) + exact.clamp(min=0)) / y - 1).abs().max() < 1e-13
     narrow = y.float()
-    assert (inverse_softplus(narrow) - inverse_softplus(narrow.double())).abs().max() < 4e-5  # half a unit in the last place of 1000
+    assert (
+        inverse_softplus(narrow) - inverse_softplus(narrow.double())
+    ).abs().max() < 4e-5  # half a unit in the last place of 1000
     assert (F.softplus(inverse_softplus(narrow).double()) / narrow.double() - 1).abs().max() < 2e-6
     written_out = torch.log(torch.exp(narrow) - 1)
     assert written_out.isinf()[0] and written_out.isinf()[-1]
@@ -857,14 +1137,17 @@ def test_the_gate_comes_before_the_norm():
 def test_the_norm_computes_in_float32():
     norm, y, z = GatedRMSNorm(64, 2), 1e3 * torch.randn(8, 64).to(torch.float16), torch.randn(8, 64).to(torch.float16)
     out = norm.half()(y, z)
-    assert out.dtype == torch.float16 and relative_error(out, norm.double()(y.double(), z.double())) < 2**-11  # squares reach 1e6, float16 65504
+    assert (
+        out.dtype == torch.float16 and relative_error(out, norm.double()(y.double(), z.double())) < 2**-11
+    )  # squares reach 1e6, float16 65504
 
 
 # Extreme gates
 
 
 def extreme(length, dtype=torch.float32):
-    """x, dt, A, B, C: step sizes of 0, from 1e-4 to 30, and from 37 to 50; A from -100 to almost 0. A decay reaches exp(-5000)."""
+    """x, dt, A, B, C: step sizes of 0, from 1e-4 to 30, and from 37 to 50; A from -100 to almost 0. A decay reaches
+    exp(-5000)."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -872,7 +1155,13 @@ def extreme(length, dtype=torch.float32):
 
     u = torch.rand(1, length, 4, generator=generator)
     dt = torch.where(u < 0.25, torch.zeros(()), torch.where(u < 0.75, 10 ** (11 * (u - 0.25) - 4), 50 * u))
-    inputs = normal(1, length, 4, 4), dt, -torch.tensor([100.0, 16.0, 1.0, 1e-6]), normal(1, length, 2, 3), normal(1, length, 2, 3)
+    inputs = (
+        normal(1, length, 4, 4),
+        dt,
+        -torch.tensor([100.0, 16.0, 1.0, 1e-6]),
+        normal(1, length, 2, 3),
+        normal(1, length, 2, 3),
+    )
     return [z.to(dtype).requires_grad_() for z in inputs]
 
 
@@ -899,15 +1188,25 @@ def textbook(x, dt, A, B, C):
     return torch.einsum("bhts,bthn,bshn,bshp->bthp", decay, C, B, x * dt[..., None])
 
 
-@pytest.mark.parametrize("length, mode, chunk_size", [(4096, "chunked", 64), (4096, "chunked", 256), (512, "chunked", 256), (512, "attention", 64),
-                                                      (512, "recurrent", 64)])
+@pytest.mark.parametrize(
+    "length, mode, chunk_size",
+    [
+        (4096, "chunked", 64),
+        (4096, "chunked", 256),
+        (512, "chunked", 256),
+        (512, "attention", 64),
+        (512, "recurrent", 64),
+    ],
+)
 def test_extreme_gates(length, mode, chunk_size):
     narrow, wide = extreme(length), extreme(length, torch.float64)
     ours, exact = run_extreme(*narrow, mode=mode, chunk_size=chunk_size), definition(*wide)
     assert (narrow[1] * narrow[2]).min() < -4900 and (narrow[1] == 0).float().mean() > 0.2
     for out, expected in zip(ours, exact):
         assert out.isfinite().all() and relative_error(out, expected) < 2e-6
-    grads = [gradients(torch.cat([z.flatten() for z in outs]), leaves) for outs, leaves in ((ours, narrow), (exact, wide))]
+    grads = [
+        gradients(torch.cat([z.flatten() for z in outs]), leaves) for outs, leaves in ((ours, narrow), (exact, wide))
+    ]
     for ours, expected in zip(*grads):
         assert ours.isfinite().all() and relative_error(ours, expected) < 5e-6
     for head in range(4):  # each A by itself: they differ in size
@@ -915,7 +1214,8 @@ def test_extreme_gates(length, mode, chunk_size):
 
 
 def test_the_textbook_formula_has_no_gradient_there():
-    """The well-known NaN of Mamba-2: the same input, one chunk of it, right in the forward pass, and float64 does not help."""
+    """The well-known NaN of Mamba-2: the same input, one chunk of it, right in the forward pass, and float64 does not
+    help."""
     for dtype in (torch.float32, torch.float64):
         inputs = [z if z.ndim == 1 else z[:, :64] for z in extreme(4096, dtype)]
         leaves = [z.detach().requires_grad_() for z in inputs]
@@ -967,8 +1267,14 @@ def test_mohawk_can_teach_it(match):
     teacher = shaken(Llama(LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                                        num_attention_heads=4, num_key_value_heads=2, head_dim=4,
                                        tie_word_embeddings=True)))
-    student = Decoder(Backbone([Mamba2(16, 6, 8, n_groups=4, chunk_size=8) for _ in range(2)], VOCAB, 16, 24), tie_embeddings=True)
-    objective, optimizer, ids = LayerByLayer(teacher, student, match), torch.optim.Adam(student.parameters(), 0.01), ids_of(4, 12)
+    student = Decoder(
+        Backbone([Mamba2(16, 6, 8, n_groups=4, chunk_size=8) for _ in range(2)], VOCAB, 16, 24), tie_embeddings=True
+    )
+    objective, optimizer, ids = (
+        LayerByLayer(teacher, student, match),
+        torch.optim.Adam(student.parameters(), 0.01),
+        ids_of(4, 12),
+    )
     losses = []
     for _ in range(30):
         optimizer.zero_grad()
@@ -984,7 +1290,9 @@ def test_bfloat16_runs_and_keeps_its_state_in_float32():
     logits, state = model.prefill(ids)
     stepped, state = model.step(ids[:, 0], state)
     assert logits.dtype == stepped.dtype == torch.bfloat16 and logits.isfinite().all() and stepped.isfinite().all()
-    assert {layer.ssm.dtype for layer in (*state, *model.init_state(2))} == {torch.float32} and state[0].conv.dtype == torch.bfloat16
+    assert {layer.ssm.dtype for layer in (*state, *model.init_state(2))} == {torch.float32} and state[
+        0
+    ].conv.dtype == torch.bfloat16
     exact = copy.deepcopy(model).double()(ids)
     assert relative_error(model(ids), exact) < 0.03 and relative_error(read_split(model, ids, 4), exact) < 0.03
     model(ids).float().square().sum().backward()
