@@ -229,7 +229,7 @@ def test_autocast_is_off_inside():
 
 def test_a_checked_operator_compiles_into_one_graph():
     """And values are not looked at: a positive log_a goes through."""
-    compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(product, fullgraph=True, backend="eager")
     assert torch.equal(compiled(**inputs()), product(**inputs()))
     compiled(**inputs(log_a=torch.ones(2, 8, 4, 3)))
     with pytest.raises(Exception, match="it must be"):
