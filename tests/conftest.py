@@ -39,7 +39,7 @@ elif not GPU:
     scan_as_tree()
 
 torch.set_num_threads(1)
-logging.getLogger("torch.__trace").propagate = False  # torch.compile would write its traces into pytest's report, slowly
+logging.getLogger("torch.__trace").propagate = False  # torch.compile's traces would fill pytest's report, slowly
 
 
 def pytest_collection_modifyitems(items):
