@@ -128,10 +128,10 @@ def checked(
                     name = next(name for name in inputs if part in axes[name].split())
                     wanted = f"a divisor of {whole} = {sizes[whole]}"
                     raise ValueError(f"{name} has {part} = {sizes[part]}: it must be {wanted}")
-            first, *others = [(name, given[name].dtype) for name in same.split()] or [("", None)]
-            for name, dtype in others:
-                if torch.finfo(dtype).dtype != torch.finfo(first[1]).dtype:
-                    raise ValueError(f"{name} is {dtype}: it must have the precision of {first[0]}, {first[1]}")
+            types = [(name, inputs[name][0].dtype) for name in same.split() if name in inputs]
+            for name, dtype in types[1:]:
+                if torch.finfo(dtype).dtype != torch.finfo(types[0][1]).dtype:
+                    raise ValueError(f"{name} is {dtype}: it must have the precision of {types[0][0]}, {types[0][1]}")
             for name in [name for name in options if name in given]:
                 check_option(name, given[name], options[name])
             check_sizes(**{name: given[name] for name in counts if name in given})

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import signal
@@ -41,6 +42,7 @@ elif not GPU:
     interpret_faster()
 
 torch.set_num_threads(1)
+logging.getLogger("torch.__trace").propagate = False  # torch.compile's traces would fill pytest's report, slowly
 
 
 def pytest_collection_modifyitems(items):
