@@ -182,7 +182,7 @@ def _heads_and_gates(parts, alpha, beta, heads):
     biases = [bias for bias in (alpha, beta) if bias is not None]
     # 1. a gate is what the token says, unless it is fixed, plus a bias; in float32 at least, where 0.999 is not 1
     sums = [(bias + token).expand_as(q) for bias, token in zip_longest(biases, of_token, fillvalue=0)]
-    logit, *phase = (z.to(wide_dtype(q, alpha)) for z in sums)
+    logit, *phase = (x.to(wide_dtype(q, alpha)) for x in sums)
     # 2. magnitudes by a sigmoid, as logs; all in heads
     inputs = (q, k, v, F.logsigmoid(logit), *phase)
     q, k, v, log_a, *phase = (rearrange(x, "b l (h d) -> b l h d", h=heads) for x in inputs)
