@@ -37,7 +37,8 @@ def causal_conv(
     width, window = weight.shape[-1], None if window is None else window.to(x.dtype)
     past = x.new_zeros(len(x), width, x.shape[2]) if window is None else rearrange(window, "b c w -> b w c")
     obstacle = wrong_widths("conv", 1, 8, width=width)
-    if kernel := find_kernel("conv.conv_op", backend, x, weight, bias, window, obstacle=obstacle):
+    kernel = find_kernel("conv.conv_op", backend, x, weight, bias, window, obstacle=obstacle)
+    if kernel is not None:
         inputs = torch.cat([past, x[:, -width:]], dim=1)
         y = kernel(x, weight, bias, window, activation == "silu")
     else:
@@ -74,7 +75,7 @@ def causal_conv_step(
     if torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in (x_t, weight, bias, window)):
         raise RuntimeError("causal_conv_step changes window in place and keeps nothing for a gradient: "
                            "call it under torch.no_grad(), or call causal_conv")
-    if kernel:
+    if kernel is not None:
         return kernel(x_t, weight, bias, window, activation == "silu")
     y, later = causal_conv(x_t[:, None], weight, bias, window, activation=activation, backend="naive")
     window.copy_(later)

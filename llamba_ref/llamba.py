@@ -173,7 +173,7 @@ def student_config(
     d_state: int = 64,  # width N of a key
     chunk_size: int = 128,  # length of a chunk in `ssd`
 ) -> LlambaConfig:
-    """The sizes of a student. Raises ValueError for a layer that is not there, or heads that do not divide the width."""
+    """The sizes of a student. Raises ValueError for no such layer, and heads that do not divide the width."""
     layers, heads = tuple(sorted(set(keep_attention))), c.num_attention_heads
     if not set(layers) <= set(range(c.num_hidden_layers)):
         raise ValueError(f"keep_attention is {list(keep_attention)}: layers are 0 to {c.num_hidden_layers - 1}")

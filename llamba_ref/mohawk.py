@@ -115,7 +115,8 @@ def matrix_distance(
         raise ValueError(f"scale is {scale!r}: it must be a finite number or None")
     width, inputs = q.shape[-1], (q, k, log_a, B, C, D)
     obstacle = wrong_widths("matrix_distance", 16, 128, width=width, state=B.shape[-1])
-    if kernel := find_kernel("matrix_distance.triton_distance", backend, *inputs, obstacle=obstacle):
+    kernel = find_kernel("matrix_distance.triton_distance", backend, *inputs, obstacle=obstacle)
+    if kernel is not None:
         return kernel(*inputs, width**-0.5 if scale is None else float(scale))
     wide = wide_dtype(*inputs)
     q, k, B, C = (z.to(wide) for z in (q.detach(), k.detach(), B, C))
