@@ -1150,7 +1150,9 @@ def test_few_logits_are_alive_at_a_time(monkeypatch, language):
     """A step on 512 tokens with a vocabulary of 1,500 takes less than two copies of its logits, all else included."""
     monkeypatch.setattr(training, "LOGITS", 32 * 1500)
     torch.manual_seed(0)
-    teacher, student = (Llama(LlamaConfig(1500, 8, 8, 1, 1, 1, 8)) for _ in range(2))
+    config = LlamaConfig(vocab_size=1500, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                         num_attention_heads=1, num_key_value_heads=1, head_dim=8)
+    teacher, student = (Llama(config) for _ in range(2))
     objective = CrossEntropy(student) if language else OBJECTIVES["distillation"](teacher, student)
     ids = torch.randint(1500, (8, 64))
     assert peak_bytes(lambda: objective(ids, lambda loss: loss.backward())) < 2 * 4 * 512 * 1500
