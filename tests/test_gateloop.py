@@ -202,6 +202,7 @@ def test_gradcheck(mode, kind, per_head):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
 def test_inputs_are_left_alone_and_may_be_strided(mode, kind):
     inputs = each(Tensor.detach, *example(20, kind))
     before = each(Tensor.clone, *inputs)
@@ -231,6 +232,7 @@ def test_conjugated_inputs(mode, kind):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
 def test_later_tokens_do_not_reach_back(mode):
     *inputs, state = example(100, "complex gates", turns=(1.0,))
     changed = [torch.cat([z[:, :60], -torch.rand_like(z[:, 60:])], 1) for z in inputs]
@@ -243,6 +245,7 @@ def test_later_tokens_do_not_reach_back(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
 def test_prefill_and_go_on_at_every_split(mode, kind):
     inputs, start, whole, last = case(40, kind)
     for k in range(1, 40):
@@ -700,6 +703,7 @@ def test_mixer_against_its_definition(gates):
 
 @pytest.mark.parametrize("gates", OF_INPUT)
 @pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
 def test_mixer_in_pieces_and_step_by_step(gates, mode):
     layer, u = mixer(gates, mode), torch.randn(2, 9, 12, dtype=torch.float64)
     whole = layer(u)
@@ -753,6 +757,7 @@ def test_mixer_is_its_matrix(gates):
 
 @pytest.mark.parametrize("gates", OF_INPUT)
 @pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
 def test_padding_of_the_mixer(gates, mode):
     layer, u, pads = mixer(gates, mode), torch.randn(3, 9, 12, dtype=torch.float64), (0, 4, 8)
     y, state = layer(u, layer.init_state(3), padding=torch.tensor(pads))
@@ -841,6 +846,7 @@ def make(dtype=torch.float64, **changes) -> GateLoopLM:
 
 @pytest.mark.parametrize("gates", OF_INPUT)
 @pytest.mark.parametrize("mode", ["scan", "chunked"])
+@torch.no_grad()
 def test_prefill_and_step_are_forward_at_every_split(gates, mode):
     model, ids = make(gates=gates, mode=mode), torch.randint(VOCAB, (2, 9))
     whole = model(ids)
@@ -858,6 +864,7 @@ def test_prefill_and_step_are_forward_at_every_split(gates, mode):
 
 @pytest.mark.parametrize("gates", OF_INPUT)
 @pytest.mark.parametrize("kind", ["left", "right", "holes"])
+@torch.no_grad()
 def test_padding_changes_nothing(gates, kind):
     model, ids, after = make(gates=gates), torch.randint(VOCAB, (3, 11)), torch.randint(VOCAB, (3,))
     mask = torch.ones(3, 11, dtype=torch.long)
@@ -874,6 +881,7 @@ def test_padding_changes_nothing(gates, kind):
         assert relative_error(stepped[row], model.step(after[row : row + 1], alone_state)[0][0]) < 1e-10
 
 
+@torch.no_grad()
 def test_greedy_generation():
     model, ids = make(), torch.randint(VOCAB, (2, 3))
     out = model.generate(ids, 6)
@@ -882,6 +890,7 @@ def test_greedy_generation():
         assert torch.equal(model(out[:, :t])[:, -1].argmax(-1), out[:, t])
 
 
+@torch.no_grad()
 def test_a_padded_batch_generates_what_single_prompts_do():
     model = make()
     ids, mask = torch.randint(VOCAB, (2, 8)), torch.ones(2, 8, dtype=torch.long)
