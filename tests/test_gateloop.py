@@ -1,8 +1,8 @@
-"""GateLoop: every mode against the loop that defines it, what it contains as special cases, its mixer and its language
-model."""
+"""GateLoop: every mode against the loop that defines it, its special cases, its mixer and its language model."""
 
 import copy
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ MODES = ("recurrent", "scan", "attention", "chunked")
 LENGTHS = (1, 2, 3, 63, 64, 65, 500)
 GATES = (0.0, -1e-6, -50.0, -0.3, -1.0)
 TURNS = (1e-3, 1.0, 1000.0)  # sizes of the phases
-KINDS = {
+KINDS = {  # do gates turn, are inputs complex
     "real": (False, False),
     "complex gates": (True, False),
     "complex inputs": (False, True),
@@ -60,12 +60,9 @@ def example(length, kind="real", batch=2, heads=3, key=4, value=5, per_head=(Fal
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     def values(*shape, complex_too=complex_inputs):
-        z = (
-            torch.complex(normal(*shape), normal(*shape)).to(wide.to_complex())
-            if complex_too
-            else normal(*shape).to(dtype)
-        )
-        return z.requires_grad_()
+        if complex_too:
+            return torch.complex(normal(*shape), normal(*shape)).to(wide.to_complex()).requires_grad_()
+        return normal(*shape).to(dtype).requires_grad_()
 
     def drawn(numbers, shape):
         return torch.tensor(numbers, dtype=torch.float64)[torch.randint(len(numbers), shape, generator=generator)]
@@ -75,6 +72,14 @@ def example(length, kind="real", batch=2, heads=3, key=4, value=5, per_head=(Fal
     log_a = drawn(gates, of_log_a).to(dtype).requires_grad_()
     phase = (drawn(turns, of_phase) * normal(*of_phase)).to(dtype).requires_grad_() if turning else None
     return q, k, v, log_a, phase, values(batch, heads, key, value, complex_too=turning or complex_inputs)
+
+
+@cache
+def case(length, kind, per_head=(False, False), with_state=True):
+    """An example, its state or None, and outputs and last state by the definition: computed once for all tests."""
+    *inputs, state = example(length, kind, per_head=per_head)
+    start = state if with_state else None
+    return inputs, start, *definition(*inputs, start)
 
 
 def given_ones(*tensors) -> list[Tensor]:
@@ -115,45 +120,40 @@ def run(inputs, start=None, **options) -> Tensor:
 @pytest.mark.parametrize("per_head", [(False, False), (True, True)])
 @pytest.mark.parametrize("with_state", [False, True])
 def test_modes_equal_the_definition(length, kind, per_head, with_state):
-    *inputs, state = example(length, kind, per_head=per_head)
-    start = state if with_state else None
+    inputs, start, y, last = case(length, kind, per_head, with_state)
     leaves = given_ones(*inputs, start)
     if length == 1 and not with_state:
         leaves = leaves[:3]  # the first gate meets a zero
-    y, last = definition(*inputs, start)
     expected = flat([y, last])
     expected_grads = flat(gradients(expected, leaves))
     for mode in MODES:
         ours, our_last = gateloop(*inputs, mode=mode, initial_state=start, return_state=True)
-        assert (
-            ours.shape == y.shape
-            and our_last.shape == last.shape
-            and ours.dtype == y.dtype
-            and our_last.dtype == last.dtype
-        )
+        assert (ours.shape, ours.dtype, our_last.shape, our_last.dtype) == (y.shape, y.dtype, last.shape, last.dtype)
         out = flat([ours, our_last])
         assert relative_error(out, expected) < 1e-10, mode
         assert relative_error(flat(gradients(out, leaves)), expected_grads) < 1e-8, mode
-        assert torch.equal(gateloop(*inputs, mode=mode, initial_state=start), ours)
+        if length <= 65:  # where it is quick: asking for the state changes nothing
+            assert torch.equal(gateloop(*inputs, mode=mode, initial_state=start), ours)
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("per_head", [(False, False), (True, True), (True, False), (False, True)])
-def test_each_gradient_by_itself(mode, kind, per_head):
+def test_each_gradient_by_itself(kind, per_head):
     """One vector of all gradients could hide a wrong small one."""
     *inputs, state = example(70, kind, per_head=per_head, gates=(-1e-6, -0.01, -0.5, -3.0))
     leaves = given_ones(*inputs, state)
     expected = gradients(flat(definition(*inputs, state)), leaves)
-    for ours, theirs in zip(gradients(run(inputs, state, mode=mode, chunk_size=16), leaves), expected, strict=True):
-        assert relative_error(ours, theirs) < 1e-8
+    for mode in MODES:
+        found = gradients(run(inputs, state, mode=mode, chunk_size=16), leaves)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert relative_error(ours, theirs) < 1e-8, mode
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 7, 64, 65, 100, 1000, 10**15])  # the last costs no more than the sequence
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_chunk_size(chunk_size, kind):
-    *inputs, state = example(65, kind)
-    leaves, expected = given_ones(*inputs, state), flat(definition(*inputs, state))
+    inputs, state, y, last = case(65, kind)
+    leaves, expected = given_ones(*inputs, state), flat([y, last])
     out = run(inputs, state, mode="chunked", chunk_size=chunk_size)
     assert relative_error(out, expected) < 1e-10
     for ours, theirs in zip(gradients(out, leaves), gradients(expected, leaves)):
@@ -162,16 +162,16 @@ def test_any_chunk_size(chunk_size, kind):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    length=st.integers(1, 40), batch=st.integers(1, 3), heads=st.integers(1, 3), key=st.integers(1, 5),
-    value=st.integers(1, 5), chunk_size=st.integers(1, 50), kind=st.sampled_from(list(KINDS)), per_head=st.tuples(st.booleans(), st.booleans()),
+    length=st.integers(1, 40), batch=st.integers(1, 3), heads=st.integers(1, 3),
+    key=st.integers(1, 5), value=st.integers(1, 5),
+    chunk_size=st.integers(1, 50), kind=st.sampled_from(list(KINDS)), per_head=st.tuples(st.booleans(), st.booleans()),
     complex_inputs=st.tuples(*[st.booleans()] * 4), with_state=st.booleans(), seed=st.integers(0, 2**16),
 )  # fmt: skip
 def test_any_shape(length, batch, heads, key, value, chunk_size, kind, per_head, complex_inputs, with_state, seed):
     """Each of q, k, v and the state real or complex, whatever the others are."""
     q, k, v, log_a, phase, state = example(length, kind, batch, heads, key, value, per_head, seed=seed)
-    q, k, v, state = (
-        z if stays or not z.is_complex() else z.real for z, stays in zip((q, k, v, state), complex_inputs)
-    )
+    inputs = zip((q, k, v, state), complex_inputs)
+    q, k, v, state = (z if stays or not z.is_complex() else z.real for z, stays in inputs)
     inputs, start = (q, k, v, log_a, phase), state if with_state else None
     y, last = definition(*inputs, start)
     complex_result = phase is not None or any(z.is_complex() for z in given_ones(q, k, v, start))
@@ -191,7 +191,7 @@ def test_any_shape(length, batch, heads, key, value, chunk_size, kind, per_head,
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("per_head", [(False, False), (True, True)])
 def test_gradcheck(mode, kind, per_head):
-    *inputs, state = example(5, kind, 1, 2, 2, 2, per_head, gates=(-1e-5, -0.1, -1.0), turns=(1.0,))
+    *inputs, state = example(5, kind, 1, 1, 2, 2, per_head, gates=(-1e-5, -0.1, -1.0), turns=(1.0,))
     names = [name for name, z in zip(NAMES, (*inputs, state)) if z is not None]
 
     def function(*leaves):
@@ -202,6 +202,7 @@ def test_gradcheck(mode, kind, per_head):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
 def test_inputs_are_left_alone_and_may_be_strided(mode, kind):
     inputs = each(Tensor.detach, *example(20, kind))
     before = each(Tensor.clone, *inputs)
@@ -211,7 +212,8 @@ def test_inputs_are_left_alone_and_may_be_strided(mode, kind):
     for axis in (0, 2):
         expanded = each(lambda z: z.narrow(axis, 0, 1).expand_as(z), *inputs)
         copied = each(Tensor.contiguous, *expanded)
-        assert relative_error(run(expanded[:5], expanded[5], mode=mode), run(copied[:5], copied[5], mode=mode)) < 1e-14
+        ours, theirs = (run(z[:5], z[5], mode=mode) for z in (expanded, copied))
+        assert relative_error(ours, theirs) < 1e-14
     fixed = each(lambda z: z[:, :1].expand_as(z), *inputs[3:5])  # the same gates at every token
     ours, theirs = (run((*inputs[:3], *gates), mode=mode) for gates in (fixed, each(Tensor.contiguous, *fixed)))
     assert relative_error(ours, theirs) < 1e-14
@@ -225,14 +227,12 @@ def test_conjugated_inputs(mode, kind):
     q, k, v, log_a, phase, state = example(20, kind)
     inputs = (q.conj(), k.conj(), v.conj(), log_a, phase)
     assert relative_error(run(inputs, state.conj(), mode=mode), flat(definition(*inputs, state.conj()))) < 1e-10
-    matrix = gateloop_matrix(q.conj(), k.conj(), log_a, phase)
-    assert (
-        relative_error(torch.einsum("bhts,bshp->bthp", matrix, v), definition(q.conj(), k.conj(), v, log_a, phase)[0])
-        < 1e-10
-    )
+    by_matrix = torch.einsum("bhts,bshp->bthp", gateloop_matrix(q.conj(), k.conj(), log_a, phase), v)
+    assert relative_error(by_matrix, definition(q.conj(), k.conj(), v, log_a, phase)[0]) < 1e-10
 
 
 @pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
 def test_later_tokens_do_not_reach_back(mode):
     *inputs, state = example(100, "complex gates", turns=(1.0,))
     changed = [torch.cat([z[:, :60], -torch.rand_like(z[:, 60:])], 1) for z in inputs]
@@ -245,9 +245,9 @@ def test_later_tokens_do_not_reach_back(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
 def test_prefill_and_go_on_at_every_split(mode, kind):
-    *inputs, start = example(40, kind)
-    whole, last = definition(*inputs, start)
+    inputs, start, whole, last = case(40, kind)
     for k in range(1, 40):
         first, rest = (each(lambda z: z[:, part], *inputs) for part in (slice(k), slice(k, None)))
         early, state = gateloop(*first, mode=mode, chunk_size=16, initial_state=start, return_state=True)
@@ -258,16 +258,12 @@ def test_prefill_and_go_on_at_every_split(mode, kind):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sequence_in_pieces(mode, kind):
-    *inputs, start = example(150, kind)
+    inputs, start, *expected = case(150, kind)
     pieces, state = [], start
     for i, j in ((0, 1), (1, 65), (65, 70), (70, 150)):
         y, state = gateloop(*each(lambda z: z[:, i:j], *inputs), mode=mode, initial_state=state, return_state=True)
         pieces.append(y)
-    out, expected, leaves = (
-        flat([torch.cat(pieces, 1), state]),
-        flat(definition(*inputs, start)),
-        given_ones(*inputs, start),
-    )
+    out, expected, leaves = flat([torch.cat(pieces, 1), state]), flat(expected), given_ones(*inputs, start)
     assert relative_error(out, expected) < 1e-10
     for ours, theirs in zip(gradients(out, leaves), gradients(expected, leaves)):
         assert relative_error(ours, theirs) < 1e-8
@@ -275,15 +271,13 @@ def test_a_sequence_in_pieces(mode, kind):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_state_is_not_changed_and_keeps_float32_token_by_token(mode):
-    *inputs, start = each(
-        Tensor.detach, *example(1024, "complex gates", 1, 2, gates=(-1e-6,), turns=(1.0,), dtype=torch.float32)
-    )
+    long = example(1024, "complex gates", 1, 2, gates=(-1e-6,), turns=(1.0,), dtype=torch.float32)
+    *inputs, start = each(Tensor.detach, *long)
     exact = definition(*widened(*inputs, start))[1]
     state, kept = start, start.clone()
     for t in range(1024):
-        _, state = gateloop(
-            *each(lambda z: z[:, t : t + 1], *inputs), mode=mode, initial_state=state, return_state=True
-        )
+        token = each(lambda z: z[:, t : t + 1], *inputs)
+        _, state = gateloop(*token, mode=mode, initial_state=state, return_state=True)
     assert torch.equal(start, kept) and relative_error(state, exact) < 1e-5
 
 
@@ -291,9 +285,8 @@ def test_a_state_is_not_changed_and_keeps_float32_token_by_token(mode):
 
 
 UNIFORM = torch.rand(4096, 3, generator=torch.Generator().manual_seed(5))
-LONG_GATES = {
-    str(gate): torch.full_like(UNIFORM, gate) for gate in (0.0, -1e-7, -1e-6, -1e-5, -1e-4, -1e-3, -0.1, -50.0)
-} | {
+CONSTANT = (0.0, -1e-7, -1e-6, -1e-5, -1e-4, -1e-3, -0.1, -50.0)
+LONG_GATES = {str(gate): torch.full_like(UNIFORM, gate) for gate in CONSTANT} | {
     "resets": torch.where(UNIFORM < 0.01, -50.0, -1e-6),
     "rare resets": torch.where(UNIFORM < 0.002, -50.0, -1e-4 * UNIFORM),
     "log-uniform": -(10.0 ** (8.7 * UNIFORM - 7)),
@@ -312,54 +305,66 @@ def long_example(turns, positive, length=4096):
     log_a = torch.stack([gates[:length] for gates in LONG_GATES.values()])[:, :, None]
     q, k, v = (torch.randn(len(log_a), length, 1, size, generator=generator) for size in (3, 3, 2))
     phase = None if LONG_PHASES[turns] is None else LONG_PHASES[turns][:length, None].expand_as(log_a)
-    return (
-        *((z.abs() if positive else z) for z in (q, k, v)),
-        log_a,
-        phase,
-    )  # where all are positive, nothing averages out
+    if positive:  # then nothing averages out
+        q, k, v = q.abs(), k.abs(), v.abs()
+    return q, k, v, log_a, phase
 
 
-@pytest.mark.parametrize("turns", LONG_PHASES)
-@pytest.mark.parametrize("positive", [False, True])
-def test_float32_over_4096_tokens(turns, positive):
-    inputs = long_example(turns, positive)
-    y, last = definition(*widened(*inputs))
-    for mode, size in (("recurrent", 64), ("scan", 64), ("chunked", 64), ("chunked", 4)):
-        ours, our_last = gateloop(*inputs, mode=mode, chunk_size=size, return_state=True)
-        for row, kind in enumerate(LONG_GATES):
-            assert relative_error(ours[row], y[row]) < 1e-5 and relative_error(our_last[row], last[row]) < 1e-5, (
-                mode,
-                size,
-                kind,
-            )
-    if positive != (turns == "constant"):  # a matrix of 4096 x 4096 takes its time
-        for row, kind in enumerate(LONG_GATES):
-            ours = gateloop(*each(lambda z: z[row : row + 1], *inputs), mode="attention")
-            assert relative_error(ours[0], y[row]) < 1e-5, kind
+@cache
+def long_case(turning):
+    """What each row is, all long examples whose gates turn, or all others, as rows, and the definition of each."""
+    kinds = [(turns, positive) for turns in LONG_PHASES for positive in (False, True) if (turns != "real") == turning]
+    rows = [(*kind, gate) for kind in kinds for gate in LONG_GATES]
+    inputs = [torch.cat(z) if turning or z[0] is not None else None for z in zip(*(long_example(*z) for z in kinds))]
+    return rows, inputs, *definition(*widened(*inputs))
 
 
-def float32_gradient_errors(mode, *inputs):
-    """Of the gradient of each input, the error in each row."""
+@pytest.mark.parametrize("turning", [False, True])
+@pytest.mark.parametrize("mode, size", [("recurrent", 64), ("scan", 64), ("chunked", 64), ("chunked", 4)])
+def test_float32_over_4096_tokens(turning, mode, size):
+    rows, inputs, y, last = long_case(turning)
+    ours, our_last = gateloop(*inputs, mode=mode, chunk_size=size, return_state=True)
+    for row, kind in enumerate(rows):
+        assert relative_error(ours[row], y[row]) < 1e-5 and relative_error(our_last[row], last[row]) < 1e-5, kind
+
+
+@pytest.mark.parametrize("turning", [False, True])
+def test_attention_in_float32_over_4096_tokens(turning):
+    """A matrix of 4096 x 4096 takes its time: each kind of gate once, real, and once with one of the phases in turn.
+
+    All pairs of a gate and a phase are in `test_float32_gradients`, at 1024 tokens."""
+    rows, inputs, y, _ = long_case(turning)
+    for number, gate in enumerate(LONG_GATES):
+        kind = (("random", True), ("constant", False))[number % 2] if turning else ("real", True)
+        row = rows.index((*kind, gate))
+        ours = gateloop(*each(lambda z: z[row : row + 1], *inputs), mode="attention")
+        assert relative_error(ours[0], y[row]) < 1e-5, rows[row]
+
+
+def float32_gradient_errors(*inputs):
+    """For each mode and each input, the error of the gradient in each row."""
     wide, narrow = ([z.to(dtype).requires_grad_() for z in inputs] for dtype in (torch.float64, torch.float32))
-    pairs = zip(gradients(gateloop(*narrow, mode=mode), narrow), gradients(definition(*wide)[0], wide))
-    return [[relative_error(out, ref) for out, ref in zip(*pair)] for pair in pairs]
+    expected = gradients(definition(*wide)[0], wide)
+    for mode in MODES:
+        found = gradients(gateloop(*narrow, mode=mode), narrow)
+        for name, outs, refs in zip(NAMES, found, expected):
+            yield mode, name, [relative_error(out, ref) for out, ref in zip(outs, refs)]
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("turns", LONG_PHASES)
-def test_float32_gradients(mode, turns):
-    for name, errors in zip(NAMES, float32_gradient_errors(mode, *given_ones(*long_example(turns, False, 1024)))):
+def test_float32_gradients(turns):
+    for mode, name, errors in float32_gradient_errors(*given_ones(*long_example(turns, False, 1024))):
         for kind, error in zip(LONG_GATES, errors):
             if (name, kind) != ("phase", "-50.0"):  # see the next test
-                assert error < 1e-5, (name, kind)
+                assert error < 1e-5, (mode, name, kind)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("gate", [-3.0, -10.0, -50.0])
-def test_float32_phase_gradients_where_most_is_forgotten(mode, gate):
+def test_float32_phase_gradients_where_most_is_forgotten():
     """There they are small beside all others, and a form that adds large terms of opposite sign loses them."""
-    q, k, v, phase = (torch.randn(1, 1024, 1, 3) for _ in range(4))
-    assert float32_gradient_errors(mode, q, k, v, torch.full_like(q, gate), phase)[4][0] < 1e-5
+    q, k, v, phase = (torch.randn(3, 1024, 1, 3) for _ in range(4))
+    log_a = torch.tensor([-3.0, -10.0, -50.0])[:, None, None, None].expand_as(q)
+    for mode, name, errors in float32_gradient_errors(q, k, v, log_a, phase):
+        assert name != "phase" or max(errors) < 1e-5, (mode, errors)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -382,9 +387,8 @@ def test_a_gate_of_zero_separates_documents(mode, kind):
     gates = log_a.detach().clone()
     gates[:, edges[:-1]] = -torch.inf
     packed = gateloop(q, k, v, gates, phase, mode=mode, initial_state=state)
-    alone = torch.cat(
-        [definition(*each(lambda z: z[:, i:j], q, k, v, log_a, phase))[0] for i, j in zip(edges, edges[1:])], 1
-    )
+    pieces = (each(lambda z: z[:, i:j], q, k, v, log_a, phase) for i, j in zip(edges, edges[1:]))
+    alone = torch.cat([definition(*piece)[0] for piece in pieces], 1)
     *grads, of_state = gradients(packed, [q, k, v, state])
     assert relative_error(packed, alone) < 1e-10 and not of_state.any()
     assert relative_error(flat(grads), flat(gradients(alone, [q, k, v]))) < 1e-8
@@ -426,9 +430,8 @@ def test_gates_may_be_wider_than_values(mode):
     exact, exact_last = definition(*widened(*halves, inputs[5]))
     assert y.dtype == torch.complex64 and relative_error(y, exact) < 1e-5 and relative_error(last, exact_last) < 1e-5
     y = gateloop(*inputs[:3], *each(Tensor.double, *inputs[3:5]), mode=mode)
-    assert (
-        y.dtype == torch.complex64 and relative_error(y, definition(*widened(*inputs[:5]))[0]) < 5e-8
-    )  # rounded once, at the end
+    exact = definition(*widened(*inputs[:5]))[0]
+    assert y.dtype == torch.complex64 and relative_error(y, exact) < 5e-8  # rounded once, at the end
     y = gateloop(*inputs[:5], mode=mode, initial_state=inputs[5].to(torch.complex128))
     assert relative_error(y, definition(*widened(*inputs))[0]) < 5e-8
 
@@ -470,12 +473,11 @@ def test_log_decay_to_end_does_not_cancel():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("per_head", [(False, False), (True, True)])
 def test_matrix_times_v(length, kind, per_head):
-    q, k, v, log_a, phase, _ = example(length, kind, per_head=per_head)
+    (q, k, v, log_a, phase), _, expected, _ = case(length, kind, per_head, with_state=False)
     matrix = gateloop_matrix(q, k, log_a, phase)
     assert matrix.shape == (2, 3, length, length) and torch.equal(matrix, matrix.tril())
     assert matrix.dtype == (torch.float64 if kind == "real" else torch.complex128)
     by_matrix = torch.einsum("bhts,bshp->bthp", matrix, v.to(matrix.dtype))
-    expected = definition(q, k, v, log_a, phase)[0]
     assert relative_error(by_matrix, expected) < 1e-10
     leaves = given_ones(q, k, v, log_a, phase) if length > 1 else [q, k, v]
     assert relative_error(flat(gradients(by_matrix, leaves)), flat(gradients(expected, leaves))) < 1e-8
@@ -537,14 +539,10 @@ def test_fixed_gates_are_a_state_space_model(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_retnet(mode):
-    """One fixed decay a head, queries and keys turned by their position: (Q Theta)(K conj(Theta))^T times gamma^(t -
-    s)."""
+    """One fixed decay a head, queries and keys turned by position: (Q Theta)(K conj(Theta))^T times gamma^(t - s)."""
     q, k, v = (torch.randn(100, 4, dtype=torch.float64) for _ in range(3))
-    gamma, theta, t = (
-        0.97,
-        torch.tensor([0.01, 0.1, 1.0, -2.0], dtype=torch.float64),
-        torch.arange(100, dtype=torch.float64),
-    )
+    theta, t = torch.tensor([0.01, 0.1, 1.0, -2.0], dtype=torch.float64), torch.arange(100, dtype=torch.float64)
+    gamma = 0.97
     turn = torch.exp(1j * torch.outer(t, theta))
     decay = (gamma ** (t[:, None] - t).clamp(min=0)).tril()
     retention = ((q * turn) @ (k * turn.conj()).mT * decay) @ v.to(torch.complex128)
@@ -555,8 +553,7 @@ def test_retnet(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gated_linear_attention(mode):
-    """GLA: real gates from the input, one per key channel: ((Q * b)(K / b)^T, masked) V with b the running product of
-    the gates."""
+    """GLA: real gates from the input, one per key channel: ((Q * b)(K / b)^T, masked) V, b their running product."""
     q, k, v = (torch.randn(60, 4, dtype=torch.float64) for _ in range(3))
     log_a = F.logsigmoid(torch.randn(60, 4, dtype=torch.float64)) / 16
     b = log_a.exp().cumprod(0)
@@ -572,12 +569,8 @@ def test_rope(rope):
     turned_q, turned_k = (apply_rope(z, torch.arange(200)[None], theta) for z in (q, k))
     q, k = (torch.complex(*z.transpose(1, 2).chunk(2, -1)) for z in (q, k))
     phase = theta.expand(q.shape)
-    assert (
-        relative_error(
-            gateloop_matrix(q, k.conj(), torch.zeros_like(phase), phase).real, (turned_q @ turned_k.mT).tril()
-        )
-        < 1e-10
-    )
+    matrix = gateloop_matrix(q, k.conj(), torch.zeros_like(phase), phase)
+    assert relative_error(matrix.real, (turned_q @ turned_k.mT).tril()) < 1e-10
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -596,34 +589,22 @@ def arguments():
     return dict(zip(NAMES, inputs))
 
 
+FIRST, REAL = "batch = 2, len = 6, heads = 3", "it must be a tensor of real floating-point numbers"
+
+
 @pytest.mark.parametrize(
     "name, change, message",
     [
         ("q", lambda z: z[0], r"q has shape \(6, 3, 4\): it must be \(batch, len, heads, key\)"),
-        (
-            "k",
-            lambda z: z[..., :2],
-            r"k has shape \(2, 6, 3, 2\): it must be \(batch = 2, len = 6, heads = 3, key = 4\)",
-        ),
+        ("k", lambda z: z[..., :2], rf"k has shape \(2, 6, 3, 2\): it must be \({FIRST}, key = 4\)"),
         ("k", lambda z: z[:, :5], r"k has shape \(2, 5, 3, 4\)"),
-        (
-            "v",
-            lambda z: z[:, :, :1],
-            r"v has shape \(2, 6, 1, 5\): it must be \(batch = 2, len = 6, heads = 3, value\)",
-        ),
-        (
-            "log_a",
-            lambda z: z[..., :2],
-            r"log_a has shape \(2, 6, 3, 2\): it must be \(batch = 2, len = 6, heads = 3, key = 4 or 1\)",
-        ),
+        ("v", lambda z: z[:, :, :1], rf"v has shape \(2, 6, 1, 5\): it must be \({FIRST}, value\)"),
+        ("log_a", lambda z: z[..., :2], rf"log_a has shape \(2, 6, 3, 2\): it must be \({FIRST}, key = 4 or 1\)"),
         ("log_a", lambda z: z[..., 0], r"log_a has shape \(2, 6, 3\)"),
         ("phase", lambda z: z[:, :, :1], r"phase has shape \(2, 6, 1, 4\): it must be .* key = 4 or 1\)"),
         ("phase", lambda z: z[..., :3], r"phase has shape \(2, 6, 3, 3\)"),
-        (
-            "initial_state",
-            lambda z: z.mT,
-            r"initial_state has shape \(2, 3, 5, 4\): it must be \(batch = 2, heads = 3, key = 4, value = 5\)",
-        ),
+        ("initial_state", lambda z: z.mT,
+         r"initial_state has shape \(2, 3, 5, 4\): it must be \(batch = 2, heads = 3, key = 4, value = 5\)"),
         ("initial_state", lambda z: z[:1], r"initial_state has shape \(1, 3, 4, 5\)"),
         ("q", lambda z: z.numpy(), "q is ndarray: it must be a tensor of floating-point numbers"),
         ("q", lambda z: z.long(), "q is torch.int64"),
@@ -631,16 +612,8 @@ def arguments():
         ("k", lambda z: None, "k is NoneType"),
         ("v", lambda z: None, "v is NoneType"),
         ("log_a", lambda z: None, "log_a is NoneType"),
-        (
-            "log_a",
-            lambda z: z.to(torch.complex64),
-            "log_a is torch.complex64: it must be a tensor of real floating-point numbers",
-        ),
-        (
-            "phase",
-            lambda z: z.to(torch.complex64),
-            "phase is torch.complex64: it must be a tensor of real floating-point numbers",
-        ),
+        ("log_a", lambda z: z.to(torch.complex64), f"log_a is torch.complex64: {REAL}"),
+        ("phase", lambda z: z.to(torch.complex64), f"phase is torch.complex64: {REAL}"),
         ("phase", lambda z: z.long(), "phase is torch.int64"),
         ("initial_state", lambda z: z.real.long(), "initial_state is torch.int64"),
         ("k", lambda z: z.double(), "k is torch.float64: it must have the precision of q, torch.float32"),
@@ -730,6 +703,7 @@ def test_mixer_against_its_definition(gates):
 
 @pytest.mark.parametrize("gates", OF_INPUT)
 @pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
 def test_mixer_in_pieces_and_step_by_step(gates, mode):
     layer, u = mixer(gates, mode), torch.randn(2, 9, 12, dtype=torch.float64)
     whole = layer(u)
@@ -753,11 +727,8 @@ def test_state_of_the_mixer(gates, dtype):
     layer = mixer(gates, dtype=dtype)
     state = layer.init_state(5)
     wide = torch.promote_types(dtype, torch.float32)
-    assert (
-        state.shape == (5, 3, 2, 4)
-        and state.dtype == (wide if gates == "real" else wide.to_complex())
-        and not state.any()
-    )
+    assert state.shape == (5, 3, 2, 4) and not state.any()
+    assert state.dtype == (wide if gates == "real" else wide.to_complex())
     y, new = layer(torch.randn(5, 7, 12, dtype=dtype), state)
     assert y.dtype == dtype and y.shape == (5, 7, 12) and new.dtype == state.dtype and new.abs().sum() > 0
     assert layer(torch.randn(5, 7, 12, dtype=dtype)).dtype == dtype
@@ -786,6 +757,7 @@ def test_mixer_is_its_matrix(gates):
 
 @pytest.mark.parametrize("gates", OF_INPUT)
 @pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
 def test_padding_of_the_mixer(gates, mode):
     layer, u, pads = mixer(gates, mode), torch.randn(3, 9, 12, dtype=torch.float64), (0, 4, 8)
     y, state = layer(u, layer.init_state(3), padding=torch.tensor(pads))
@@ -840,25 +812,17 @@ def test_extreme_gates_of_the_mixer_are_finite():
     assert y.isfinite().all() and all(z.grad.isfinite().all() for z in (u, *layer.parameters()))
 
 
-@pytest.mark.parametrize(
-    "sizes, message",
-    [
-        (dict(d_model=10, n_heads=4), "n_heads is 4: it must divide d_model = 10"),
-        (dict(d_model=0, n_heads=4), "d_model is 0: it must be an integer of at least 1"),
-        (dict(d_model=12, n_heads=0), "n_heads is 0"),
-        (dict(d_model=12, n_heads=-3), "n_heads is -3"),
-        (dict(d_model=12, n_heads=4, d_state=2.5), "d_state is 2.5"),
-        (dict(d_model=12, n_heads=4, d_state=True), "d_state is True"),
-        (
-            dict(d_model=12, n_heads=4, gates="imaginary"),
-            "gates is 'imaginary': it must be 'complex', 'real' or 'fixed'",
-        ),
-        (
-            dict(d_model=12, n_heads=4, mode="parallel"),
-            "mode is 'parallel': it must be 'recurrent', 'scan', 'attention' or 'chunked'",
-        ),
-    ],
-)
+@pytest.mark.parametrize("sizes, message", [
+    (dict(d_model=10, n_heads=4), "n_heads is 4: it must divide d_model = 10"),
+    (dict(d_model=0, n_heads=4), "d_model is 0: it must be an integer of at least 1"),
+    (dict(d_model=12, n_heads=0), "n_heads is 0"),
+    (dict(d_model=12, n_heads=-3), "n_heads is -3"),
+    (dict(d_model=12, n_heads=4, d_state=2.5), "d_state is 2.5"),
+    (dict(d_model=12, n_heads=4, d_state=True), "d_state is True"),
+    (dict(d_model=12, n_heads=4, gates="imaginary"), "gates is 'imaginary': it must be 'complex', 'real' or 'fixed'"),
+    (dict(d_model=12, n_heads=4, mode="parallel"),
+     "mode is 'parallel': it must be 'recurrent', 'scan', 'attention' or 'chunked'"),
+])
 def test_bad_sizes_of_a_mixer(sizes, message):
     with pytest.raises(ValueError, match=message):
         GateLoop(**sizes)
@@ -882,6 +846,7 @@ def make(dtype=torch.float64, **changes) -> GateLoopLM:
 
 @pytest.mark.parametrize("gates", OF_INPUT)
 @pytest.mark.parametrize("mode", ["scan", "chunked"])
+@torch.no_grad()
 def test_prefill_and_step_are_forward_at_every_split(gates, mode):
     model, ids = make(gates=gates, mode=mode), torch.randint(VOCAB, (2, 9))
     whole = model(ids)
@@ -899,30 +864,24 @@ def test_prefill_and_step_are_forward_at_every_split(gates, mode):
 
 @pytest.mark.parametrize("gates", OF_INPUT)
 @pytest.mark.parametrize("kind", ["left", "right", "holes"])
+@torch.no_grad()
 def test_padding_changes_nothing(gates, kind):
     model, ids, after = make(gates=gates), torch.randint(VOCAB, (3, 11)), torch.randint(VOCAB, (3,))
     mask = torch.ones(3, 11, dtype=torch.long)
     for row, length in ((0, 5), (2, 1)):
-        mask[
-            row,
-            {
-                "left": torch.arange(11 - length),
-                "right": torch.arange(length, 11),
-                "holes": torch.randperm(11)[length:],
-            }[kind],
-        ] = 0
+        pads = {"left": range(11 - length), "right": range(length, 11), "holes": torch.randperm(11)[length:].tolist()}
+        mask[row, list(pads[kind])] = 0
     logits, state = model.prefill(ids, mask)
     forward, (stepped, _) = model(ids, mask), model.step(after, state)
     for row in range(3):
         tokens = mask[row].bool()
         alone, alone_state = model.prefill(ids[row : row + 1, tokens])
-        assert (
-            relative_error(logits[row, tokens], alone[0]) < 1e-10
-            and relative_error(forward[row, tokens], alone[0]) < 1e-10
-        )
+        for ours in (logits, forward):
+            assert relative_error(ours[row, tokens], alone[0]) < 1e-10
         assert relative_error(stepped[row], model.step(after[row : row + 1], alone_state)[0][0]) < 1e-10
 
 
+@torch.no_grad()
 def test_greedy_generation():
     model, ids = make(), torch.randint(VOCAB, (2, 3))
     out = model.generate(ids, 6)
@@ -931,14 +890,14 @@ def test_greedy_generation():
         assert torch.equal(model(out[:, :t])[:, -1].argmax(-1), out[:, t])
 
 
+@torch.no_grad()
 def test_a_padded_batch_generates_what_single_prompts_do():
     model = make()
     ids, mask = torch.randint(VOCAB, (2, 8)), torch.ones(2, 8, dtype=torch.long)
     mask[0, :5] = 0
     together = model.generate(ids, 6, attention_mask=mask)[:, 8:]
-    assert torch.equal(together[0], model.generate(ids[:1, 5:], 6)[0, 3:]) and torch.equal(
-        together[1], model.generate(ids[1:], 6)[0, 8:]
-    )
+    assert torch.equal(together[0], model.generate(ids[:1, 5:], 6)[0, 3:])
+    assert torch.equal(together[1], model.generate(ids[1:], 6)[0, 8:])
 
 
 @pytest.mark.parametrize("gates", OF_INPUT)
@@ -962,20 +921,16 @@ def test_bfloat16_and_autocast_run():
     ids = torch.randint(VOCAB, (2, 9))
     model = make(torch.bfloat16)
     logits, state = model.prefill(ids)
-    assert (
-        logits.dtype == torch.bfloat16
-        and state[0].dtype == torch.complex64
-        and model.step(ids[:, 0], state)[0].dtype == torch.bfloat16
-    )
+    assert logits.dtype == model.step(ids[:, 0], state)[0].dtype == torch.bfloat16 and state[0].dtype == torch.complex64
     assert relative_error(logits.float(), model.float()(ids)) < 0.05
     with torch.autocast("cpu", dtype=torch.bfloat16):
         narrow = model(ids)
     assert relative_error(narrow.float(), model(ids)) < 0.05
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, dict(gates="real", tie_embeddings=False), dict(gates="fixed", mode="scan", norm_epsilon=1e-6)]
-)
+@pytest.mark.parametrize("changes", [
+    {}, dict(gates="real", tie_embeddings=False), dict(gates="fixed", mode="scan", norm_epsilon=1e-6),
+])
 def test_save_and_load(tmp_path, changes):
     model, ids = make(torch.float32, **changes), torch.randint(VOCAB, (2, 7))
     model.save_pretrained(tmp_path / "model")
@@ -1042,10 +997,8 @@ def test_the_state_does_not_grow():
         with torch.no_grad():
             ids = torch.randint(VOCAB, (1, length))
             _, state = model.prefill(ids)
-            return [
-                sum(layer.untyped_storage().nbytes() for layer in layers)
-                for layers in (state, model.step(ids[:, 0], state)[1])
-            ]
+            states = state, model.step(ids[:, 0], state)[1]
+            return [sum(layer.untyped_storage().nbytes() for layer in layers) for layers in states]
 
     assert kept_alive(1) == kept_alive(300) == [2 * 4 * 2 * 4 * 8] * 2
 
@@ -1093,10 +1046,7 @@ def test_the_command_line_knows_it(tmp_path, capsys):
     save_model(tmp_path / "model", model, tokenizer)
     loaded, its_tokenizer = load_model(str(tmp_path / "model"))
     ids = torch.tensor([tokenizer("She was").input_ids])
-    assert (
-        isinstance(loaded, GateLoopLM)
-        and torch.equal(loaded(ids), model(ids))
-        and its_tokenizer.get_vocab() == tokenizer.get_vocab()
-    )
+    assert isinstance(loaded, GateLoopLM) and torch.equal(loaded(ids), model(ids))
+    assert its_tokenizer.get_vocab() == tokenizer.get_vocab()
     main(["generate", str(tmp_path / "model"), "She was", "--tokens", "4"])
     assert capsys.readouterr().out.startswith("She was")

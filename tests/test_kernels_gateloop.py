@@ -259,8 +259,8 @@ def test_scan_mode_has_its_kernel(kind):
 @pytest.mark.parametrize("change, message", [
     ({"mode": "recurrent"}, "mode='recurrent' has no Triton kernel; use backend='naive' or 'auto'"),
     ({"mode": "attention"}, "mode='attention' has no Triton kernel"),
-    ({"key": 8}, "q has key = 8: the kernel needs at least 16; mode='scan' has a kernel for any width"),
-    ({"value": 15}, "v has value = 15: the kernel needs at least 16; mode='scan'"),
+    ({"key": 8}, "kernel gateloop needs widths of at least 16, here key = 8; mode='scan' has a kernel for any width"),
+    ({"value": 15}, "kernel gateloop needs widths of at least 16, here value = 15; mode='scan'"),
     ({"wide": True}, "kernel gateloop computes in float32, but an argument is torch.float64"),
     ({"mode": "scan", "wide": True}, "kernel scan computes in float32, but an argument is torch.float64"),
 ])  # fmt: skip
