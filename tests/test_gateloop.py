@@ -125,13 +125,14 @@ def test_modes_equal_the_definition(length, kind, per_head, with_state):
     if length == 1 and not with_state:
         leaves = leaves[:3]  # the first gate meets a zero
     expected = flat([y, last])
-    expected_grads = flat(gradients(expected, leaves))
+    with_gradients = length <= 65 or with_state  # zeros in the place of a state: the longest once is enough
+    expected_grads = flat(gradients(expected, leaves)) if with_gradients else None
     for mode in MODES:
         ours, our_last = gateloop(*inputs, mode=mode, initial_state=start, return_state=True)
         assert (ours.shape, ours.dtype, our_last.shape, our_last.dtype) == (y.shape, y.dtype, last.shape, last.dtype)
         out = flat([ours, our_last])
         assert relative_error(out, expected) < 1e-10, mode
-        assert relative_error(flat(gradients(out, leaves)), expected_grads) < 1e-8, mode
+        assert not with_gradients or relative_error(flat(gradients(out, leaves)), expected_grads) < 1e-8, mode
         if length <= 65:  # where it is quick: asking for the state changes nothing
             assert torch.equal(gateloop(*inputs, mode=mode, initial_state=start), ours)
 
@@ -191,7 +192,7 @@ def test_any_shape(length, batch, heads, key, value, chunk_size, kind, per_head,
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("per_head", [(False, False), (True, True)])
 def test_gradcheck(mode, kind, per_head):
-    *inputs, state = example(5, kind, 1, 1, 2, 2, per_head, gates=(-1e-5, -0.1, -1.0), turns=(1.0,))
+    *inputs, state = example(3, kind, 1, 1, 2, 2, per_head, gates=(-1e-5, -0.1, -1.0), turns=(1.0,))
     names = [name for name, z in zip(NAMES, (*inputs, state)) if z is not None]
 
     def function(*leaves):
