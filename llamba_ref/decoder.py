@@ -294,7 +294,7 @@ def prefill(
     x, state = model.backbone(input_ids, state, **padding)
     return model.head(_unpack(x, back)), state
 
-
+# %% ../nbs/04_decoder.ipynb #7074995b
 def walk(
     model: Decoder,  # the model
     input_ids: Int[Tensor, "batch len"],  # token ids
@@ -343,7 +343,7 @@ def generate(
         streamer.put(input_ids.cpu())
     for i in range(max_new_tokens):
         if i > 0:
-            logits, state = model.step(token, state)  # noqa: F823
+            logits, state = model.step(token, state)
         token, choice = _draw(logits, temperature, top_k, top_p, generator)
         token = torch.where(done, stops[0], token) if stop_tokens else token
         tokens.append(token[:, None].to(input_ids.dtype))

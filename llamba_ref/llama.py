@@ -20,7 +20,7 @@ from .convert import LanguageModel, ModelConfig, check_fields
 from .decoder import Backbone, init_weights
 
 # %% auto #0
-__all__ = ['Rope', 'rope_frequencies', 'apply_rope', 'KVCache', 'causal_mask', 'causal_attention', 'attention_matrix',
+__all__ = ['Rope', 'rope_frequencies', 'apply_rope', 'rotate', 'KVCache', 'causal_mask', 'causal_attention', 'attention_matrix',
            'Attention', 'LlamaConfig', 'Llama']
 
 # %% ../nbs/11_llama.ipynb #4c3315a6
@@ -69,6 +69,18 @@ def apply_rope(
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def rotate(
+    z: Float[Tensor, "batch heads len headdim"],  # queries or keys
+    rope: Rope,  # base and scaling
+    past: int,  # positions before the first of them
+    padding: Int[Tensor, "batch"] | None,  # padding on the left of each row, which takes no position
+) -> Float[Tensor, "batch heads len headdim"]:
+    """Rotate queries or keys by their positions in the text."""
+    positions = torch.arange(past, past + z.shape[2], device=z.device)[None]
+    positions = positions if padding is None else positions - padding[:, None]
+    return apply_rope(z, positions, rope_frequencies(rope, z.shape[-1], z.device))
 
 # %% ../nbs/11_llama.ipynb #7b86e9d6
 class KVCache(NamedTuple):
@@ -169,8 +181,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim, self.rope = n_heads, n_kv_heads, head_dim, rope
         self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
+        self.k_proj, self.v_proj = (nn.Linear(d_model, n_kv_heads * head_dim, bias=bias) for _ in range(2))
         self.o_proj = nn.Linear(n_heads * head_dim, d_model, bias=bias)
 
     def init_state(self, batch: int) -> KVCache:
@@ -182,11 +193,7 @@ class Attention(nn.Module):
         """Rotated queries, rotated keys and values, each (batch, heads, len, headdim)."""
         qkv = self.q_proj(u), self.k_proj(u), self.v_proj(u)
         q, k, v = (rearrange(z, "b l (h d) -> b h l d", d=self.head_dim) for z in qkv)
-        positions = torch.arange(past, past + u.shape[1], device=u.device)[None]
-        if padding is not None:
-            positions = positions - padding[:, None]
-        freqs = rope_frequencies(self.rope, self.head_dim, u.device)
-        return apply_rope(q, positions, freqs), apply_rope(k, positions, freqs), v
+        return rotate(q, self.rope, past, padding), rotate(k, self.rope, past, padding), v
 
     def forward(
         self,

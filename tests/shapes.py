@@ -34,10 +34,11 @@ def once_a_shape(function: Callable | type | None = None, **options) -> Callable
     A loop over 4096 tokens is then as fast as without; and a compiler sees the function alone."""
     if function is None:
         return lambda function: once_a_shape(function, **options)
+    shaped = any("Tensor," in str(hint) for hint in inspect.get_annotations(function).values())
+    if inspect.isgeneratorfunction(function) or not shaped:
+        return function  # a call of a generator does nothing yet
     if inspect.isclass(function):
         return jaxtyped(function, **options)  # the fields of a dataclass
-    if inspect.isgeneratorfunction(function) or not any("Tensor," in str(h) for h in function.__annotations__.values()):
-        return function  # a call of a generator does nothing yet
     checked, seen = jaxtyped(function, **options), set()
 
     @wraps(function)
@@ -51,7 +52,7 @@ def once_a_shape(function: Callable | type | None = None, **options) -> Callable
         seen.add(key)
         return out
 
-    call.__code__ = call.__code__.replace(co_name=function.__name__)  # as in core.checked
+    call.__code__ = call.__code__.replace(co_name=function.__name__)  # as in conventions.checked
     return call
 
 

@@ -98,7 +98,7 @@ def test_bits_per_byte_does_not_depend_on_the_tokens():
 def test_a_hopeless_model_has_no_perplexity():
     assert Evaluation(709.0, 1, 1.0).perplexity == math.exp(709) and Evaluation(1e4, 1, 1.0).bits_per_byte > 1e4
     with pytest.raises(FloatingPointError, match=r"^the loss of the student is 1e\+04: its exp overflows$"):
-        Evaluation(1e4, 1, 1.0, "student").perplexity
+        Evaluation(1e4, 1, 1.0, "student").perplexity  # noqa: B018
     for nll in (math.nan, math.inf):
         with pytest.raises(FloatingPointError, match=f"^the loss of the model is {nll}"):
             Evaluation(nll, 1, 1.0)

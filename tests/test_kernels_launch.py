@@ -97,7 +97,7 @@ def test_recording_does_not_nest_and_ends_with_an_error():
         assert gpu_of(torch.device("cpu")) is GPUS["T4"]  # the outer one goes on
     with pytest.raises(ZeroDivisionError):
         with recording(GPUS["T4"]):
-            1 / 0
+            1 / 0  # noqa: B018
     with recording(GPUS["H100"]) as launches:
         assert gpu_of(torch.device("meta")) is GPUS["H100"] and launches == []
 

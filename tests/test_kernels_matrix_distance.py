@@ -250,7 +250,7 @@ class Other(Mamba2):
 @pytest.mark.parametrize("mixer,sizes,message", [
     (Other, {"d_state": 16, "headdim": 32}, "an SSDMixer with Attention, but Other has a matrix of its own"),
     (Mamba2, {"d_state": 16, "headdim": 16}, "the student has 8 heads, the teacher 4"),
-    (Mamba2, {"d_state": 8, "headdim": 32}, "tiles of 16 to 128 columns, but state = 8"),
+    (Mamba2, {"d_state": 8, "headdim": 32}, "widths of 16 to 128, here state = 8"),
 ])  # fmt: skip
 def test_pairs_that_need_their_matrices(mixer, sizes, message):
     teacher, student = models(mixer, **sizes)
@@ -269,9 +269,9 @@ def test_auto_is_naive_on_a_cpu():
 
 
 @pytest.mark.parametrize("change,message", [
-    ({"width": 8}, "kernel matrix_distance multiplies tiles of 16 to 128 columns, but width = 8"),
-    ({"state": 8}, "but state = 8; use backend='naive' or 'auto'"),
-    ({"state": 160}, "but state = 160"),
+    ({"width": 8}, "kernel matrix_distance needs widths of 16 to 128, here width = 8"),
+    ({"state": 8}, "here state = 8; use backend='naive' or 'auto'"),
+    ({"state": 160}, "here state = 160"),
     ({"dtype": torch.float64}, "kernel matrix_distance computes in float32, but an argument is torch.float64"),
 ])  # fmt: skip
 def test_what_cannot_run_says_so(change, message):

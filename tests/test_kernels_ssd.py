@@ -728,7 +728,7 @@ def test_auto_is_triton_on_a_gpu(monkeypatch):
         monkeypatch.setattr(
             kernels,
             name,
-            lambda *arguments, real=getattr(kernels, name), name=name: calls.append(name) or real(*arguments),
+            lambda *arguments, real=getattr(kernels, name), name=name: calls.append(name) or real(*arguments),  # noqa: B008
         )
     *inputs, start = example(4)
     token = [z[:, 0] for z in inputs]

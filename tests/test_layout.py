@@ -32,14 +32,16 @@ def python_of(cell):
     return re.sub(r"^( *)[%!].*$", r"\1pass", cell, flags=re.MULTILINE)
 
 
-def imported(text):
-    """The modules of this package that a piece of code imports, at any depth; relative imports start at llamba_ref."""
+def imported(text, package="llamba_ref"):
+    """The modules of this package that some code imports, at any depth; `package` is where relative imports start."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("llamba_ref"))
+            yield from (alias.name for alias in node.names if alias.name.startswith("llamba_ref."))
         elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("llamba_ref")):
-            module = node.module or ""
-            yield module if module.startswith("llamba_ref") else f"llamba_ref.{module}"
+            start = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            names = [alias.name for alias in node.names] if module in ("llamba_ref", "llamba_ref.kernels") else [""]
+            yield from (f"{module}.{name}".rstrip(".") for name in names)
 
 
 def chapter_of():
@@ -70,10 +72,9 @@ def test_no_chapter_imports_from_a_later_one(path):
     begun = chapter_of()
     for cell in sources(path):
         for module in imported(python_of(cell)):
-            if module != "llamba_ref":
-                home = begun[module]
-                tool = home >= APPENDICES and number(path) < APPENDICES
-                assert tool or home <= number(path), f"{path.stem} imports {module}, which chapter {home} begins"
+            home = begun[module]
+            tool = home >= APPENDICES and number(path) < APPENDICES
+            assert tool or home <= number(path), f"{path.stem} imports {module}, which chapter {home} begins"
 
 
 def modules():
@@ -82,10 +83,7 @@ def modules():
     for path in PACKAGE.rglob("*.py"):
         if not path.name.startswith("_"):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            text = path.read_text()
-            if "kernels" in path.parts:  # relative imports start one level deeper
-                text = re.sub(r"^(\s*from) \.(\w)", r"\1 llamba_ref.kernels.\2", text, flags=re.MULTILINE)
-            graph[name] = {module for module in imported(text) if module != "llamba_ref"}
+            graph[name] = set(imported(path.read_text(), name.rpartition(".")[0]))
     return graph
 
 

@@ -33,7 +33,7 @@ def make_teacher(**changes):
                  num_key_value_heads=2, head_dim=8, rope=LLAMA_3, rms_norm_eps=1e-6)
     teacher = Llama(LlamaConfig(**sizes | changes))
     with torch.no_grad():
-        for name, parameter in teacher.named_parameters():
+        for parameter in teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return teacher
 

@@ -459,7 +459,8 @@ def equations(mixer, u, head_width, dt_limit):
 @settings(max_examples=20, deadline=None)
 @given(
     length=st.integers(1, 12), batch=st.integers(1, 2), groups=st.integers(1, 3), ratio=st.integers(1, 2),
-    headdim=st.integers(1, 3), d_state=st.integers(1, 4), expand=st.integers(1, 2), d_conv=st.integers(1, 5), chunk_size=st.integers(1, 13),
+    headdim=st.integers(1, 3), d_state=st.integers(1, 4), expand=st.integers(1, 2), d_conv=st.integers(1, 5),
+    chunk_size=st.integers(1, 13),
     bias=st.booleans(), conv_bias=st.booleans(), limited=st.booleans(), seed=st.integers(0, 2**16),
 )  # fmt: skip
 def test_a_mixer_against_its_equations(

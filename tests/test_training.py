@@ -1285,7 +1285,7 @@ def test_resume_on_a_gpu(tmp_path):
 
 
 def no_matplotlib():
-    for name in ("training", "mohawk", "evaluate", "horizon", "recall"):
+    for name in ("training", "mohawk", "evaluate", "memory_horizon", "associative_recall"):
         importlib.import_module(f"llamba_ref.{name}")
     assert [name for name in sys.modules if name.startswith("matplotlib")] == []
 
