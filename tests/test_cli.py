@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llamba_ref import cli
-from llamba_ref.cli import load_model, main, save_model
+from llamba_ref.cli import main
+from llamba_ref.models import load_model, save_model
 from llamba_ref.data import load_documents, pack, split_documents, train_tokenizer
 from llamba_ref.evaluate import compare, evaluate
 from llamba_ref.llama import Attention, Llama, LlamaConfig
