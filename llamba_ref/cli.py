@@ -18,7 +18,11 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, Union, get_type_hints
 
-import tyro
+try:
+    import tyro
+except KeyboardInterrupt:  # Ctrl+C while the program starts
+    print("llamba: stopped", file=sys.stderr)
+    sys.exit(130)
 
 if TYPE_CHECKING:  # for signatures alone: when the program runs, each method imports what it needs
     from accelerate import Accelerator
@@ -65,7 +69,9 @@ def check(options) -> None:
         if "path" in marks:
             if not value and getattr(type(options), name):  # may be empty only if it is so by default
                 raise ValueError(f"{name} is empty")
-            setattr(options, name, os.path.expanduser(value))
+            if (place := os.path.expanduser(value)).startswith("~"):
+                raise ValueError(f"{name} is {value!r}: there is no such home directory")
+            setattr(options, name, place)
         for bounds in (mark for mark in marks if isinstance(mark, Range)):
             for number in value if isinstance(value, tuple) else (value,):
                 if not bounds.least <= number <= bounds.most:  # nan is in no range
@@ -104,7 +110,7 @@ class Machine:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             accelerator = Accelerator(cpu=self.device != "auto" and device.type == "cpu", mixed_precision=precision)
-        except (RuntimeError, AssertionError) as err:  # no such word; or torch was built without it
+        except (RuntimeError, AssertionError, ImportError) as err:  # no such word, or torch was built without it
             raise ValueError(f"device is {self.device!r}: not here, or none of auto, cpu, cuda, cuda:N, mps") from err
         if self.device != "auto" and device.type != accelerator.device.type:
             raise ValueError(f"device is {self.device!r}: not on this machine, which has {accelerator.device.type}")
@@ -142,7 +148,7 @@ class Text:
         except ValueError as err:
             raise ValueError(f"{self.text}, the held-out part: {err}") from err
 
-# %% ../nbs/92_cli.ipynb #08d20831
+# %% ../nbs/92_cli.ipynb #bcc8364f
 @dataclass
 class Training:
     """The options of a training run."""
@@ -194,7 +200,7 @@ class Training:
                           f"{blocks.length} tokens to evaluate on")
         return data, blocks, run
 
-# %% ../nbs/92_cli.ipynb #2ff1f9a7
+# %% ../nbs/92_cli.ipynb #461b15cb
 def settings_of(command: Training) -> dict:
     """What defines a run and is written to its config.json: every option that its numbers depend on."""
     settings = {"command": type(command).__name__.lower(), **asdict(command)}
@@ -426,8 +432,8 @@ class Pretrain(Training):
         """The Llama before training: the same one for the same seed. Raises ValueError for sizes that do not fit."""
         import torch
         from llamba_ref.llama import Llama, LlamaConfig
-        if self.d_model % (2 * self.heads):
-            raise ValueError(f"d_model is {self.d_model}: it must be a positive multiple of 2 * heads, {2 * self.heads}")
+        if self.d_model % (pairs := 2 * self.heads):
+            raise ValueError(f"d_model is {self.d_model}: it must be a positive multiple of 2 * heads, {pairs}")
         torch.manual_seed(self.seed)
         return Llama(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=self.d_model, intermediate_size=self.intermediate_size,
