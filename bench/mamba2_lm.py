@@ -1,10 +1,11 @@
-"""A small Mamba-2 language model on the text and with the budget of bench.gateloop_lm, to look into in chapter 06_recall.
+"""A small Mamba-2 language model on the text and with the budget of bench.gateloop_lm, to look into in chapter
+06_recall.
 
-    python -m bench.mamba2_lm                 both learning rates, two at a time with one thread each; about 15 minutes on two cores
+    python -m bench.mamba2_lm                 both learning rates, two at a time; about 15 minutes on two cores
     python -m bench.mamba2_lm --save-to DIR   train the better one again and write it to DIR
 
-It has no MLPs and twice the layers, and 1% fewer parameters than the models of bench.gateloop_lm. One seed: the model is made to be
-looked into; for a comparison of models a single seed is not enough.
+It has no MLPs and twice the layers, and 1% fewer parameters than the models of bench.gateloop_lm. One seed: the model
+is made to be looked into; for a comparison of models a single seed is not enough.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import tyro
 from bench.common import best_rate_runs, first_run, save
 from bench.gateloop_lm import BATCH, LAYERS, LEARNING_RATES, LENGTH, VOCABULARY, WIDTH, train_on_novels
 from llamba_ref.checkpoint import find_checkpoint
-from llamba_ref.cli import save_model
 from llamba_ref.data import load_tokenizer
 from llamba_ref.decoder import Decoder
 from llamba_ref.mamba2 import Mamba2Config, Mamba2LM
+from llamba_ref.models import save_model
 
 STATE, HEADDIM = 16, 32
 
@@ -28,7 +29,9 @@ STATE, HEADDIM = 16, 32
 def fit(name: str, lr: float, seed: int) -> tuple[Decoder, dict]:
     """Train the model: itself, and its curve of held-out perplexity."""
     torch.manual_seed(seed)
-    return train_on_novels(Mamba2LM(Mamba2Config(VOCABULARY, WIDTH, 2 * LAYERS, STATE, HEADDIM, chunk_size=64)), name, lr, seed)
+    return train_on_novels(
+        Mamba2LM(Mamba2Config(VOCABULARY, WIDTH, 2 * LAYERS, STATE, HEADDIM, chunk_size=64)), name, lr, seed
+    )
 
 
 def run(name: str, lr: float, seed: int) -> dict:

@@ -1,10 +1,12 @@
-"""How many pairs fit into a state: multi-query associative recall with Mamba-2, GateLoop and a Transformer (chapter 06_recall).
+"""How many pairs fit into a state: multi-query associative recall with Mamba-2, GateLoop and a Transformer (chapter
+06_recall).
 
     python -m bench.recall        all runs, two at a time with one thread each; about half an hour on two cores
 
-Every model has two layers of width 64. It is trained with each learning rate of LEARNING_RATES and seed 0; the rate with the lowest
-final loss is then used for the other seed. Names end with the state size N, the width of a key in each head. "+ convolution" puts the
-convolution that Mamba-2 has inside in front of the mixer; "without convolution" holds Mamba-2's own at the identity.
+Every model has two layers of width 64. It is trained with each learning rate of LEARNING_RATES and seed 0; the rate
+with the lowest final loss is then used for the other seed. Names end with the state size N, the width of a key in each
+head. "+ convolution" puts the convolution that Mamba-2 has inside in front of the mixer; "without convolution" holds
+Mamba-2's own at the identity.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import statistics
 
 import torch
+import tyro
 from torch import nn
 
 from bench.common import Curve, best_rate_runs, parameters, save
@@ -37,7 +40,9 @@ def model(name: str) -> Decoder:
     if kind == "Transformer":
         return Llama(LlamaConfig(VOCABULARY, WIDTH, MLP, LAYERS, HEADS, HEADS, WIDTH // HEADS))
     if kind.startswith("Mamba-2"):
-        net = Mamba2LM(Mamba2Config(VOCABULARY, WIDTH, LAYERS, int(state), headdim=64, chunk_size=32, tie_embeddings=False))
+        net = Mamba2LM(
+            Mamba2Config(VOCABULARY, WIDTH, LAYERS, int(state), headdim=64, chunk_size=32, tie_embeddings=False)
+        )
         if kind.endswith("without convolution"):
             for block in net.backbone.layers:
                 conv = block.mixer.conv1d.requires_grad_(False)
@@ -45,7 +50,9 @@ def model(name: str) -> Decoder:
                 nn.init.zeros_(conv.bias)
         return net
     gates = "complex" if "complex" in kind else "real"
-    net = GateLoopLM(GateLoopConfig(VOCABULARY, WIDTH, LAYERS, HEADS, MLP, int(state), gates, mode="recurrent", tie_embeddings=False))
+    net = GateLoopLM(
+        GateLoopConfig(VOCABULARY, WIDTH, LAYERS, HEADS, MLP, int(state), gates, mode="recurrent", tie_embeddings=False)
+    )
     if kind.endswith("+ convolution"):
         for block in net.backbone.layers:
             block.mixer = WithConvolution(block.mixer, WIDTH)
@@ -65,15 +72,36 @@ def run(name: str, lr: float, seed: int) -> dict:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     net = model(name)
-    tests = {pairs: recall_sequences(4096 // pairs, pairs, generator=torch.Generator().manual_seed(10_000 + pairs)) for pairs in PAIRS}
+    tests = {
+        pairs: recall_sequences(4096 // pairs, pairs, generator=torch.Generator().manual_seed(10_000 + pairs))
+        for pairs in PAIRS
+    }
     curve = Curve(EVERY, lambda step: {"accuracy": recall_accuracy(net, tests[PAIRS[-1]])})
-    records = train(net, [Stage("recall", STEPS, lr)], RecallBatches(PAIRS_IN_BATCH, PAIRS, seed), lambda stage: RecallObjective(net),
-                    after_step=curve, progress=False)
+    records = train(
+        net,
+        [Stage("recall", STEPS, lr)],
+        RecallBatches(PAIRS_IN_BATCH, PAIRS, seed),
+        lambda stage: RecallObjective(net),
+        after_step=curve,
+        progress=False,
+    )
     accuracy = {pairs: recall_accuracy(net, ids) for pairs, ids in tests.items()}
-    print(f"{name:>46} lr {lr:g} seed {seed}: " + "  ".join(f"{pairs}: {share:.3f}" for pairs, share in accuracy.items())
-          + f"  {curve.spent:.0f} s", flush=True)
-    return {"name": name, "lr": lr, "seed": seed, "parameters": parameters(net), "state_numbers": state_numbers(name), "curve": curve.points,
-            "score": statistics.mean(record["loss"] for record in records[-50:]), "accuracy": list(accuracy.values())}
+    print(
+        f"{name:>46} lr {lr:g} seed {seed}: "
+        + "  ".join(f"{pairs}: {share:.3f}" for pairs, share in accuracy.items())
+        + f"  {curve.spent:.0f} s",
+        flush=True,
+    )
+    return {
+        "name": name,
+        "lr": lr,
+        "seed": seed,
+        "parameters": parameters(net),
+        "state_numbers": state_numbers(name),
+        "curve": curve.points,
+        "score": statistics.mean(record["loss"] for record in records[-50:]),
+        "accuracy": list(accuracy.values()),
+    }
 
 
 def main() -> None:
@@ -83,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)  # --help says what it does, and does not start it

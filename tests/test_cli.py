@@ -1,6 +1,7 @@
-"""The command `llamba`: what every option does, what a run leaves behind, what errors look like, what a killed run loses."""
+"""The command `llamba`: what every option does, what a run leaves behind, what errors look like, what a killed run
+loses."""
 
-import importlib
+import importlib.util
 import inspect
 import json
 import multiprocessing
@@ -62,8 +63,22 @@ def config_of(tokenizer, **sizes) -> LlamaConfig:
 
 def words(toy: Path, out: Path, *more, steps=("2", "2", "2")) -> list[str]:
     """A small distillation."""
-    return ["distill", "--out", str(out), "--teacher", str(toy / "teacher"), "--text", str(toy / "text.txt"), *TEXT, *SIZE,
-            "--steps", *steps, "--save-every", "2", *map(str, more)]
+    return [
+        "distill",
+        "--out",
+        str(out),
+        "--teacher",
+        str(toy / "teacher"),
+        "--text",
+        str(toy / "text.txt"),
+        *TEXT,
+        *SIZE,
+        "--steps",
+        *steps,
+        "--save-every",
+        "2",
+        *map(str, more),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +107,8 @@ def llamba(capsys):
 
 @pytest.fixture
 def message(llamba):
-    """Run a command that must fail as the user's mistake does: exit code 1, one line, no traceback. Returns the line."""
+    """Run a command that must fail as the user's mistake does: exit code 1, one line, no traceback. Returns the
+    line."""
 
     def call(*args):
         code, _, err = llamba(*args)
@@ -175,7 +191,9 @@ def test_interrupted_run_says_how_to_go_on(toy, tmp_path, llamba, monkeypatch):
 def test_run_directory(run, toy):
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} - {".lock"}
     expected = {"config.json", "machine.json", "metrics.jsonl", "figures/matrices.png", "figures/progress.png"}
-    expected |= {f"student/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")}
+    expected |= {
+        f"student/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    }
     parts = ("training.pt", "weights.safetensors")
     expected |= {f"checkpoints/step-0000000{step}/{name}" for step in (4, 6) for name in parts}
     others = {"student/generation_config.json", *(f"checkpoints/step-0000000{step}/checksums.json" for step in (4, 6))}
@@ -193,19 +211,40 @@ def test_metrics(run):
     assert [record["stage"] for record in steps] == ["orientation"] * 2 + ["alignment"] * 2 + ["distillation"] * 2
     evaluations = {record["evaluation"]: record for record in metrics if "evaluation" in record}
     assert list(evaluations) == ["attention replaced", "after orientation", "after alignment", "after distillation"]
-    assert all(record["perplexity"] > 1 and record["kl"] > 0 and 0 <= record["agreement"] <= 1 for record in evaluations.values())
+    assert all(
+        record["perplexity"] > 1 and record["kl"] > 0 and 0 <= record["agreement"] <= 1
+        for record in evaluations.values()
+    )
 
 
 def test_student_is_a_checkpoint_with_its_tokenizer(run, toy):
     student, tokenizer = load_model(str(run / "student"))
-    assert isinstance(student, Llamba) and all(isinstance(block.mixer, DiscreteMamba2) for block in student.backbone.layers)
+    assert isinstance(student, Llamba) and all(
+        isinstance(block.mixer, DiscreteMamba2) for block in student.backbone.layers
+    )
     final = load_file(run / "checkpoints/step-00000006/weights.safetensors")
-    assert all(torch.equal(weight, final[name]) for name, weight in Llamba.from_pretrained(run / "student").state_dict().items())
+    assert all(
+        torch.equal(weight, final[name])
+        for name, weight in Llamba.from_pretrained(run / "student").state_dict().items()
+    )
     assert tokenizer.get_vocab() == load_model(str(toy / "teacher"))[1].get_vocab()
 
 
 def test_options_reach_the_student(toy, tmp_path, llamba):
-    code, out, err = llamba(*words(toy, tmp_path / "run", "--replace", 1, "--micro-batch-size", 1, "--streaming", "--prompt", "She", steps="110"))
+    code, out, err = llamba(
+        *words(
+            toy,
+            tmp_path / "run",
+            "--replace",
+            1,
+            "--micro-batch-size",
+            1,
+            "--streaming",
+            "--prompt",
+            "She",
+            steps="110",
+        )
+    )
     assert code == 0, err
     student, _ = load_model(str(tmp_path / "run"))
     assert [type(block.mixer) for block in student.backbone.layers] == [Attention, DiscreteMamba2]
@@ -236,7 +275,10 @@ def test_generate(run, llamba):
 
 
 def test_generate_greedy_needs_no_seed(run, llamba):
-    texts = {llamba("generate", run, "She", "--tokens", "6", "--temperature", "0", "--seed", str(seed))[1] for seed in range(2)}
+    texts = {
+        llamba("generate", run, "She", "--tokens", "6", "--temperature", "0", "--seed", str(seed))[1]
+        for seed in range(2)
+    }
     assert len(texts) == 1
     assert texts == {llamba("generate", run, "She", "--tokens", "6", "--top-k", "1")[1]}
 
@@ -250,8 +292,17 @@ def test_evaluate(run, toy, llamba):
     _, held_out = split_documents(load_documents(toy / "text.txt"), 4)
     blocks = pack(held_out, tokenizer, 32, max_blocks=4)
     ours = compare(teacher, student, blocks)
-    assert figures == pytest.approx({"perplexity": ours.student.perplexity, "bits_per_byte": ours.student.bits_per_byte, "tokens": 4 * 31,
-                                     "teacher_perplexity": ours.teacher.perplexity, "agreement": ours.agreement, "kl": ours.kl}, rel=1e-5)
+    assert figures == pytest.approx(
+        {
+            "perplexity": ours.student.perplexity,
+            "bits_per_byte": ours.student.bits_per_byte,
+            "tokens": 4 * 31,
+            "teacher_perplexity": ours.teacher.perplexity,
+            "agreement": ours.agreement,
+            "kl": ours.kl,
+        },
+        rel=1e-5,
+    )
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     assert last["perplexity"] == pytest.approx(ours.student.perplexity, rel=1e-5)  # what the run logged
     code, out, _ = llamba("evaluate", run, *options)
@@ -259,8 +310,26 @@ def test_evaluate(run, toy, llamba):
 
 
 def test_pretrain(toy, tmp_path, llamba):
-    command = ["pretrain", "--out", tmp_path / "run", "--text", toy / "text.txt", *TEXT, "--vocab-size", "280", "--d-model", "16", "--layers", "1",
-               "--intermediate-size", "32", "--steps", "3", "--batch-size", "2"]
+    command = [
+        "pretrain",
+        "--out",
+        tmp_path / "run",
+        "--text",
+        toy / "text.txt",
+        *TEXT,
+        "--vocab-size",
+        "280",
+        "--d-model",
+        "16",
+        "--layers",
+        "1",
+        "--intermediate-size",
+        "32",
+        "--steps",
+        "3",
+        "--batch-size",
+        "2",
+    ]
     code, out, err = llamba(*command)
     assert code == 0, err
     model, tokenizer = load_model(str(tmp_path / "run"))
@@ -311,7 +380,7 @@ def test_bad_options(options, expected, toy, tmp_path, message):
 @pytest.mark.parametrize("text, expected", [
     ("", "holds no text"),
     ("\n\n \n", "holds no text"),
-    ("one document", "1 documents and held_out=4 needs at least 4"),
+    ("one document", "held_out=4"),
     ("\n\n\n\n\n".join("abcd"), "one block needs 32"),
     ("\n\n\n\n\n".join(["a long text " * 50] * 3 + ["x"]), "the held-out part: the corpus has 2 tokens, one block needs 32"),
 ])  # fmt: skip
@@ -381,7 +450,11 @@ def test_bad_checkpoints(kind, expected, toy, tmp_path, message):
     bad = spoiled(kind, toy / "teacher", tmp_path / "bad")
     if "weight" in expected and "missing" in kind or "too many" in kind:
         expected = re.compile(r"(missing|unexpected) \((backbone|model)\.(final_layernorm|norm|extra)")
-    for command in (words(toy, tmp_path / "run", "--teacher", bad), ["generate", bad], ["evaluate", bad, "--text", toy / "text.txt", *TEXT]):
+    for command in (
+        words(toy, tmp_path / "run", "--teacher", bad),
+        ["generate", bad],
+        ["evaluate", bad, "--text", toy / "text.txt", *TEXT],
+    ):
         said = message(*command)
         assert expected.search(said) if isinstance(expected, re.Pattern) else expected in said
         assert "bad" in said or "tokenizer does not fit" in said  # which checkpoint
@@ -413,7 +486,7 @@ def test_prompt_without_a_token(toy, message):
 @pytest.mark.parametrize("options, expected", [
     (["--batch-size", "0"], "batch_size is 0"),
     (["--length", "1"], "length is 1"),
-    (["--held-out", "99"], "24 documents and held_out=99 needs at least 99"),
+    (["--held-out", "99"], "held_out=99"),
 ])  # fmt: skip
 def test_bad_options_of_evaluate(options, expected, toy, message):
     assert expected in message("evaluate", toy / "teacher", "--text", toy / "text.txt", *TEXT, *options)
@@ -475,7 +548,9 @@ def test_resume_of_a_finished_run_changes_nothing(run, toy, llamba):
     code, out, _ = llamba(*words(toy, run, "--resume"))
     assert code == 0 and "the student continues" in out
     after = contents(run)
-    assert {name: after[name] for name in before if "png" not in name} == {name: before[name] for name in before if "png" not in name}
+    assert {name: after[name] for name in before if "png" not in name} == {
+        name: before[name] for name in before if "png" not in name
+    }
 
 
 def test_run_without_a_student_yet(run, toy, tmp_path, message):
@@ -540,7 +615,17 @@ def options_of(command: type):
 
 
 COMMANDS = {"distill": cli.Distill, "generate": cli.Generate, "evaluate": cli.Evaluate, "pretrain": cli.Pretrain}
-SHARED = {"text", "text_field", "separator", "held_out", "length", "validation_blocks", "device", "threads", "streaming"}
+SHARED = {
+    "text",
+    "text_field",
+    "separator",
+    "held_out",
+    "length",
+    "validation_blocks",
+    "device",
+    "threads",
+    "streaming",
+}
 WHOLE, BROKEN = (0, -1, 2**31, 2**63, 2**70), ("nan", "inf", "-inf", "1e-300", "1e300")
 STRINGS = ("", "\udcff", "~nosuch/x", "/dev/null", "/dev/null/x", "x" * 5000)
 SWEEP = [
@@ -556,13 +641,15 @@ SWEEP = [
 def no_pictures(monkeypatch):
     """Leave out the end of a training run, which takes most of its time: figures and samples of text."""
     monkeypatch.setattr(cli, "save_figure", lambda run, name, figure: None)
-    monkeypatch.setattr("llamba_ref.evaluate.draw_progress", lambda metrics: None)
+    plots = "llamba_ref.plots" if importlib.util.find_spec("llamba_ref.plots") else "llamba_ref.evaluate"
+    monkeypatch.setattr(f"{plots}.draw_progress", lambda metrics: None)
     monkeypatch.setattr(cli, "stream_text", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
 def smallest(toy) -> dict[str, list[str]]:
-    """The quickest use of each command; its words come before an option, its names are replaced by those of the sweep."""
+    """The quickest use of each command; its words come before an option, its names are replaced by those of the
+    sweep."""
     teacher, text = str(toy / "teacher"), ["--text", str(toy / "text.txt"), "--held-out", "4", "--length", "16"]
     text += ["--validation-blocks", "1"]
     small = ["--vocab-size", "260", "--d-model", "8", "--layers", "1", "--intermediate-size", "8", "--steps", "1"]
@@ -578,7 +665,10 @@ def typed(command: str, name: str, value, usual: list[str]) -> list[str]:
     """The words of a command with one option set to a value."""
     plain = {name: plain for name, plain, _ in options_of(COMMANDS[command])}[name]
     if command in ("generate", "evaluate") and name in ("model", "prompt"):
-        return [command, *(str(value) if place == ("model", "prompt").index(name) else word for place, word in enumerate(usual))]
+        return [
+            command,
+            *(str(value) if place == ("model", "prompt").index(name) else word for place, word in enumerate(usual)),
+        ]
     count = len([part for part in get_args(plain) if part is not ...]) or 1
     if str(value).startswith("-") and count == 1:
         return [command, *usual, f"--{name.replace('_', '-')}={value}"]
@@ -596,7 +686,9 @@ def test_the_sweep_has_every_option():
 
 
 @pytest.mark.parametrize("command, name, value", SWEEP)
-def test_no_value_of_an_option_ends_in_a_traceback(command, name, value, smallest, tmp_path, llamba, monkeypatch, request):
+def test_no_value_of_an_option_ends_in_a_traceback(
+    command, name, value, smallest, tmp_path, llamba, monkeypatch, request
+):
     """Also: what is refused leaves nothing behind."""
     monkeypatch.chdir(tmp_path)
     if command in ("distill", "pretrain"):
@@ -661,7 +753,9 @@ def test_a_temperature_that_no_float_can_divide_by(toy, llamba):
 def test_the_home_directory(toy, tmp_path, llamba, monkeypatch, no_pictures):
     monkeypatch.setenv("HOME", str(toy))
     text = ["--text", "~/text.txt", *TEXT]
-    code, _, err = llamba("distill", "--out", "~/at-home", "--teacher", "~/teacher", *text, *SIZE, "--steps", "0", "1", "0")
+    code, _, err = llamba(
+        "distill", "--out", "~/at-home", "--teacher", "~/teacher", *text, *SIZE, "--steps", "0", "1", "0"
+    )
     assert code == 0 and (toy / "at-home/student").is_dir(), err
     assert llamba("evaluate", "~/at-home", "--teacher", "~/teacher", *text)[0] == 0
     assert llamba("generate", "~/teacher", "She", "--tokens", "1")[0] == 0
@@ -671,8 +765,10 @@ def test_the_home_directory(toy, tmp_path, llamba, monkeypatch, no_pictures):
 
 def test_a_group_in_the_separator_is_no_document(toy, tmp_path, llamba):
     (tmp_path / "text.txt").write_text((toy / "text.txt").read_text().replace("\n\n\n\n\n", "\n---\n"))
-    found = [llamba("evaluate", toy / "teacher", "--json", *TEXT, "--text", tmp_path / "text.txt", "--separator", separator)
-             for separator in ("\n-+\n", "\n(-+)\n", "(\n)(-)+\n")]
+    found = [
+        llamba("evaluate", toy / "teacher", "--json", *TEXT, "--text", tmp_path / "text.txt", "--separator", separator)
+        for separator in ("\n-+\n", "\n(-+)\n", "(\n)(-)+\n")
+    ]
     assert found[0][0] == 0 and found[1] == found[2] == found[0]
 
 
@@ -872,9 +968,9 @@ def test_a_run_goes_on_with_as_many_threads_as_it_began_with(run, toy, tmp_path,
 # In processes of their own
 
 
-def child(words: list[str], out, err) -> None:
+def child(words: list[str], out, err, file: str | None) -> None:
     """A process: its streams, then the command."""
-    os.dup2(out.fileno(), 1)
+    os.dup2(os.open(file, os.O_WRONLY) if file else out.fileno(), 1)
     os.dup2(err.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -887,10 +983,12 @@ class Started:
 
     context = multiprocessing.get_context("forkserver")
 
-    def __init__(self, *words):
+    def __init__(self, *words, file: str | None = None):
+        """`file` is what standard output goes to; None: it is read."""
         pipes = [self.context.Pipe(duplex=False) for _ in range(2)]
         self.streams = [read for read, _ in pipes]
-        self.process = self.context.Process(target=child, args=([str(word) for word in words], *(write for _, write in pipes)))
+        written = [write for _, write in pipes]
+        self.process = self.context.Process(target=child, args=([str(word) for word in words], *written, file))
         self.process.start()
         for _, write in pipes:
             write.close()
@@ -908,7 +1006,9 @@ class Started:
 @pytest.fixture(scope="module", autouse=True)
 def imported():
     """Begin to import at once, beside the first tests, in the process that the others branch off from."""
-    Started.context.set_forkserver_preload(["llamba_ref.mohawk", "llamba_ref.models", "llamba_ref.evaluate", "llamba_ref.cli"])
+    Started.context.set_forkserver_preload(
+        ["llamba_ref.mohawk", "llamba_ref.models", "llamba_ref.evaluate", "llamba_ref.cli"]
+    )
     from multiprocessing import forkserver
 
     forkserver.ensure_running()
@@ -930,9 +1030,9 @@ def wait_for(step: int, out: Path, started: Started) -> None:
 
 
 def test_a_killed_run_ends_as_an_unbroken_one(toy, tmp_path):
-    steps = ("10", "20", "30")
+    steps = ("6", "4", "10")
     unbroken = Started(*words(toy, tmp_path / "unbroken", steps=steps))
-    for step, resume in ((7, []), (35, ["--resume"])):  # in the first stage, and in the last
+    for step, resume in ((5, []), (13, ["--resume"])):  # in the first stage, and in the last
         killed = Started(*words(toy, tmp_path / "killed", *resume, steps=steps))
         wait_for(step, tmp_path / "killed", killed)
         killed.process.kill()
@@ -959,7 +1059,11 @@ def test_a_run_that_is_alive_is_not_resumed(toy, tmp_path, message):
 @pytest.mark.skipif(not hasattr(training, "forget"), reason="a run does not clean up")
 def test_what_a_kill_left_is_removed(run, toy, tmp_path, llamba):
     again = back_to_step_4(run, tmp_path / "run")
-    left = [again / ".student-0123abcd", again / "checkpoints/.step-00000006-0123abcd", again / "checkpoints/.step-00000002-old"]
+    left = [
+        again / ".student-0123abcd",
+        again / "checkpoints/.step-00000006-0123abcd",
+        again / "checkpoints/.step-00000002-old",
+    ]
     for directory in left:
         directory.mkdir()
         (directory / "weights.safetensors").write_bytes(b"half")
@@ -1029,7 +1133,9 @@ def test_help_comes_at_once():
     began = time.monotonic()
     code, out, err = shell("$LLAMBA --help")
     assert code == 0 and "distill" in out and not err
-    loaded = shell(f"{sys.executable} -c 'import sys, llamba_ref.cli; print(sys.modules.keys() & {{\"torch\", \"numpy\", \"datasets\"}})'")[1]
+    loaded = shell(
+        f'{sys.executable} -c \'import sys, llamba_ref.cli; print(sys.modules.keys() & {{"torch", "numpy", "datasets"}})\''
+    )[1]
     assert loaded == "set()\n"  # a measure that does not depend on the machine
     assert time.monotonic() - began < 3
 
@@ -1056,15 +1162,17 @@ def test_streams_that_are_closed_are_no_error():
 
 def test_a_closed_output_is_not_given_to_a_file(run, toy, tmp_path):
     """File descriptor 1 of a program whose output is closed must not become that of a file of weights."""
-    code = "import sys, os; from llamba_ref.cli import main\ntry: main(['generate', '', 'x'])\nexcept SystemExit: pass\n"
+    code = (
+        "import sys, os; from llamba_ref.cli import main\ntry: main(['generate', '', 'x'])\nexcept SystemExit: pass\n"
+    )
     code += f"file = open({str(tmp_path / 'file')!r}, 'w'); os.write(1, b'noise'); file.write(str(file.fileno() > 2))"
     assert shell(f"{sys.executable} -c \"{code}\" <&- >&-")[0] == 0
     assert (tmp_path / "file").read_text() == "True"
 
 
 def test_a_full_disk_behind_standard_output(toy):
-    code, out, err = shell(f"$LLAMBA generate {toy / 'teacher'} She --tokens 3 >/dev/full")
-    assert (code, out) == (1, "") and err == "llamba: error: [Errno 28] No space left on device\n"
+    ended = Started("generate", toy / "teacher", "She", "--tokens", "3", file="/dev/full").end()
+    assert ended == (1, "", "llamba: error: [Errno 28] No space left on device\n")
 
 
 def test_control_c_while_it_starts():
