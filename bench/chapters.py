@@ -1,12 +1,13 @@
-"""Every chapter, run as on Colab: in an empty directory, with the installed package. Prints what differs from the saved outputs.
+"""Every chapter, run as on Colab: in an empty directory, with the installed package. Prints what differs from the saved
+outputs.
 
     make notebooks              # all chapters, in an environment that has the package and no development tools
     make notebooks NB=07_ssd    # one
 
-A chapter has to run without an error, in under two minutes, and to print what is saved in it. Figures are not compared. What a
-cell that begins with `#| measured` prints comes from times on this machine: only the number of its lines is compared. What a cell
-with `#| needs: MODULE` prints is compared where that optional module is installed. Numbers under 1e-5
-count as rounding errors, which differ between processors: they may differ by a factor of ten."""
+A chapter has to run without an error, in under two minutes, and to print what is saved in it. Figures are not compared.
+What a cell that begins with `#| measured` prints comes from times on this machine: only the number of its lines is
+compared. What a cell with `#| needs: MODULE` prints is compared where that optional module is installed. Numbers under
+1e-5 count as rounding errors, which differ between processors: they may differ by a factor of ten."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ def compare(saved: nbformat.NotebookNode, now: nbformat.NotebookNode) -> tuple[l
 
 
 def run(path: Path) -> tuple[float, list[str], set[str]]:
-    """Run a chapter in an empty directory: the seconds it took, what is wrong with it, and what was missing to compare all cells."""
+    """Run a chapter in an empty directory: the seconds it took, what is wrong with it, and what was missing to compare
+    all cells."""
     saved = nbformat.read(path, 4)
     now = copy.deepcopy(saved)
     began = time.perf_counter()

@@ -6,6 +6,8 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +30,9 @@ def device_name() -> str:
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU")
+    model = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU"
+    )
     return f"{model}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
@@ -41,8 +45,8 @@ def version(package: str) -> str | None:
 
 
 def save(name: str, command: str, *, packages: Sequence[str] = (), **content) -> Path:
-    """Write bench/results/NAME.json: the command that made it, device, versions (of `packages` too, null where they are not
-    installed), date, and the measurements."""
+    """Write bench/results/NAME.json: the command that made it, device, versions (of `packages` too, null where they are
+    not installed), date, and the measurements."""
     versions = {package: version(package) for package in ("llamba_ref", "torch", "transformers", *packages)}
     record = {"command": command, "device": device_name(), "python": platform.python_version(), "versions": versions,
               "date": datetime.date.today().isoformat(), **content}
@@ -52,22 +56,35 @@ def save(name: str, command: str, *, packages: Sequence[str] = (), **content) ->
     return path
 
 
+def in_a_process(call: str, environment: dict[str, str]):
+    """What a call such as "bench.threads.measure(2)" returns in a Python process of its own."""
+    code = f"import json, {call.partition('(')[0].rpartition('.')[0]}; print(json.dumps({call}))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    return json.loads(done.stdout)
+
+
 class Curve:
     """A learning curve, to be called after each step of `train`; CPU time counts the training alone."""
 
-    def __init__(self, every: int, measure: Callable[[int], dict]):
-        self.every, self.measure = every, measure  # steps between two points; from the number of steps taken to what a point holds
+    def __init__(
+        self,
+        every: int,  # steps between two points
+        measure: Callable[[int], dict],  # from the number of steps taken to what a point holds
+        last: int | None = None,  # a step that is a point in any case
+    ):
+        self.every, self.measure, self.last = every, measure, last
         self.points, self.spent, self.began = [], 0.0, time.process_time()
 
     def __call__(self, step: int, stage: Stage) -> None:
-        if step % self.every == 0:
+        if step % self.every == 0 or step == self.last:
             self.spent += time.process_time() - self.began
-            self.points.append({"step": step, **self.measure(step), "cpu_seconds": self.spent})
+            point = {"step": step, "stage": stage.objective, **self.measure(step), "cpu_seconds": self.spent}
+            self.points.append(point)
             self.began = time.process_time()
 
 
 def best_rate_runs(
-    run: Callable[[str, float, int], dict],  # trains one model with a learning rate and a seed; its record has "score", lower is better
+    run: Callable[[str, float, int], dict],  # trains one model; its record has "score", of which lower is better
     models: Sequence[str],  # names of models
     rates: Sequence[float],  # learning rates to choose from, for each model by itself
     seeds: Sequence[int],  # the first one chooses the rate
@@ -75,7 +92,10 @@ def best_rate_runs(
     """Give every model the learning rate that suits it best, then run all seeds; two runs at a time."""
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         trials = list(pool.map(run, *zip(*product(models, rates, seeds[:1]))))
-        best = [min((trial for trial in trials if trial["name"] == name), key=lambda trial: trial["score"]) for name in models]
+        best = [
+            min((trial for trial in trials if trial["name"] == name), key=lambda trial: trial["score"])
+            for name in models
+        ]
         return best + list(pool.map(run, *zip(*((one["name"], one["lr"], seed) for one in best for seed in seeds[1:]))))
 
 

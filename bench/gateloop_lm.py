@@ -1,10 +1,12 @@
-"""A small GateLoop language model against a Transformer and against gates that do not listen: equal parameters, tokens and text.
+"""A small GateLoop language model against a Transformer and against gates that do not listen: equal parameters, tokens
+and text.
 
-    python -m bench.gateloop_lm                 all runs, two at a time with one thread each; about 40 minutes on two cores
-    python -m bench.gateloop_lm --save-to DIR   train the model with complex gates and seed 0 again and write it to DIR
+    python -m bench.gateloop_lm                 all runs, two at a time, one thread each; about 40 minutes on two cores
+    python -m bench.gateloop_lm --save-to DIR   train the model with complex gates and seed 0 again, write it to DIR
 
-All models are trained on the shipped novels with the tokenizer of the embedded Llama, and tested on held-out chapters. Every model
-is trained with each learning rate of LEARNING_RATES and seed 0; the best of them is used for the other seeds.
+All models are trained on the shipped novels with the tokenizer of the embedded Llama, and tested on held-out chapters.
+Every model is trained with each learning rate of LEARNING_RATES and seed 0; the best of them is used for the other
+seeds.
 """
 
 from __future__ import annotations
@@ -59,10 +61,20 @@ def train_on_novels(net: Decoder, name: str, lr: float, seed: int, steps: int = 
     """Train a new model on the novels, with one thread: the model, and its curve of held-out perplexity."""
     torch.set_num_threads(1)
     training, held_out, _ = texts()
-    curve = Curve(EVERY, lambda step: {"tokens": step * BATCH * LENGTH, "perplexity": evaluate(net, held_out).perplexity})
-    train(net, [Stage("language", steps, lr)], Batches(training, BATCH, seed), lambda stage: CrossEntropy(net), after_step=curve, progress=False)
-    print(f"{name:>14} lr {lr:g} seed {seed}: {parameters(net):,} parameters, held-out perplexity {curve.points[-1]['perplexity']:.2f}", flush=True)
-    return net, {"name": name, "lr": lr, "seed": seed, "parameters": parameters(net), "curve": curve.points, "score": curve.points[-1]["perplexity"]}
+    curve = Curve(
+        EVERY, lambda step: {"tokens": step * BATCH * LENGTH, "perplexity": evaluate(net, held_out).perplexity}
+    )
+    train(
+        net,
+        [Stage("language", steps, lr)],
+        Batches(training, BATCH, seed),
+        lambda stage: CrossEntropy(net),
+        after_step=curve,
+        progress=False,
+    )
+    found, size = curve.points[-1]["perplexity"], parameters(net)
+    print(f"{name:>14} lr {lr:g} seed {seed}: {size:,} parameters, held-out perplexity {found:.2f}", flush=True)
+    return net, {"name": name, "lr": lr, "seed": seed, "parameters": size, "curve": curve.points, "score": found}
 
 
 def run(name: str, lr: float, seed: int) -> dict:

@@ -1,10 +1,11 @@
-"""A small Mamba-2 language model on the text and with the budget of bench.gateloop_lm, to look into in chapter 10_recall.
+"""A small Mamba-2 language model on the text and with the budget of bench.gateloop_lm, to look into in chapter
+10_recall.
 
-    python -m bench.mamba2_lm                 both learning rates, two at a time with one thread each; about 15 minutes on two cores
+    python -m bench.mamba2_lm                 both learning rates, two at a time; about 15 minutes on two cores
     python -m bench.mamba2_lm --save-to DIR   train the better one again and write it to DIR
 
-It has no MLPs and twice the layers, and 1% fewer parameters than the models of bench.gateloop_lm. One seed: the model is made to be
-looked into; for a comparison of models a single seed is not enough.
+It has no MLPs and twice the layers, and 1% fewer parameters than the models of bench.gateloop_lm. One seed: the model
+is made to be looked into; for a comparison of models a single seed is not enough.
 """
 
 from __future__ import annotations

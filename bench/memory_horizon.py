@@ -1,10 +1,10 @@
 """Which gates can forget on cue: four models of equal size on the Memory Horizon task of chapter 03.
 
-    python -m bench.memory_horizon                 all runs, two at a time with one thread each; about 40 minutes on two cores
-    python -m bench.memory_horizon --save-to DIR   train the model with complex gates and seed 0 again and write it to DIR
+    python -m bench.memory_horizon                 all runs, two at a time; about 40 minutes on two cores
+    python -m bench.memory_horizon --save-to DIR   train the model with complex gates and seed 0 again, write it to DIR
 
-Every model is trained with each learning rate of LEARNING_RATES and seed 0; the rate with the lowest final loss is then used
-for the other seeds. Equal sizes: where mixers have fewer parameters, MLPs are wider.
+Every model is trained with each learning rate of LEARNING_RATES and seed 0; the rate with the lowest final loss is then
+used for the other seeds. Equal sizes: where mixers have fewer parameters, MLPs are wider.
 """
 
 from __future__ import annotations
@@ -61,8 +61,12 @@ def fit(name: str, lr: float, seed: int) -> tuple[Decoder, dict]:
               "score": statistics.mean(record["loss"] for record in records[-20:]),
               "accuracy": accuracy(net, short), "by_distance": horizon_accuracy(net, short, EDGES[:9], MODULUS),
               "long_accuracy": accuracy(net, long), "long_by_distance": horizon_accuracy(net, long, EDGES, MODULUS)}
-    print(f"{name:>14} lr {lr:g} seed {seed}: final loss {result['score']:.3f}, accuracy at {LENGTH} tokens {result['accuracy']:.3f}, "
-          f"at {LONG} {result['long_accuracy']:.3f}", flush=True)
+    print(
+        f"{name:>14} lr {lr:g} seed {seed}: final loss {result['score']:.3f}, accuracy at {LENGTH} tokens "
+        f"{result['accuracy']:.3f}, "
+        f"at {LONG} {result['long_accuracy']:.3f}",
+        flush=True,
+    )
     return net, result
 
 
@@ -83,8 +87,18 @@ def main(
         rows = [one for one in runs if one["name"] == name]
         short, long = (statistics.mean(one[key] for one in rows) for key in ("accuracy", "long_accuracy"))
         print(f"{name:>14}: {rows[0]['parameters']:,} parameters, accuracy {short:.3f}, at {LONG} tokens {long:.3f}")
-    save("memory_horizon", "python -m bench.memory_horizon", modulus=MODULUS, length=LENGTH, long=LONG, batch_size=BATCH, steps=STEPS,
-         edges=EDGES, rates=LEARNING_RATES, runs=runs)
+    save(
+        "memory_horizon",
+        "python -m bench.memory_horizon",
+        modulus=MODULUS,
+        length=LENGTH,
+        long=LONG,
+        batch_size=BATCH,
+        steps=STEPS,
+        edges=EDGES,
+        rates=LEARNING_RATES,
+        runs=runs,
+    )
 
 
 if __name__ == "__main__":

@@ -2,22 +2,23 @@
 
     python -m bench.mohawk_stages
 
-The ablation (first three rows) has equal tokens. The two baselines have more time than the three stages: end to end only, and
-the same architecture trained on the text from scratch, without a teacher. Every row is run with three seeds, two runs at a
-time with one thread each; time is processor time, which other programs disturb little. About 25 minutes on two cores.
+The ablation (first three rows) has equal tokens. The two baselines have more time than the three stages: end to end
+only, and the same architecture trained on the text from scratch, without a teacher. Every row is run with three seeds,
+two runs at a time with one thread each; time is processor time, which other programs disturb little. About 25 minutes
+on two cores.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
 
 import torch
+import tyro
 
-from bench.common import save
+from bench.common import Curve, save
 from llamba_ref.cli import Distill
 from llamba_ref.data import Batches, load_documents, pack, split_documents
 from llamba_ref.evaluate import evaluate
@@ -42,7 +43,8 @@ ROWS = {  # steps of orientation, alignment, distillation, language
 
 
 def stages(steps: tuple[int, int, int, int]) -> list[Stage]:
-    """The demo's stages with other lengths; where the student trains end to end from the start, at the rate that suits it best."""
+    """The demo's stages with other lengths; where the student trains end to end from the start, at the rate that suits
+    it best."""
     *mohawk, language = steps
     orientation, alignment, distillation = Distill().lr
     lr = (orientation, alignment, distillation if steps[1] else END_TO_END_LR)
@@ -61,18 +63,15 @@ def run(name: str, seed: int) -> dict:
     if steps[3]:  # nothing of the teacher's: the same architecture, initialised anew
         torch.manual_seed(seed)
         student = Llamba(student.config)
-    curve, spent, began = [], 0.0, time.process_time()
+    tokens = demo.batch_size * demo.corpus.length
 
-    def point(step: int, stage: Stage) -> None:
-        nonlocal began, spent
-        if step % EVERY == 0 or step == sum(steps):
-            spent += time.process_time() - began
-            curve.append({"tokens": step * demo.batch_size * demo.corpus.length, "cpu_seconds": spent, "stage": stage.objective,
-                          "perplexity": evaluate(student, validation).perplexity})
-            began = time.process_time()
+    def point(step: int) -> dict:
+        return {"tokens": step * tokens, "perplexity": evaluate(student, validation).perplexity}
 
-    distill(teacher, student, Batches(blocks, demo.batch_size, seed), stages(steps), after_step=point, progress=False)
-    return {"name": name, "seed": seed, "teacher_perplexity": evaluate(teacher, validation).perplexity, "curve": curve}
+    curve = Curve(EVERY, point, last=sum(steps))
+    distill(teacher, student, Batches(blocks, demo.batch_size, seed), stages(steps), after_step=curve, progress=False)
+    expected = evaluate(teacher, validation).perplexity
+    return {"name": name, "seed": seed, "teacher_perplexity": expected, "curve": curve.points}
 
 
 def summary(name: str, runs: list[dict]) -> dict:
@@ -92,12 +91,26 @@ def main() -> None:
     print(f"teacher: held-out perplexity {teacher:.2f}; students, mean of {len(SEEDS)} seeds (lowest to highest):")
     for name in ROWS:
         rows.append(row := summary(name, [one for one in runs if one["name"] == name]))
-        print(f"{name:>24}: {row['tokens'] / 1e6:.2f} M tokens {row['cpu_seconds']:6.1f} s  perplexity {row['perplexity']:6.2f} "
-              f"({row['lowest']:.2f} to {row['highest']:.2f})  {row['ratio']:.3f} x the teacher's")
+        print(
+            f"{name:>24}: {row['tokens'] / 1e6:.2f} M tokens {row['cpu_seconds']:6.1f} s  "
+            f"perplexity {row['perplexity']:6.2f} "
+            f"({row['lowest']:.2f} to {row['highest']:.2f})  {row['ratio']:.3f} x the teacher's"
+        )
     demo = Distill()
-    save("mohawk_stages", "make compare", teacher_perplexity=teacher, seeds=SEEDS, batch_size=demo.batch_size, length=demo.corpus.length,
-         d_state=demo.d_state, lr=demo.lr, end_to_end_lr=END_TO_END_LR, scratch_lr=SCRATCH_LR, rows=rows)
+    save(
+        "mohawk_stages",
+        "make compare",
+        teacher_perplexity=teacher,
+        seeds=SEEDS,
+        batch_size=demo.batch_size,
+        length=demo.corpus.length,
+        d_state=demo.d_state,
+        lr=demo.lr,
+        end_to_end_lr=END_TO_END_LR,
+        scratch_lr=SCRATCH_LR,
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)  # --help says what it does, and does not start it

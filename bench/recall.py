@@ -1,10 +1,12 @@
-"""How many pairs fit into a state: multi-query associative recall with Mamba-2, GateLoop and a Transformer (chapter 10_recall).
+"""How many pairs fit into a state: multi-query associative recall with Mamba-2, GateLoop and a Transformer (chapter
+10_recall).
 
     python -m bench.recall        all runs, two at a time with one thread each; about half an hour on two cores
 
-Every model has two layers of width 64. It is trained with each learning rate of LEARNING_RATES and seed 0; the rate with the lowest
-final loss is then used for the other seed. Names end with the state size N, the width of a key in each head. "+ convolution" puts the
-convolution that Mamba-2 has inside in front of the mixer; "without convolution" holds Mamba-2's own at the identity.
+Every model has two layers of width 64. It is trained with each learning rate of LEARNING_RATES and seed 0; the rate
+with the lowest final loss is then used for the other seed. Names end with the state size N, the width of a key in each
+head. "+ convolution" puts the convolution that Mamba-2 has inside in front of the mixer; "without convolution" holds
+Mamba-2's own at the identity.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import statistics
 
 import torch
+import tyro
 from torch import nn
 
 from bench.common import Curve, best_rate_runs, parameters, save
@@ -72,16 +75,31 @@ def run(name: str, lr: float, seed: int) -> dict:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     net = model(name)
-    tests = {pairs: recall_sequences(4096 // pairs, pairs, generator=torch.Generator().manual_seed(10_000 + pairs)) for pairs in PAIRS}
+    tests = {
+        pairs: recall_sequences(4096 // pairs, pairs, generator=torch.Generator().manual_seed(10_000 + pairs))
+        for pairs in PAIRS
+    }
     curve = Curve(EVERY, lambda step: {"accuracy": recall_accuracy(net, tests[PAIRS[-1]])})
     data = FreshBatches(recall_batches(PAIRS_IN_BATCH, PAIRS), seed)
     objective = CrossEntropy(net, recall_targets, "values")
     records = train(net, [Stage("recall", STEPS, lr)], data, lambda stage: objective, after_step=curve, progress=False)
     accuracy = {pairs: recall_accuracy(net, ids) for pairs, ids in tests.items()}
-    print(f"{name:>46} lr {lr:g} seed {seed}: " + "  ".join(f"{pairs}: {share:.3f}" for pairs, share in accuracy.items())
-          + f"  {curve.spent:.0f} s", flush=True)
-    return {"name": name, "lr": lr, "seed": seed, "parameters": parameters(net), "state_numbers": state_numbers(name), "curve": curve.points,
-            "score": statistics.mean(record["loss"] for record in records[-50:]), "accuracy": list(accuracy.values())}
+    print(
+        f"{name:>46} lr {lr:g} seed {seed}: "
+        + "  ".join(f"{pairs}: {share:.3f}" for pairs, share in accuracy.items())
+        + f"  {curve.spent:.0f} s",
+        flush=True,
+    )
+    return {
+        "name": name,
+        "lr": lr,
+        "seed": seed,
+        "parameters": parameters(net),
+        "state_numbers": state_numbers(name),
+        "curve": curve.points,
+        "score": statistics.mean(record["loss"] for record in records[-50:]),
+        "accuracy": list(accuracy.values()),
+    }
 
 
 def main() -> None:
@@ -91,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)  # --help says what it does, and does not start it

@@ -6,39 +6,44 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from bench.common import RESULTS
+from llamba_ref.conventions import load_result
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
-COLORS = {"stages 1+2+3": "C0", "stages 2+3": "C1", "stage 3 only": "C2", "stage 3 only, more time": "C2", "from scratch, more time": "C3"}
-
-
-def result(name: str) -> dict:
-    """A saved measurement."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+COLORS = {
+    "stages 1+2+3": "C0",
+    "stages 2+3": "C1",
+    "stage 3 only": "C2",
+    "stage 3 only, more time": "C2",
+    "from scratch, more time": "C3",
+}
 
 
 def stages_table() -> str:
     """The ablation and the baselines of bench.mohawk_stages."""
-    saved = result("mohawk_stages")
-    lines = ["| student | tokens | CPU seconds | held-out perplexity | over the teacher's |", "| --- | --- | --- | --- | --- |"]
+    saved = load_result("mohawk_stages")
+    lines = [
+        "| student | tokens | CPU seconds | held-out perplexity | over the teacher's |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for row in saved["rows"]:
         found = f"{row['perplexity']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
-        lines.append(f"| {row['name']} | {row['tokens'] / 1e6:.2f} M | {row['cpu_seconds']:.0f} | {found} | {row['ratio']:.3f} |")
+        lines.append(
+            f"| {row['name']} | {row['tokens'] / 1e6:.2f} M | {row['cpu_seconds']:.0f} | {found} | {row['ratio']:.3f} |"
+        )
     lines.append(f"| *teacher* | | | {saved['teacher_perplexity']:.2f} | 1 |")
     return "\n".join([*lines, "", f"Means of {len(saved['seeds'])} seeds (lowest to highest). {made_by(saved)}"])
 
 
 def memory_table() -> str:
     """Peak memory of a step of stage 1."""
-    saved = result("stage1_memory")
+    saved = load_result("stage1_memory")
     depths = sorted({row["layers"] for row in saved["rows"]})
     lines = ["| layers | " + " | ".join(map(str, depths)) + " |", "| --- |" + " --- |" * len(depths)]
     for way in ("layer by layer", "all layers at once"):
@@ -49,7 +54,7 @@ def memory_table() -> str:
 
 def teacher_table() -> str:
     """The real teacher: perplexity through the stages of a hybrid."""
-    saved = result("smollm2_hybrid")
+    saved = load_result("smollm2_hybrid")
     lines = ["| | held-out perplexity | over the teacher's | same next token |", "| --- | --- | --- | --- |",
              f"| teacher (SmolLM2-135M-Instruct) | {saved['evaluations'][0]['teacher_perplexity']:.2f} | 1 | |"]
     for row in saved["evaluations"]:
@@ -60,13 +65,17 @@ def teacher_table() -> str:
 
 def speed_table() -> str:
     """How many times the time of `ssd` other chunked implementations take on a CPU."""
-    saved = result("ssd_cpu")
+    saved = load_result("ssd_cpu")
     names = list(saved["results"][0]["ratios"]["forward"]["ratios"])
     lines = ["| time over `ssd`'s | threads | " + " | ".join(names) + " |", "| --- | --- |" + " --- |" * len(names)]
     kinds = {1: "one group (Mamba-2)", saved["shape"]["heads"]: "a group for each head (Llamba)"}
     for one in saved["results"]:
         for what, found in one["ratios"].items():
-            lines.append(f"| {kinds[one['groups']]}, {what} | {one['threads']} | " + " | ".join(f"{found['ratios'][name]:.2f}" for name in names) + " |")
+            lines.append(
+                f"| {kinds[one['groups']]}, {what} | {one['threads']} | "
+                + " | ".join(f"{found['ratios'][name]:.2f}" for name in names)
+                + " |"
+            )
     return "\n".join([*lines, "", f"*`{saved['command']}` on {saved['processor']}, {saved['date']}.*"])
 
 
@@ -81,17 +90,22 @@ TABLES = {"stages": stages_table, "memory": memory_table, "teacher": teacher_tab
 def filled(text: str) -> str:
     """README.md with every table as the saved measurements have it."""
     for name, table in TABLES.items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda m: m[1] + table() + m[2], text, flags=re.DOTALL)
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda m: m[1] + table() + m[2], text, flags=re.DOTALL
+        )
     return text
 
 
 def draw_stages() -> None:
-    """Held-out perplexity over the teacher's against tokens, for every way to train the student: all of it, and the last stretch."""
-    saved = result("mohawk_stages")
+    """Held-out perplexity over the teacher's against tokens, for every way to train the student: all of it, and the
+    last stretch."""
+    saved = load_result("mohawk_stages")
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for axis in axes:
         for row in saved["rows"]:
-            tokens, ratio = zip(*((point["tokens"] / 1e6, point["perplexity"] / saved["teacher_perplexity"]) for point in row["curve"]))
+            tokens, ratio = zip(
+                *((point["tokens"] / 1e6, point["perplexity"] / saved["teacher_perplexity"]) for point in row["curve"])
+            )
             dotted = row["name"] == "stage 3 only, more time"
             axis.plot(tokens, ratio, color=COLORS[row["name"]], ls=":" if dotted else "-", label=row["name"])
         axis.axhline(1, color="k", ls="--", lw=1, label="teacher")
@@ -110,7 +124,9 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
     if "--check" in sys.argv[1:]:
-        sys.exit(0 if filled(text) == text else "README.md does not show the saved measurements: run python -m bench.report")
+        sys.exit(
+            0 if filled(text) == text else "README.md does not show the saved measurements: run python -m bench.report"
+        )
     readme.write_text(filled(text))
     draw_stages()
     print("written: README.md, docs/images/stages.png")

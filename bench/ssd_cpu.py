@@ -2,13 +2,13 @@
 
     make peers        installs fla-core, then runs this: about four minutes
 
-Everybody computes the same outputs and gradients (checked first) with every chunk size of CHUNKS, in turns, and is judged by its best
-time with its best chunk size. Noise only adds, so the best is the fairest. "groups 1" is Mamba-2's own choice: all heads share B and C;
-"groups 8" is Llamba's: each head has its own.
+Everybody computes the same outputs and gradients (checked first) with every chunk size of CHUNKS, in turns, and is
+judged by its best time with its best chunk size. Noise only adds, so the best is the fairest. "groups 1" is Mamba-2's
+own choice: all heads share B and C; "groups 8" is Llamba's: each head has its own.
 
-Why `ssd` wins: it computes C B^T, and reads and writes states, once for a group instead of once a head; it fills the decay masks with one
-product, one running sum and one exponential, without infinities; and it takes only as many chunks together as fit into the
-cache, so that temporaries neither wait for memory nor are fetched anew from the system.
+Why `ssd` wins: it computes C B^T, and reads and writes states, once for a group instead of once a head; it fills the
+decay masks with one product, one running sum and one exponential, without infinities; and it takes only as many chunks
+together as fit into the cache, so that temporaries neither wait for memory nor are fetched anew from the system.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import tyro
 from einops import rearrange
 from torch import Tensor
 
@@ -32,7 +33,8 @@ ROUNDS = 12
 
 
 def listing(x: Tensor, log_a: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> Tensor:
-    """The four steps of the SSD paper's minimal listing as einsums: b batch, c and z chunks, l and s tokens, h heads."""
+    """The four steps of the SSD paper's minimal listing as einsums: b batch, c and z chunks, l and s tokens, h
+    heads."""
 
     def mask(logs):
         size = logs.shape[-1]
@@ -115,7 +117,10 @@ def compare(groups: int, threads: int) -> dict:
             began = time.perf_counter()
             call()
             times[key].append(time.perf_counter() - began)
-    rows = [{"name": name, "chunk_size": size, "pass": what, "seconds": min(found)} for (name, size, what), found in times.items()]
+    rows = [
+        {"name": name, "chunk_size": size, "pass": what, "seconds": min(found)}
+        for (name, size, what), found in times.items()
+    ]
     return {"groups": groups, "threads": threads, "largest_error": error, "rows": rows, "ratios": ratios(rows)}
 
 
@@ -130,8 +135,12 @@ def ratios(rows: list[dict]) -> dict:
         mine = best.pop("ours")
         over = {name: row["seconds"] / mine["seconds"] for name, row in best.items()}
         quickest = min(over, key=over.get)
-        found[what] = {"quickest_peer": quickest, "ratio": over[quickest], "ratios": over,
-                       "chunk_size": {"ours": mine["chunk_size"], **{name: row["chunk_size"] for name, row in best.items()}}}
+        found[what] = {
+            "quickest_peer": quickest,
+            "ratio": over[quickest],
+            "ratios": over,
+            "chunk_size": {"ours": mine["chunk_size"], **{name: row["chunk_size"] for name, row in best.items()}},
+        }
     return found
 
 
@@ -142,11 +151,27 @@ def main() -> None:
             results.append(compare(groups, threads))
             for what, found in results[-1]["ratios"].items():
                 others = ", ".join(f"{name} {ratio:.2f}" for name, ratio in found["ratios"].items())
-                print(f"{threads} thread{'s' * (threads > 1)}, groups {groups}, {what}: times over ours: {others}", flush=True)
+                print(
+                    f"{threads} thread{'s' * (threads > 1)}, groups {groups}, {what}: times over ours: {others}",
+                    flush=True,
+                )
     torch.set_num_threads(1)
-    save("ssd_cpu", "make peers", processor=device_name().split(",")[0], shape={"batch": BATCH, "length": LENGTH, "heads": HEADS,
-         "headdim": HEADDIM, "state": STATE, "dtype": "float32"}, peers=("transformers", "fla-core"), results=results)
+    save(
+        "ssd_cpu",
+        "make peers",
+        processor=device_name().split(",")[0],
+        shape={
+            "batch": BATCH,
+            "length": LENGTH,
+            "heads": HEADS,
+            "headdim": HEADDIM,
+            "state": STATE,
+            "dtype": "float32",
+        },
+        peers=("transformers", "fla-core"),
+        results=results,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)  # --help says what it does, and does not start it

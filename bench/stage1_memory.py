@@ -2,22 +2,21 @@
 
     python -m bench.stage1_memory
 
-Each measurement is a process of its own, in which the allocator gives large tensors back to the system as soon as they are freed,
-so that the peak is that of live memory and not of the allocator's reserves. "step" is the peak during the step above what lay in memory before it (both models),
-less the student's gradients: the gradients are as large as the weights that they belong to, and are wanted.
+Each measurement is a process of its own, in which the allocator gives large tensors back to the system as soon as they
+are freed, so that the peak is that of live memory and not of the allocator's reserves. "step" is the peak during the
+step above what lay in memory before it (both models), less the student's gradients: the gradients are as large as the
+weights that they belong to, and are wanted.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import resource
-import subprocess
-import sys
 
 import torch
+import tyro
 
-from bench.common import save
+from bench.common import in_a_process, save
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba
 from llamba_ref.mohawk import LayerByLayer, match_matrix
@@ -60,14 +59,23 @@ def main() -> None:
     rows = []
     for way in ("layer by layer", "all layers at once"):
         for layers in DEPTHS:
-            code = f"import json; from bench.stage1_memory import measure; print(json.dumps(measure({layers}, {way!r})))"
-            output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout
-            rows.append(json.loads(output))
-            print(f"{way:>20}  {layers:3d} layers  {rows[-1]['step_mib']:8.1f} MiB above weights and gradients", flush=True)
+            rows.append(in_a_process(f"bench.stage1_memory.measure({layers}, {way!r})", ENVIRONMENT))
+            print(
+                f"{way:>20}  {layers:3d} layers  {rows[-1]['step_mib']:8.1f} MiB above weights and gradients",
+                flush=True,
+            )
     ours = [row["step_mib"] for row in rows if row["way"] == "layer by layer"]
     print(f"layer by layer: largest over smallest {max(ours) / min(ours):.3f}")
-    save("stage1_memory", "python -m bench.stage1_memory", batch=BATCH, length=LENGTH, width=WIDTH, heads=HEADS, rows=rows)
+    save(
+        "stage1_memory",
+        "python -m bench.stage1_memory",
+        batch=BATCH,
+        length=LENGTH,
+        width=WIDTH,
+        heads=HEADS,
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)  # --help says what it does, and does not start it

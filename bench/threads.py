@@ -1,15 +1,15 @@
-"""How many CPU threads? A step of stage 3 of the demo with one and two threads, on free cores and beside another program.
+"""How many CPU threads? A step of stage 3 of the demo with one and two threads, on free cores and beside another
+program.
 
     python -m bench.threads
 
-OpenMP threads wait for each other by spinning (policy active, the default) or by sleeping (passive). The policy is read when
-torch is imported, so that every measurement is a process of its own. Times are ratios to one thread on free cores. For the busy
-case, a second process keeps one core at work. Run it on a machine that does nothing else.
+OpenMP threads wait for each other by spinning (policy active, the default) or by sleeping (passive). The policy is read
+when torch is imported, so that every measurement is a process of its own. Times are ratios to one thread on free cores.
+For the busy case, a second process keeps one core at work. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -17,8 +17,9 @@ import sys
 import time
 
 import torch
+import tyro
 
-from bench.common import save
+from bench.common import in_a_process, save
 from llamba_ref.cli import Distill
 from llamba_ref.llama import Llama
 from llamba_ref.mohawk import OBJECTIVES
@@ -45,19 +46,21 @@ def main() -> None:
     for busy in (False, True):
         for threads, policy in ((1, "passive"), (2, "passive"), (2, "active")):
             other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
-            code = f"import json; from bench.threads import measure; print(json.dumps(measure({threads})))"
             environment = {**os.environ, "OMP_WAIT_POLICY": policy, "OMP_NUM_THREADS": str(threads)}
             try:
-                output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment).stdout
+                seconds = in_a_process(f"bench.threads.measure({threads})", environment)
             finally:
                 if other is not None:
                     other.kill()
-            rows.append({"threads": threads, "policy": policy, "busy": busy, "seconds": json.loads(output)})
+            rows.append({"threads": threads, "policy": policy, "busy": busy, "seconds": seconds})
             rows[-1]["ratio"] = rows[-1]["seconds"] / rows[0]["seconds"]
-            print(f"{threads} thread{'s' * (threads > 1)}, {policy:>7}, {'one core busy' if busy else 'cores free':>13}: "
-                  f"{rows[-1]['ratio']:6.2f} x the time", flush=True)
+            print(
+                f"{threads} thread{'s' * (threads > 1)}, {policy:>7}, {'one core busy' if busy else 'cores free':>13}: "
+                f"{rows[-1]['ratio']:6.2f} x the time",
+                flush=True,
+            )
     save("threads", "python -m bench.threads", cores=os.cpu_count(), rows=rows)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)  # --help says what it does, and does not start it

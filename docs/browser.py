@@ -49,7 +49,9 @@ def chromium() -> Iterator[Browser]:
     """The system's Chromium, or the browser that the variable CHROMIUM names."""
     program = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     if not program:
-        raise RuntimeError("no Chromium found: install it (Debian: apt install chromium), or set CHROMIUM to the program's path")
+        raise RuntimeError(
+            "no Chromium found: install it (Debian: apt install chromium), or set CHROMIUM to the program's path"
+        )
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=list(QUIET))
         yield browser

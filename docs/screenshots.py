@@ -44,7 +44,12 @@ def main(
         for size, mode in product((WIDE, NARROW), ("light", "dark")):
             page = browser.new_page(color_scheme=mode)
             for name in tqdm(only or pages(), desc=f"{size['width']} {mode}"):
-                picture(page, site + name, size, out / f"{name.removesuffix('.html').replace('/', '_')}-{size['width']}-{mode}")
+                picture(
+                    page,
+                    site + name,
+                    size,
+                    out / f"{name.removesuffix('.html').replace('/', '_')}-{size['width']}-{mode}",
+                )
             page.close()
     print(f"pictures in {out}")
 

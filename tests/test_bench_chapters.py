@@ -11,7 +11,12 @@ from bench.chapters import main, run, same_text  # noqa: E402
 def chapter(path, *cells):
     """A notebook of code cells, each a pair of source and the text that is saved as its output."""
     stream = lambda text: [nbformat.v4.new_output("stream", name="stdout", text=text)] if text else []
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source, outputs=stream(text)) for source, text in cells]), path)
+    nbformat.write(
+        nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(source, outputs=stream(text)) for source, text in cells]
+        ),
+        path,
+    )
     return path
 
 
@@ -32,7 +37,11 @@ def test_what_counts_as_the_same(saved, now, same):
 
 
 def test_a_chapter_that_prints_what_is_saved(tmp_path):
-    path = chapter(tmp_path / "good.ipynb", ("import os\nprint(os.listdir('.'))", "[]\n"), ("#| measured\nimport time\nprint(time.time())", "1.5\n"))
+    path = chapter(
+        tmp_path / "good.ipynb",
+        ("import os\nprint(os.listdir('.'))", "[]\n"),
+        ("#| measured\nimport time\nprint(time.time())", "1.5\n"),
+    )
     seconds, wrong, missing = run(path)
     assert 0 < seconds < 120 and not wrong and not missing
 
@@ -49,7 +58,11 @@ def test_a_chapter_that_raises(tmp_path):
 
 
 def test_a_cell_that_needs_what_is_not_there(tmp_path):
-    path = chapter(tmp_path / "optional.ipynb", ("#| needs: no_such_module\nprint('without')", "with\n"), ("#| needs: json\nprint(1)", "2\n"))
+    path = chapter(
+        tmp_path / "optional.ipynb",
+        ("#| needs: no_such_module\nprint('without')", "with\n"),
+        ("#| needs: json\nprint(1)", "2\n"),
+    )
     _, wrong, missing = run(path)
     assert len(wrong) == 1 and missing == {"no_such_module"}
 

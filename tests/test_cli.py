@@ -1,7 +1,10 @@
 """The command `llamba`: what every option does, what a run leaves behind, what errors look like, what a killed run
 loses."""
 
+import importlib.util
+import inspect
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -10,14 +13,17 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llamba_ref import cli
-from llamba_ref.cli import main
+from llamba_ref import checkpoint, cli, data, models, training
+from llamba_ref.cli import Range, main
+from llamba_ref.models import load_model, save_model
 from llamba_ref.data import load_documents, pack, split_documents, train_tokenizer
 from llamba_ref.evaluate import compare, evaluate
 from llamba_ref.llama import Attention, Llama, LlamaConfig
@@ -27,6 +33,15 @@ from llamba_ref.training import seal
 
 TEXT = ["--held-out", "4", "--length", "32", "--validation-blocks", "4"]
 SIZE = ["--batch-size", "2", "--d-state", "4", "--chunk-size", "16"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As many threads in every process here, so that numbers can be compared to the last bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +65,22 @@ def config_of(tokenizer, **sizes) -> LlamaConfig:
 
 def words(toy: Path, out: Path, *more, steps=("2", "2", "2")) -> list[str]:
     """A small distillation."""
-    return ["distill", "--out", str(out), "--teacher", str(toy / "teacher"), "--text", str(toy / "text.txt"), *TEXT, *SIZE,
-            "--steps", *steps, "--save-every", "2", *map(str, more)]
+    return [
+        "distill",
+        "--out",
+        str(out),
+        "--teacher",
+        str(toy / "teacher"),
+        "--text",
+        str(toy / "text.txt"),
+        *TEXT,
+        *SIZE,
+        "--steps",
+        *steps,
+        "--save-every",
+        "2",
+        *map(str, more),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +109,8 @@ def llamba(capsys):
 
 @pytest.fixture
 def message(llamba):
-    """Run a command that must fail as the user's mistake does: exit code 1, one line, no traceback. Returns the line."""
+    """Run a command that must fail as the user's mistake does: exit code 1, one line, no traceback. Returns the
+    line."""
 
     def call(*args):
         code, _, err = llamba(*args)
@@ -129,34 +159,47 @@ def test_options_that_do_not_exist_end_with_code_2(args, llamba):
 
 
 def test_unforeseen_errors_keep_their_traceback(monkeypatch):
-    def broken(name):
-        raise KeyError("a bug")
+    for bug in (KeyError("a bug"), TypeError("a bug"), AttributeError("a bug"), RuntimeError("a bug")):
 
-    monkeypatch.setattr(cli, "load_model", broken)
-    with pytest.raises(KeyError, match="a bug"):
-        main(["generate", "x"])
+        def broken(name, bug=bug):
+            raise bug
+
+        monkeypatch.setattr(models, "load_model", broken)
+        with pytest.raises(type(bug), match="a bug"):
+            main(["generate", "x"])
 
 
-@pytest.mark.parametrize("command, hint", [("distill", True), ("generate", False)])
-def test_interrupted(command, hint, llamba, monkeypatch):
+@pytest.mark.parametrize("command", ["distill", "generate", "evaluate"])
+def test_interrupted_before_anything_is_written(command, llamba, monkeypatch):
     def interrupted(name):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_model", interrupted)
-    code, _, err = llamba(command)
-    assert code == 130 and ("--resume" in err) == hint
+    monkeypatch.setattr(models, "load_model", interrupted)
+    assert llamba(command) == (130, "", "llamba: stopped\n")
+
+
+def test_interrupted_run_says_how_to_go_on(toy, tmp_path, llamba, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train_step", interrupted)
+    code, _, err = llamba(*words(toy, tmp_path / "run"))
+    assert code == 130 and err.splitlines()[-1].startswith("llamba: stopped; the same command with --resume goes on")
 
 
 # What a run leaves behind
 
 
 def test_run_directory(run, toy):
-    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
-    expected = {".lock", "config.json", "metrics.jsonl", "figures/matrices.png", "figures/progress.png", "student/config.json",
-                "student/model.safetensors", "student/tokenizer.json", "student/tokenizer_config.json"}
-    names = ("checksums.json", "training.pt", "weights.safetensors")
-    assert files - expected == {f"checkpoints/step-0000000{step}/{name}" for step in (4, 6) for name in names}
-    assert expected <= files
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} - {".lock"}
+    expected = {"config.json", "machine.json", "metrics.jsonl", "figures/matrices.png", "figures/progress.png"}
+    expected |= {
+        f"student/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    }
+    parts = ("training.pt", "weights.safetensors")
+    expected |= {f"checkpoints/step-0000000{step}/{name}" for step in (4, 6) for name in parts}
+    others = {"student/generation_config.json", *(f"checkpoints/step-0000000{step}/checksums.json" for step in (4, 6))}
+    assert expected <= files <= expected | others
     config = json.loads((run / "config.json").read_text())
     assert config["steps"] == [2, 2, 2] and config["text"] == str(toy / "text.txt") and config["length"] == 32
     for figure in (run / "figures").glob("*.png"):
@@ -170,19 +213,40 @@ def test_metrics(run):
     assert [record["stage"] for record in steps] == ["orientation"] * 2 + ["alignment"] * 2 + ["distillation"] * 2
     evaluations = {record["evaluation"]: record for record in metrics if "evaluation" in record}
     assert list(evaluations) == ["attention replaced", "after orientation", "after alignment", "after distillation"]
-    assert all(record["perplexity"] > 1 and record["kl"] > 0 and 0 <= record["agreement"] <= 1 for record in evaluations.values())
+    assert all(
+        record["perplexity"] > 1 and record["kl"] > 0 and 0 <= record["agreement"] <= 1
+        for record in evaluations.values()
+    )
 
 
 def test_student_is_a_checkpoint_with_its_tokenizer(run, toy):
     student, tokenizer = load_model(str(run / "student"))
-    assert isinstance(student, Llamba) and all(isinstance(block.mixer, DiscreteMamba2) for block in student.backbone.layers)
+    assert isinstance(student, Llamba) and all(
+        isinstance(block.mixer, DiscreteMamba2) for block in student.backbone.layers
+    )
     final = load_file(run / "checkpoints/step-00000006/weights.safetensors")
-    assert all(torch.equal(weight, final[name]) for name, weight in Llamba.from_pretrained(run / "student").state_dict().items())
+    assert all(
+        torch.equal(weight, final[name])
+        for name, weight in Llamba.from_pretrained(run / "student").state_dict().items()
+    )
     assert tokenizer.get_vocab() == load_model(str(toy / "teacher"))[1].get_vocab()
 
 
 def test_options_reach_the_student(toy, tmp_path, llamba):
-    code, out, err = llamba(*words(toy, tmp_path / "run", "--replace", 1, "--micro-batch-size", 1, "--streaming", "--prompt", "She", steps="110"))
+    code, out, err = llamba(
+        *words(
+            toy,
+            tmp_path / "run",
+            "--replace",
+            1,
+            "--micro-batch-size",
+            1,
+            "--streaming",
+            "--prompt",
+            "She",
+            steps="110",
+        )
+    )
     assert code == 0, err
     student, _ = load_model(str(tmp_path / "run"))
     assert [type(block.mixer) for block in student.backbone.layers] == [Attention, DiscreteMamba2]
@@ -213,7 +277,10 @@ def test_generate(run, llamba):
 
 
 def test_generate_greedy_needs_no_seed(run, llamba):
-    texts = {llamba("generate", run, "She", "--tokens", "6", "--temperature", "0", "--seed", str(seed))[1] for seed in range(2)}
+    texts = {
+        llamba("generate", run, "She", "--tokens", "6", "--temperature", "0", "--seed", str(seed))[1]
+        for seed in range(2)
+    }
     assert len(texts) == 1
     assert texts == {llamba("generate", run, "She", "--tokens", "6", "--top-k", "1")[1]}
 
@@ -227,8 +294,17 @@ def test_evaluate(run, toy, llamba):
     _, held_out = split_documents(load_documents(toy / "text.txt"), 4)
     blocks = pack(held_out, tokenizer, 32, max_blocks=4)
     ours = compare(teacher, student, blocks)
-    assert figures == pytest.approx({"perplexity": ours.student.perplexity, "bits_per_byte": ours.student.bits_per_byte, "tokens": 4 * 31,
-                                     "teacher_perplexity": ours.teacher.perplexity, "agreement": ours.agreement, "kl": ours.kl}, rel=1e-5)
+    assert figures == pytest.approx(
+        {
+            "perplexity": ours.student.perplexity,
+            "bits_per_byte": ours.student.bits_per_byte,
+            "tokens": 4 * 31,
+            "teacher_perplexity": ours.teacher.perplexity,
+            "agreement": ours.agreement,
+            "kl": ours.kl,
+        },
+        rel=1e-5,
+    )
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     assert last["perplexity"] == pytest.approx(ours.student.perplexity, rel=1e-5)  # what the run logged
     code, out, _ = llamba("evaluate", run, *options)
@@ -236,8 +312,26 @@ def test_evaluate(run, toy, llamba):
 
 
 def test_pretrain(toy, tmp_path, llamba):
-    command = ["pretrain", "--out", tmp_path / "run", "--text", toy / "text.txt", *TEXT, "--vocab-size", "280", "--d-model", "16", "--layers", "1",
-               "--intermediate-size", "32", "--steps", "3", "--batch-size", "2"]
+    command = [
+        "pretrain",
+        "--out",
+        tmp_path / "run",
+        "--text",
+        toy / "text.txt",
+        *TEXT,
+        "--vocab-size",
+        "280",
+        "--d-model",
+        "16",
+        "--layers",
+        "1",
+        "--intermediate-size",
+        "32",
+        "--steps",
+        "3",
+        "--batch-size",
+        "2",
+    ]
     code, out, err = llamba(*command)
     assert code == 0, err
     model, tokenizer = load_model(str(tmp_path / "run"))
@@ -251,9 +345,9 @@ def test_pretrain(toy, tmp_path, llamba):
 
 
 @pytest.mark.parametrize("options, expected", [
-    (["--threads", "0"], "threads is 0: it must be at least 1"),
+    (["--threads", "-1"], "threads is -1: it must be from 0 to 1024"),
     (["--device", "gpu"], "device is 'gpu'"),
-    (["--device", "cuda:99"], "device is 'cuda:99': not on this machine"),
+    (["--device", "cuda:99"], "device is 'cuda:99': not "),
     (["--device", "meta"], "device is 'meta': not on this machine"),
     (["--replace", "2"], "replace is 2: layers are 0 to 1"),
     (["--replace", "0", "-1"], "replace is 0 -1: layers are 0 to 1"),
@@ -358,7 +452,11 @@ def test_bad_checkpoints(kind, expected, toy, tmp_path, message):
     bad = spoiled(kind, toy / "teacher", tmp_path / "bad")
     if "weight" in expected and "missing" in kind or "too many" in kind:
         expected = re.compile(r"(missing|unexpected) \((backbone|model)\.(final_layernorm|norm|extra)")
-    for command in (words(toy, tmp_path / "run", "--teacher", bad), ["generate", bad], ["evaluate", bad, "--text", toy / "text.txt", *TEXT]):
+    for command in (
+        words(toy, tmp_path / "run", "--teacher", bad),
+        ["generate", bad],
+        ["evaluate", bad, "--text", toy / "text.txt", *TEXT],
+    ):
         said = message(*command)
         assert expected.search(said) if isinstance(expected, re.Pattern) else expected in said
         assert "bad" in said or "tokenizer does not fit" in said  # which checkpoint
@@ -371,12 +469,12 @@ def test_a_student_cannot_be_a_teacher(run, toy, tmp_path, message):
 
 
 @pytest.mark.parametrize("options, expected", [
-    (["--tokens", "-1"], "max_new_tokens is -1"),
+    (["--tokens", "-1"], "tokens is -1"),
     (["--temperature", "-1"], "temperature is -1"),
     (["--top-k", "-1"], "top_k is -1"),
     (["--top-p", "0"], "top_p is 0"),
     (["--top-p", "1.5"], "top_p is 1.5"),
-    (["--threads", "0"], "threads is 0"),
+    (["--threads", "-1"], "threads is -1"),
     (["--device", "gpu"], "device is 'gpu'"),
 ])  # fmt: skip
 def test_bad_options_of_generate(options, expected, toy, message):
@@ -452,7 +550,9 @@ def test_resume_of_a_finished_run_changes_nothing(run, toy, llamba):
     code, out, _ = llamba(*words(toy, run, "--resume"))
     assert code == 0 and "the student continues" in out
     after = contents(run)
-    assert {name: after[name] for name in before if "png" not in name} == {name: before[name] for name in before if "png" not in name}
+    assert {name: after[name] for name in before if "png" not in name} == {
+        name: before[name] for name in before if "png" not in name
+    }
 
 
 def test_run_without_a_student_yet(run, toy, tmp_path, message):
@@ -504,12 +604,419 @@ def test_full_disk(when, run, toy, tmp_path, message, llamba, monkeypatch):
     assert contents(interrupted / "student") == contents(run / "student")
 
 
+# Whatever is typed: an option with a value that makes no sense ends in one line, or does what it says
+
+
+def options_of(command: type):
+    """Name, type and marks of every option of a command, those that it shares with others too."""
+    for name, kind in get_type_hints(command, include_extras=True).items():
+        plain = get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
+        if is_dataclass(plain):
+            yield from options_of(plain)
+        else:
+            yield name, plain, getattr(kind, "__metadata__", ())
+
+
+COMMANDS = {"distill": cli.Distill, "generate": cli.Generate, "evaluate": cli.Evaluate, "pretrain": cli.Pretrain}
+SHARED = {
+    "text",
+    "text_field",
+    "separator",
+    "held_out",
+    "length",
+    "validation_blocks",
+    "device",
+    "threads",
+    "streaming",
+}
+WHOLE, BROKEN = (0, -1, 2**31, 2**63, 2**70), ("nan", "inf", "-inf", "1e-300", "1e300")
+STRINGS = ("", "\udcff", "~nosuch/x", "/dev/null", "/dev/null/x", "x" * 5000)
+SWEEP = [
+    (command, name, value)
+    for command, kind in COMMANDS.items()
+    for name, plain, _ in options_of(kind)
+    if not (name in SHARED and command in ("distill", "generate"))  # of the same classes as in the other two
+    for value in {int: WHOLE, float: BROKEN, str: STRINGS}.get((get_args(plain) or (plain,))[0], ())
+]
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Leave out the end of a training run, which takes most of its time: figures and samples of text."""
+    monkeypatch.setattr(cli, "save_figure", lambda run, name, figure: None)
+    plots = "llamba_ref.plots" if importlib.util.find_spec("llamba_ref.plots") else "llamba_ref.evaluate"
+    monkeypatch.setattr(f"{plots}.draw_progress", lambda metrics: None)
+    monkeypatch.setattr(cli, "stream_text", lambda *_, **__: None)
+
+
+@pytest.fixture(scope="module")
+def smallest(toy) -> dict[str, list[str]]:
+    """The quickest use of each command; its words come before an option, its names are replaced by those of the
+    sweep."""
+    teacher, text = str(toy / "teacher"), ["--text", str(toy / "text.txt"), "--held-out", "4", "--length", "16"]
+    text += ["--validation-blocks", "1"]
+    small = ["--vocab-size", "260", "--d-model", "8", "--layers", "1", "--intermediate-size", "8", "--steps", "1"]
+    return {
+        "distill": ["--teacher", teacher, *text, *SIZE, "--steps", "0", "1", "0"],
+        "generate": [teacher, "She", "--tokens", "2"],
+        "evaluate": [teacher, *text],
+        "pretrain": [*text, *small, "--batch-size", "2"],
+    }
+
+
+def typed(command: str, name: str, value, usual: list[str]) -> list[str]:
+    """The words of a command with one option set to a value."""
+    plain = {name: plain for name, plain, _ in options_of(COMMANDS[command])}[name]
+    if command in ("generate", "evaluate") and name in ("model", "prompt"):
+        return [
+            command,
+            *(str(value) if place == ("model", "prompt").index(name) else word for place, word in enumerate(usual)),
+        ]
+    count = len([part for part in get_args(plain) if part is not ...]) or 1
+    if str(value).startswith("-") and count == 1:
+        return [command, *usual, f"--{name.replace('_', '-')}={value}"]
+    return [command, *usual, f"--{name.replace('_', '-')}", *[str(value)] * count]
+
+
+def test_the_sweep_has_every_option():
+    swept = {(command, name) for command, name, _ in SWEEP}
+    for command, kind in COMMANDS.items():
+        for name, plain, marks in options_of(kind):
+            number = (get_args(plain) or (plain,))[0] in (int, float)
+            assert not number or name == "replace" or any(isinstance(mark, Range) for mark in marks) or plain is float
+            shared = [other for other in ("evaluate", "pretrain") if (other, name) in swept]
+            assert (command, name) in swept or shared or plain is bool or name == "precision", (command, name)
+
+
+@pytest.mark.parametrize("command, name, value", SWEEP)
+def test_no_value_of_an_option_ends_in_a_traceback(
+    command, name, value, smallest, tmp_path, llamba, monkeypatch, request
+):
+    """Also: what is refused leaves nothing behind."""
+    monkeypatch.chdir(tmp_path)
+    if command in ("distill", "pretrain"):
+        request.getfixturevalue("no_pictures")
+    if hasattr(COMMANDS[command], "resume") and not (name == "out" and value in ("", "\udcff", "~nosuch/x")):
+        smallest = smallest | {command: ["--out", "run", *smallest[command]]}
+    code, _, err = llamba(*typed(command, name, value, smallest[command]))
+    lines = [line for line in err.splitlines() if line.startswith("llamba: error: ")]
+    assert (code, len(lines)) in ((0, 0), (1, 1)), err
+    assert code == 0 or (not Path("run").exists() and err.rstrip().endswith(lines[0]))
+    known = name not in ("text_field", "separator", "prompt", "tokens", "temperature")
+    if value in (-1, 2**63, 2**70, "nan", "\udcff") and known and not (name, value) == ("seed", 2**63 - 1):
+        assert code == 1 and name.replace("_", " ") in lines[0].replace("_", " ")
+
+
+HUGE = [("distill", "d_state"), ("pretrain", "intermediate_size")]
+
+
+@pytest.mark.parametrize("command, name", HUGE)
+def test_what_does_not_fit_into_memory(command, name, smallest, tmp_path, message):
+    said = message(*typed(command, name, 10**9, ["--out", str(tmp_path / "run"), *smallest[command]]))
+    assert "out of memory" in said and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command, name", [
+    (command, name) for command, kind in COMMANDS.items() for name, _, marks in options_of(kind)
+    if any(isinstance(mark, Range) for mark in marks) and command in ("distill", "pretrain")
+    and name not in ("steps", "batch_size", "threads", "layers", "lr")  # a thousand years, gigabytes, threads, blocks
+])  # fmt: skip
+def test_the_largest_value_that_is_allowed(command, name, smallest, tmp_path, llamba, no_pictures):
+    (most,) = [mark.most for option, _, marks in options_of(COMMANDS[command]) if option == name for mark in marks
+               if isinstance(mark, Range)]
+    code, _, err = llamba(*typed(command, name, most, ["--out", str(tmp_path / "run"), *smallest[command]]))
+    assert code == 0 or (code == 1 and err.count("llamba: error: ") == 1)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("Storage size calculation overflowed with sizes=[9]"),
+                                   torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("numel: integer multiplication overflow"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_every_way_to_be_out_of_memory(error, message, monkeypatch):
+    def full(name):
+        raise error
+
+    monkeypatch.setattr(models, "load_model", full)
+    assert "out of memory: try a smaller" in message("generate", "x")
+
+
+def test_an_error_without_words_is_named(message, monkeypatch):
+    def silent(name):
+        raise ValueError
+
+    monkeypatch.setattr(models, "load_model", silent)
+    assert message("generate", "x") == "llamba: error: ValueError"
+
+
+def test_a_temperature_that_no_float_can_divide_by(toy, llamba):
+    greedy = llamba("generate", toy / "teacher", "She", "--tokens", "9", "--temperature", "0")
+    assert llamba("generate", toy / "teacher", "She", "--tokens", "9", "--temperature", "1e-300") == greedy
+    assert llamba("generate", toy / "teacher", "She", "--tokens", "9", "--top-p", "1e-300") == greedy
+
+
+def test_the_home_directory(toy, tmp_path, llamba, monkeypatch, no_pictures):
+    monkeypatch.setenv("HOME", str(toy))
+    text = ["--text", "~/text.txt", *TEXT]
+    code, _, err = llamba(
+        "distill", "--out", "~/at-home", "--teacher", "~/teacher", *text, *SIZE, "--steps", "0", "1", "0"
+    )
+    assert code == 0 and (toy / "at-home/student").is_dir(), err
+    assert llamba("evaluate", "~/at-home", "--teacher", "~/teacher", *text)[0] == 0
+    assert llamba("generate", "~/teacher", "She", "--tokens", "1")[0] == 0
+    assert llamba("pretrain", "--out", "~/tiny", *text, "--vocab-size", "260", "--layers", "1", "--steps", "1")[0] == 0
+    assert (toy / "tiny/model").is_dir() and not list(tmp_path.rglob("~*"))
+
+
+def test_a_group_in_the_separator_is_no_document(toy, tmp_path, llamba):
+    (tmp_path / "text.txt").write_text((toy / "text.txt").read_text().replace("\n\n\n\n\n", "\n---\n"))
+    found = [
+        llamba("evaluate", toy / "teacher", "--json", *TEXT, "--text", tmp_path / "text.txt", "--separator", separator)
+        for separator in ("\n-+\n", "\n(-+)\n", "(\n)(-)+\n")
+    ]
+    assert found[0][0] == 0 and found[1] == found[2] == found[0]
+
+
+@pytest.mark.parametrize("device", ["cpu:0", "cpu:7", "cuda", "cuda:0", "cuda:-1", "cuda:300", "cuda:99999999999999999999", "mps", "xla",
+                                    "hpu", "meta", "vulkan", "privateuseone", "cuda:x", "auto:1", "CPU", " cpu"])
+def test_every_device(device, toy, llamba):
+    code, _, err = llamba("generate", toy / "teacher", "She", "--tokens", "1", "--device", device)
+    assert code == 0 or (code, err.count("\n")) == (1, 1) and f"device is {device!r}" in err
+
+
+# Whatever lies in a file
+
+
+def written(path: Path, content) -> Path:
+    """A file with these bytes, or a directory for None."""
+    path.mkdir(parents=True) if content is None else path.write_bytes(content)
+    return path
+
+
+NOISE = bytes(range(256)) * 8
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.md", "x.jsonl", "x.json", "x.parquet", "x.csv", "x", "x.gguf", "x.tar.gz"])
+@pytest.mark.parametrize("content", [b"", b"\0", NOISE, b"[" * 20000, b'{"text": 3}\n' * 30, b'{"text": "a"}\n{"text"', None],
+                         ids=["empty", "nul", "noise", "deep", "numbers", "cut", "directory"])
+def test_any_file_as_text(name, content, toy, tmp_path, message):
+    file = written(tmp_path / name, content)
+    assert file.name in message("evaluate", toy / "teacher", *TEXT, "--text", file)
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "x.safetensors", "x.txt", "x"])
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + NOISE, NOISE, None],
+                         ids=["empty", "cut", "gguf", "noise", "directory"])
+def test_any_file_as_model(name, content, tmp_path, message, monkeypatch):
+    monkeypatch.setenv("LLAMBA_CACHE", str(tmp_path / "cache"))
+    file = written(tmp_path / name, content)
+    assert file.name in message("generate", file)
+
+
+@pytest.mark.parametrize("part", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"null", b'"text"', b"[" * 20000, NOISE, None],
+                         ids=["empty", "cut", "object", "list", "null", "string", "deep", "noise", "directory"])
+def test_any_content_of_a_checkpoint(part, content, toy, tmp_path, llamba):
+    bad = tmp_path / "bad"
+    shutil.copytree(toy / "teacher", bad)
+    (bad / part).unlink()
+    written(bad / part, content)
+    code, _, err = llamba("generate", bad, "She", "--tokens", "1")
+    assert (code, err.count("llamba: error: ")) in ((0, 0), (1, 1)) and "Traceback" not in err
+    assert part == "tokenizer_config.json" or code == 1 and "bad" in err
+
+
+@pytest.mark.parametrize("value", [None, "x", "", -1, 0, 2**70, 1.5, float("nan"), True, [], [1, "x"], {}, {"a": None}], ids=repr)
+def test_any_value_in_a_config(value, toy, tmp_path, llamba):
+    """One line, or a model that generates; each key of the config in turn."""
+    config = json.loads((toy / "teacher/config.json").read_text())
+    bad = tmp_path / "bad"
+    shutil.copytree(toy / "teacher", bad)
+    for key in config:
+        (bad / "config.json").write_text(json.dumps(config | {key: value}))
+        code, _, err = llamba("generate", bad, "She", "--tokens", "1")
+        lines = [line for line in err.splitlines() if line.startswith("llamba: error: ")]
+        assert (code, len(lines)) in ((0, 0), (1, 1)), (key, value, err)
+        assert code == 0 or "bad" in lines[0], (key, value, lines)
+
+
+@pytest.mark.parametrize("name", ["config.json", "machine.json", "metrics.jsonl", "checkpoints"])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"threads": "x"}', b"[" * 20000, NOISE, None],
+                         ids=["empty", "list", "text", "deep", "noise", "directory"])
+def test_any_content_of_a_run(name, content, run, toy, tmp_path, llamba, no_pictures):
+    bad = tmp_path / "run"
+    back_to_step_4(run, bad)
+    shutil.rmtree(bad / name) if (bad / name).is_dir() else (bad / name).unlink()
+    written(bad / name, content)
+    code, _, err = llamba(*words(toy, bad, "--resume"))
+    assert (code, err.count("llamba: error: ")) in ((0, 0), (1, 1)) and "Traceback" not in err, err
+    assert code == 0 or name in err or name == "checkpoints"
+
+
+@pytest.mark.parametrize("out, error", [("file", "there is a run already"), ("file/run", "Not a directory"),
+                                        ("/proc/llamba/run", "No such file|Permission"), ("/dev/full", "there is a run already")])
+def test_an_output_that_cannot_be(out, error, toy, tmp_path, message):
+    (tmp_path / "file").write_text("mine")
+    assert re.search(error, message(*words(toy, tmp_path / out)))
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+def test_a_run_of_another_command(run, toy, smallest, tmp_path, message):
+    before = contents(run)
+    assert "there is a run already" in message("pretrain", "--out", run, *smallest["pretrain"])
+    said = message("pretrain", "--out", run, "--resume", *smallest["pretrain"])
+    assert "these settings differ" in said and "command" in said
+    assert contents(run) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_is_read_only(toy, tmp_path, message):
+    tmp_path.chmod(0o500)
+    assert "Permission denied" in message(*words(toy, tmp_path / "run"))
+
+
+# What programs read
+
+
+def test_json_is_all_there_is_on_standard_output(run, toy, llamba, monkeypatch):
+    load = models.load_model
+
+    def talkative(name):
+        print("converting a model")
+        os.write(2, b"a warning\n")
+        return load(name)
+
+    monkeypatch.setattr(models, "load_model", talkative)
+    options = ["--teacher", toy / "teacher", "--text", toy / "text.txt", *TEXT]
+    code, out, err = llamba("evaluate", run, "--json", *options)
+    figures = json.loads(out)
+    assert code == 0 and out.count("\n") == 1 and err.count("converting a model") == 2
+    code, out, _ = llamba("evaluate", run, *options)
+    assert [line.split(":")[0].strip().replace(" ", "_") for line in out.splitlines()] == list(figures)
+    assert llamba("generate", run, "She", "--tokens", "2")[1].startswith("She")
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_figures_that_are_not_finite(teacher, form, toy, tmp_path, llamba):
+    shutil.copytree(toy / "teacher", tmp_path / "broken")
+    weights = load_file(tmp_path / "broken/model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, tmp_path / "broken/model.safetensors")
+    compared = ["--teacher", toy / "teacher"] * teacher
+    code, out, err = llamba("evaluate", tmp_path / "broken", "--text", toy / "text.txt", *TEXT, *form, *compared)
+    assert (code, out) == (1, "") and re.search("llamba: error: .*(nan|finite)", err)
+
+
+def test_an_error_leaves_standard_output_empty(toy, llamba):
+    code, out, err = llamba("evaluate", "nosuch", "--json")
+    assert (code, out) == (1, "") and err.startswith("llamba: error: nosuch")
+
+
+def test_letters_that_the_terminal_lacks(toy, capsys, monkeypatch):
+    import io
+
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    main(["generate", str(toy / "teacher"), "Caf\xe9", "--tokens", "1"])
+    assert ascii_only.buffer.getvalue().startswith(rb"Caf\xe9")
+
+
+# Threads
+
+
+def test_threads_are_the_cores_that_are_free(tmp_path, monkeypatch):
+    import psutil
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 16)
+    for busy, free in ((0, 16), (25, 12), (95, 1), (100, 1)):
+        monkeypatch.setattr(psutil, "cpu_percent", lambda interval, busy=busy: float(busy))
+        assert cli.free_cores(tmp_path) == free
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 0.0)
+    for quota, free in (("max 100000", 16), ("400000 100000", 4), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+        assert cli.free_cores(tmp_path) == free
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    for quota, free in (("-1", 16), ("300000", 3)):
+        (tmp_path / "cpu/cpu.cfs_quota_us").write_text(quota + "\n")
+        assert cli.free_cores(tmp_path) == free
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # of a process that may use two cores
+    assert cli.free_cores(tmp_path) == 2
+
+
+def test_threads_of_a_command(toy, tmp_path, llamba, monkeypatch):
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(cli, "free_cores", lambda: 5)
+    for given, decided, number in ([], "3", 5), (["--threads", "4"], None, 4), ([], None, 5):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if decided is not None:
+            monkeypatch.setenv("OMP_NUM_THREADS", decided)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: number)
+        assert llamba("generate", toy / "teacher", "She", "--tokens", "0", *given)[0] == 0
+        assert used[-1] == number
+
+
+def test_a_run_goes_on_with_as_many_threads_as_it_began_with(run, toy, tmp_path, llamba, monkeypatch):
+    again = back_to_step_4(run, tmp_path / "run")
+    assert json.loads((again / "machine.json").read_text())["threads"] == 1
+    (again / "machine.json").write_text('{"threads": 3}')
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    assert llamba(*words(toy, again, "--resume"))[0] == 0 and used == [3]
+    assert llamba(*words(toy, again, "--resume", "--threads", "2"))[0] == 0 and used[1:] == [2]
+
+
 # In processes of their own
 
 
-def start(*args, **environment) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "llamba_ref.cli", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+def child(words: list[str], out, err, file: str | None) -> None:
+    """A process: its streams, then the command."""
+    os.dup2(os.open(file, os.O_WRONLY) if file else out.fileno(), 1)
+    os.dup2(err.fileno(), 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    main(words)
+
+
+class Started:
+    """A command in a process of its own. The processes branch off from one that has imported everything."""
+
+    context = multiprocessing.get_context("forkserver")
+
+    def __init__(self, *words, file: str | None = None):
+        """`file` is what standard output goes to; None: it is read."""
+        pipes = [self.context.Pipe(duplex=False) for _ in range(2)]
+        self.streams = [read for read, _ in pipes]
+        written = [write for _, write in pipes]
+        self.process = self.context.Process(target=child, args=([str(word) for word in words], *written, file))
+        self.process.start()
+        for _, write in pipes:
+            write.close()
+
+    def end(self, timeout: float = 60) -> tuple[int, str, str]:
+        """Wait: exit code, standard output, standard error."""
+        texts = []
+        for stream in self.streams:
+            with open(os.dup(stream.fileno()), errors="replace") as file:
+                texts.append(file.read())
+        self.process.join(timeout)
+        return self.process.exitcode, *texts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """Begin to import at once, beside the first tests, in the process that the others branch off from."""
+    Started.context.set_forkserver_preload(
+        ["llamba_ref.mohawk", "llamba_ref.models", "llamba_ref.evaluate", "llamba_ref.cli"]
+    )
+    from multiprocessing import forkserver
+
+    forkserver.ensure_running()
+    yield
+    forkserver._forkserver._stop()
 
 
 def losses(out: Path) -> list:
@@ -517,37 +1024,182 @@ def losses(out: Path) -> list:
     return [{name: record[name] for name in record if name != "tokens_per_second"} for record in records]
 
 
+def wait_for(step: int, out: Path, started: Started) -> None:
+    """Wait until a run has taken a step."""
+    metrics = out / "metrics.jsonl"
+    while started.process.is_alive() and not (metrics.exists() and f'{{"step": {step}, "stage"' in metrics.read_text()):
+        time.sleep(0.002)
+    assert started.process.is_alive(), ("the run was over too early", started.end())
+
+
 def test_a_killed_run_ends_as_an_unbroken_one(toy, tmp_path):
-    steps = ("10", "20", "30")
-    main(words(toy, tmp_path / "unbroken", steps=steps))
-    for step, resume in ((7, []), (35, ["--resume"])):  # in the first stage, and in the last
-        process = start(*words(toy, tmp_path / "killed", *resume, steps=steps))
-        metrics = tmp_path / "killed/metrics.jsonl"
-        while process.poll() is None and not (metrics.exists() and f'{{"step": {step}, "stage"' in metrics.read_text()):
-            time.sleep(0.002)
-        assert process.poll() is None, "the run was over before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed/student").exists()
+    steps = ("6", "4", "10")
+    unbroken = Started(*words(toy, tmp_path / "unbroken", steps=steps))
+    for step, resume in ((5, []), (13, ["--resume"])):  # in the first stage, and in the last
+        killed = Started(*words(toy, tmp_path / "killed", *resume, steps=steps))
+        wait_for(step, tmp_path / "killed", killed)
+        killed.process.kill()
+        assert killed.end()[0] == -signal.SIGKILL and not (tmp_path / "killed/student").exists()
     main(words(toy, tmp_path / "killed", "--resume", steps=steps))
+    assert unbroken.end()[0] == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
     assert contents(tmp_path / "killed/student") == contents(tmp_path / "unbroken/student")
 
 
-def test_hub_name_without_network():
-    """A hub that accepts connections and never answers: an error within seconds, not minutes."""
+@pytest.mark.skipif(not hasattr(training, "hold"), reason="the run has no lock")
+def test_a_run_that_is_alive_is_not_resumed(toy, tmp_path, message):
+    alive = Started(*words(toy, tmp_path / "run", steps=("200", "0", "0")))
+    wait_for(3, tmp_path / "run", alive)
+    alive.process.pid and os.kill(alive.process.pid, signal.SIGSTOP)  # it lives, and writes nothing meanwhile
+    before = contents(tmp_path / "run")
+    said = message(*words(toy, tmp_path / "run", "--resume", steps=("200", "0", "0")))
+    assert "another process" in said and str(tmp_path / "run") in said
+    assert contents(tmp_path / "run") == before
+    alive.process.kill()
+    alive.end()
+
+
+@pytest.mark.skipif(not hasattr(training, "forget"), reason="a run does not clean up")
+def test_what_a_kill_left_is_removed(run, toy, tmp_path, llamba):
+    again = back_to_step_4(run, tmp_path / "run")
+    left = [
+        again / ".student-0123abcd",
+        again / "checkpoints/.step-00000006-0123abcd",
+        again / "checkpoints/.step-00000002-old",
+    ]
+    for directory in left:
+        directory.mkdir()
+        (directory / "weights.safetensors").write_bytes(b"half")
+    assert llamba(*words(toy, again, "--resume"))[0] == 0
+    assert not any(directory.exists() for directory in left)
+
+
+@pytest.mark.skipif(not hasattr(data.Batches, "fingerprint") and "fingerprint" not in inspect.getsource(data), reason="no fingerprint")
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_text_that_changed_since(streaming, toy, tmp_path, message, llamba):
+    text = tmp_path / "text.txt"
+    shutil.copy(toy / "text.txt", text)
+    command = words(toy, tmp_path / "run", "--text", text, *streaming)
+    assert llamba(*command)[0] == 0
+    shutil.rmtree(tmp_path / "run/student")
+    text.write_text(text.read_text().replace("the", "a"))
+    before = contents(tmp_path / "run")
+    assert "text" in message(*command, "--resume")
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.skipif(not hasattr(Llama, "stop_tokens"), reason="a model has one end token")
+def test_every_end_token_ends_a_text(toy, tmp_path, llamba):
+    """Each token in turn: where a greedy text has it, the text ends with it."""
+    text = ["She", "--tokens", "12", "--temperature", "0"]
+    model, tokenizer = load_model(str(toy / "teacher"))
+    ids = model.generate(torch.tensor(tokenizer("She")["input_ids"])[None], 12)[0].tolist()
+    prompt = len(tokenizer("She")["input_ids"])
+    for place in (prompt + 1, prompt + 5):
+        bad = copy_of(toy / "teacher", tmp_path / f"ends{place}", eos_token_id=[0, ids[place]])
+        (bad / "generation_config.json").unlink(missing_ok=True)
+        first = ids.index(ids[place], prompt)
+        expected = tokenizer.decode(ids[: first + 1], skip_special_tokens=True)
+        assert llamba("generate", bad, *text)[1].strip() == expected.strip()
+
+
+def test_hub_name_without_network(message, monkeypatch):
+    """A hub that accepts connections and never answers: an error when the patience ends, and not minutes later."""
+    from huggingface_hub import constants
+
+    assert checkpoint.PATIENCE <= 5
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(checkpoint, "PATIENCE", 0.5)
         began = time.monotonic()
-        process = start("generate", "some/model", HF_HUB_OFFLINE="0", HF_DATASETS_OFFLINE="0", HF_ENDPOINT=endpoint)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in err
-    assert err.startswith("llamba: error: some/model") and "hub" in err
-    assert time.monotonic() - began < 30  # a few seconds of them are spent on imports
+        said = message("generate", "some/model")
+    assert said.startswith("llamba: error: some/model") and "hub" in said
+    assert time.monotonic() - began < 5
 
 
 def test_a_closed_pipe_is_no_error(toy):
-    process = start("generate", toy / "teacher", "She", "--tokens", "2000")
-    process.stdout.close()
-    err = process.stderr.read()
-    assert process.wait() == 141 and err == ""
+    started = Started("generate", toy / "teacher", "She", "--tokens", "2000")
+    started.streams[0].close()
+    code, err = started.process.join(60), os.fdopen(os.dup(started.streams[1].fileno())).read()
+    assert code is None and started.process.exitcode == 141 and err == ""
+
+
+def shell(line: str, **environment) -> tuple[int, str, str]:
+    """Run a line of shell, in which $LLAMBA is the program."""
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True,
+                          env=os.environ | {"LLAMBA": f"{sys.executable} -m llamba_ref.cli"} | environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_help_comes_at_once():
+    began = time.monotonic()
+    code, out, err = shell("$LLAMBA --help")
+    assert code == 0 and "distill" in out and not err
+    loaded = shell(
+        f'{sys.executable} -c \'import sys, llamba_ref.cli; print(sys.modules.keys() & {{"torch", "numpy", "datasets"}})\''
+    )[1]
+    assert loaded == "set()\n"  # a measure that does not depend on the machine
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("$LLAMBA --help >/dev/full", "No space left on device"),
+    ("$LLAMBA generate tiny 'It is' --tokens=-1 >&-", "tokens is -1"),
+    ("$LLAMBA generate tiny 'It is' --tokens=-1 <&- >&-", "tokens is -1"),
+    ("$LLAMBA evaluate '' >/dev/full", "model is empty"),
+    ("$LLAMBA generate \"$(printf 'caf\\351')\"", "model is 'caf"),
+    ("$LLAMBA generate tiny \"$(printf '\\377')\"", "prompt is"),
+    ("$LLAMBA distill --out \"$(printf '/tmp/\\377')\"", "out is"),
+])  # fmt: skip
+def test_streams_and_bytes_of_a_shell(line, expected):
+    code, out, err = shell(line)
+    assert code == 1 and err.startswith("llamba: error: ") and err.count("\n") == 1 and expected in err and not out
+
+
+def test_streams_that_are_closed_are_no_error():
+    assert shell("$LLAMBA --help >&-") == (0, "", "")
+    assert shell("$LLAMBA --help <&- >&- 2>&-") == (0, "", "")
+    assert shell("$LLAMBA distill --help | head -1")[2] == ""
+
+
+def test_a_closed_output_is_not_given_to_a_file(run, toy, tmp_path):
+    """File descriptor 1 of a program whose output is closed must not become that of a file of weights."""
+    code = (
+        "import sys, os; from llamba_ref.cli import main\ntry: main(['generate', '', 'x'])\nexcept SystemExit: pass\n"
+    )
+    code += f"file = open({str(tmp_path / 'file')!r}, 'w'); os.write(1, b'noise'); file.write(str(file.fileno() > 2))"
+    assert shell(f"{sys.executable} -c \"{code}\" <&- >&-")[0] == 0
+    assert (tmp_path / "file").read_text() == "True"
+
+
+def test_a_full_disk_behind_standard_output(toy):
+    ended = Started("generate", toy / "teacher", "She", "--tokens", "3", file="/dev/full").end()
+    assert ended == (1, "", "llamba: error: [Errno 28] No space left on device\n")
+
+
+def test_control_c_while_it_starts():
+    """Wherever it is by then: in torch, among the other libraries, or at the model."""
+    waiting = {}
+    for delay in (0.0, 0.3, 1.0):
+        command = [sys.executable, "-m", "llamba_ref.cli", "evaluate", "tiny"]
+        waiting[subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)] = delay
+    started = {}  # when torch is being imported
+    while waiting:
+        for process in list(waiting):
+            if process not in started and imports_begun(process):
+                started[process] = time.monotonic()
+            if process in started and time.monotonic() - started[process] >= waiting[process]:
+                process.send_signal(signal.SIGINT)
+                del waiting[process]
+        time.sleep(0.01)
+    for process in started:
+        out, err = process.communicate(timeout=60)
+        assert (out, err) == ("", "llamba: stopped\n")
+        assert process.returncode in (130, -signal.SIGINT)  # which a shell shows as 130 too
+
+
+def imports_begun(process: subprocess.Popen) -> bool:
+    """Whether a process has come to the libraries, of which torch is the first."""
+    maps = Path(f"/proc/{process.pid}/maps")
+    return not maps.exists() or "torch" in maps.read_text() or process.poll() is not None

@@ -1,6 +1,7 @@
 """Turns the notebooks of nbs/ into pages of the site, just before Sphinx reads them.
 
-The notebooks speak nbdev's language (`#| exports`, `#| fig-cap: ...`), MyST-NB reads cell metadata. Outputs are the saved ones."""
+The notebooks speak nbdev's language (`#| exports`, `#| fig-cap: ...`), MyST-NB reads cell metadata. Outputs are the
+saved ones."""
 
 from __future__ import annotations
 
@@ -38,20 +39,30 @@ def metadata(found: dict[str, str]) -> dict:
     if "export" in found:
         result["mystnb"] = {"code_prompt_show": "Imports", "code_prompt_hide": "Imports"}
     if "fig-cap" in found:
-        result["mystnb"] = {"figure": {"caption": found["fig-cap"], "name": found["label"]}, "image": {"alt": found["fig-alt"]}}
+        result["mystnb"] = {
+            "figure": {"caption": found["fig-cap"], "name": found["label"]},
+            "image": {"alt": found["fig-alt"]},
+        }
     return result
 
 
 def run_times() -> dict[str, str]:
     """How long each chapter ran, in words, as last measured by `make notebooks RECORD=--record`."""
     record = load_result("chapters")
-    return {one["chapter"]: f"runs in {one['seconds']:.0f} s on {record['cores']} CPU cores" for one in record["chapters"]}
+    return {
+        one["chapter"]: f"runs in {one['seconds']:.0f} s on {record['cores']} CPU cores" for one in record["chapters"]
+    }
 
 
 def facts(name: str, minutes: int, run_time: str) -> str:
     """The line under a chapter's title: where to run it, how long it takes to read and to run."""
     colab = f"https://colab.research.google.com/github/llamba-ref/llamba_ref/blob/main/nbs/{name}.ipynb"
-    parts = [f"[Open in Colab]({colab})", f"{{download}}`Download notebook <../../nbs/{name}.ipynb>`", f"{minutes} min to read", run_time]
+    parts = [
+        f"[Open in Colab]({colab})",
+        f"{{download}}`Download notebook <../../nbs/{name}.ipynb>`",
+        f"{minutes} min to read",
+        run_time,
+    ]
     return "{.chapter-facts}\n" + " · ".join(parts)
 
 
@@ -77,7 +88,11 @@ def page(notebook: nbformat.NotebookNode, name: str, run_time: str) -> nbformat.
         about = metadata(found)
         if solving:
             about.setdefault("tags", []).append("hide-cell")
-            about["mystnb"] = {**about.get("mystnb", {}), "code_prompt_show": "Solution in code", "code_prompt_hide": "Solution in code"}
+            about["mystnb"] = {
+                **about.get("mystnb", {}),
+                "code_prompt_show": "Solution in code",
+                "code_prompt_hide": "Solution in code",
+            }
         cells.append(nbformat.v4.new_code_cell(body, id=cell.id, metadata=about, outputs=cell.outputs))
     if not cells[0].source.startswith("# "):
         raise ExtensionError(f"nbs/{name}.ipynb has to begin with its title")
@@ -97,7 +112,8 @@ def exercises_of(notebook: nbformat.NotebookNode) -> str:
             text = re.sub(r"\]\((\w+\.ipynb)", r"](nbs/\1", text)
             if kind == "exercise":
                 link = f"{{ref}}`In the chapter <{options['label']}>`"
-                parts.append(f"::::{{admonition}} {argument.strip() or 'Exercise'}\n:class: exercise-copy\n\n{text}\n\n{link}\n::::\n")
+                name = argument.strip() or "Exercise"
+                parts.append(f"::::{{admonition}} {name}\n:class: exercise-copy\n\n{text}\n\n{link}\n::::\n")
             else:
                 parts.append(f"::::{{admonition}} Solution\n:class: dropdown\n\n{text}\n::::\n")
     return "\n".join(parts) if len(parts) > 1 else ""
@@ -115,7 +131,8 @@ def module_page(module: str, chapter: str) -> str:
 
 
 def stage(app) -> None:
-    """Write docs/nbs (chapters) and docs/api (modules) anew, and what other pages include. The contents of index.md give the order."""
+    """Write docs/nbs (chapters) and docs/api (modules) anew, and what other pages include. The contents of index.md
+    give the order."""
     for folder in (PAGES, REFERENCE):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

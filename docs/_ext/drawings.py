@@ -1,4 +1,5 @@
-"""Two drawings of the site, as SVG that takes its colours from the page: what Llamba is, and which model is which special case."""
+"""Two drawings of the site, as SVG that takes its colours from the page: what Llamba is, and which model is which
+special case."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ def box(x: float, y: float, width: float, height: float, lines: Iterable[str], k
     lines = list(lines)
     first = y + 6 - 9.5 * (len(lines) - 1)
     words = "".join(text(x, first + 20 * i, line, "small" if i else "name") for i, line in enumerate(lines))
-    return f'<g class="box {kind}"><rect x="{x - width / 2:g}" y="{y - height / 2:g}" width="{width:g}" height="{height:g}" rx="8"/>{words}</g>'
+    corner = f'x="{x - width / 2:g}" y="{y - height / 2:g}"'
+    return f'<g class="box {kind}"><rect {corner} width="{width:g}" height="{height:g}" rx="8"/>{words}</g>'
 
 
 def arrow(x1: float, y1: float, x2: float, y2: float, words: str = "") -> str:
@@ -28,10 +30,16 @@ def arrow(x1: float, y1: float, x2: float, y2: float, words: str = "") -> str:
 
 def drawing(width: int, height: int, title: str, parts: Iterable[str]) -> str:
     """The whole picture; `title` is what a screen reader says."""
-    head = ('<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto-start-reverse">'
-            '<path d="M0 0 L10 5 L0 10 z"/></marker></defs>')
-    return (f'<div class="drawing" tabindex="0"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title, quote=True)}">'
-            f"{head}{''.join(parts)}</svg></div>\n")
+    head = (
+        '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
+        'orient="auto-start-reverse">'
+        '<path d="M0 0 L10 5 L0 10 z"/></marker></defs>'
+    )
+    return (
+        f'<div class="drawing" tabindex="0"><svg viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(title, quote=True)}">'
+        f"{head}{''.join(parts)}</svg></div>\n"
+    )
 
 
 def special_cases() -> str:
@@ -57,17 +65,26 @@ def special_cases() -> str:
         arrow(540, 366, 540, 432, "no turn"),
         arrow(330, 350, 388, 450),
     ]
-    return drawing(720, 505, "Map of models. GateLoop is the most general. Without phase it becomes GLA and HGRN2, with one gate for each head "
-                   "Mamba-2, and without a step size Llamba's discrete Mamba-2. With fixed gates it becomes S4D, S5 and LRU, or RetNet and xPos, "
-                   "which without decay are RoPE without softmax, and without a turn linear attention. Mamba-2 with gates of 1 is linear attention too.",
-                   [*heads, *arrows, *boxes])
+    return drawing(
+        720,
+        505,
+        "Map of models. GateLoop is the most general. Without phase it becomes GLA and HGRN2, with one gate for each "
+        "head Mamba-2, and without a step size Llamba's discrete Mamba-2. With fixed gates it becomes S4D, S5 and LRU, "
+        "or RetNet and xPos, which without decay are RoPE without softmax, and without a turn linear attention. "
+        "Mamba-2 with gates of 1 is linear attention too.",
+        [*heads, *arrows, *boxes],
+    )
 
 
 def matrix(x: float, y: float, size: float, entry, count: int = 12) -> str:
     """A lower triangular matrix of squares, entry(t, s) between 0 and 1 as opacity."""
     side = size / count
-    cells = "".join(f'<rect x="{x + s * side:.1f}" y="{y + t * side:.1f}" width="{side - 1:.1f}" height="{side - 1:.1f}" opacity="{entry(t, s):.2f}"/>'
-                    for t in range(count) for s in range(t + 1))
+    cells = "".join(
+        f'<rect x="{x + s * side:.1f}" y="{y + t * side:.1f}" width="{side - 1:.1f}" height="{side - 1:.1f}" '
+        f'opacity="{entry(t, s):.2f}"/>'
+        for t in range(count)
+        for s in range(t + 1)
+    )
     return f'<g class="cells">{cells}</g>'
 
 
@@ -83,11 +100,30 @@ def llama_to_llamba() -> str:
 
     left, right, top = 140, 580, 48
     def column(x, name, mixer, entry, memory):
-        return [text(x, 24, name, "head"), matrix(x - 80, top, 160, entry), text(x, top + 184, mixer, "name"), text(x, top + 206, memory, "small")]
+        return [
+            text(x, 24, name, "head"),
+            matrix(x - 80, top, 160, entry),
+            text(x, top + 184, mixer, "name"),
+            text(x, top + 206, memory, "small"),
+        ]
 
-    between = [arrow(240, y, 482, y) + text(360, y - 9, words, "name") + text(360, y + 19, small, "small") for y, words, small in (
-        (78, "1 orientation", "the matrices agree"), (133, "2 alignment", "the layers' outputs agree"), (188, "3 distillation", "the predictions agree"))]
-    return drawing(720, 262, "A Llama with attention, whose memory grows with each token, becomes a Llamba with Mamba-2, whose memory stays the same, in three "
-                   "stages: orientation, in which the matrices agree, alignment, in which the layers' outputs agree, and distillation, in which the predictions agree.",
-                   [*column(left, "Llama", "attention", attention, "its memory grows with each token"), *between,
-                    *column(right, "Llamba", "Mamba-2", recurrence, "its memory stays the same")])
+    between = [
+        arrow(240, y, 482, y) + text(360, y - 9, words, "name") + text(360, y + 19, small, "small")
+        for y, words, small in (
+            (78, "1 orientation", "the matrices agree"),
+            (133, "2 alignment", "the layers' outputs agree"),
+            (188, "3 distillation", "the predictions agree"),
+        )
+    ]
+    return drawing(
+        720,
+        262,
+        "A Llama with attention, whose memory grows with each token, becomes a Llamba with Mamba-2, whose memory stays "
+        "the same, in three stages: orientation, in which the matrices agree, alignment, in which the layers' outputs "
+        "agree, and distillation, in which the predictions agree.",
+        [
+            *column(left, "Llama", "attention", attention, "its memory grows with each token"),
+            *between,
+            *column(right, "Llamba", "Mamba-2", recurrence, "its memory stays the same"),
+        ],
+    )
