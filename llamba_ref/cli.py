@@ -462,7 +462,7 @@ class Pretrain(Training):
                   f"written to {run.path}: model/, metrics.jsonl, figures/\ntry: llamba generate {run.path}")
 
 # %% ../nbs/98_cli.ipynb #9bee570c
-Command = Union[
+Command = Union[  # noqa: UP007
     Annotated[Distill, tyro.conf.subcommand("distill")],
     Annotated[Generate, tyro.conf.subcommand("generate")],
     Annotated[Evaluate, tyro.conf.subcommand("evaluate")],

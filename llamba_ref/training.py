@@ -263,7 +263,7 @@ def read_metrics(path: str | Path) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             records.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as err:
+        except (ValueError, TypeError, RecursionError) as err:
             if number < len(lines):
                 raise ValueError(f"{file}: line {number} is no JSON object ({err})") from err
     return records
@@ -342,11 +342,12 @@ def check_config(path: Path, config: dict, resume: bool) -> None:
             raise FileExistsError(f"{path}: there is a run already; resume it, remove it, or choose another directory")
         return
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: there is no run to resume")
+        raise FileNotFoundError(f"{path}: there is no run to resume: it has no config.json")
     before = read_json(path / "config.json")
     changed = sorted(key for key in before.keys() | config.keys() if before.get(key) != config.get(key))
     if changed:
-        raise ValueError(f"{path}: cannot resume, these settings differ from the run's: {', '.join(changed)}")
+        differ = f"these settings differ from the config.json of the run: {', '.join(changed)}"
+        raise ValueError(f"{path}: cannot resume, {differ}")
 
 
 def forget(path: Path, step: int) -> None:
