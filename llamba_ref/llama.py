@@ -216,8 +216,7 @@ class Attention(nn.Module):
 
     def queries_and_keys(self, u: Float[Tensor, "batch len d_model"]) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys, (batch, len, heads or kv_heads, headdim), from which `attention_matrix` follows."""
-        q, k, _ = self.project(u, 0, None)
-        return q.transpose(1, 2), k.transpose(1, 2)
+        return tuple(z.transpose(1, 2) for z in self.project(u, 0, None)[:2])
 
     def matrix(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch heads len len"]:
         """The attention matrix of each query head: row t holds the weights that position t gives to positions 0..t."""

@@ -1023,7 +1023,7 @@ def test_resume_with_other_settings_names_them(tmp_path):
     Run(tmp_path / "run", config, resume=True)
     with pytest.raises(ValueError, match="these settings differ from the config.json of the run: lr, seed, steps$"):
         Run(tmp_path / "run", {"lr": 0.2, "steps": (1, 2, 4), "text": "austen"} | {"seed": 1}, resume=True)
-    with pytest.raises(ValueError, match="differ from the run's: extra, text$"):
+    with pytest.raises(ValueError, match="differ from the config.json of the run: extra, text$"):
         Run(tmp_path / "run", {"lr": 0.1, "steps": [1, 2, 3], "seed": 0, "extra": 1}, resume=True)
 
 
