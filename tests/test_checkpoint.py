@@ -577,3 +577,28 @@ def test_write_tensors_alone(tmp_path, weights):
     assert same(read_tensors(tmp_path / "x.safetensors"), weights)
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_tensors(tmp_path / "y.safetensors")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_what_a_killed_writer_left_is_removed_and_no_other(tmp_path):
+    """A dead process's directory goes; that of a living one, a young one and one of another name stay."""
+    hour = time.time() - 3600
+    dead, young, other = (tmp_path / f".{name}" for name in ("a[1]-0123abcd", "a[1]-4567abcd", "b-0123abcd"))
+    for directory in (dead, young, other):
+        directory.mkdir()
+        (directory / "half").write_text("half")
+    for directory in (dead, other):
+        os.utime(directory, (hour, hour))
+    with atomic_directory(tmp_path / "a[1]") as alive:
+        (alive / "file").write_text("whole")
+        os.utime(alive, (hour, hour))
+        with pytest.raises(OSError, match="full"), atomic_directory(tmp_path / "a[1]"):
+            raise OSError("disk full")
+        assert alive.exists() and young.exists() and other.exists() and not dead.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [young.name, other.name, "a[1]"]
+
+
+def test_a_home_that_nobody_has(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="~nosuchuser/x"):
+        find_checkpoint("~nosuchuser/x")

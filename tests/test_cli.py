@@ -1,8 +1,6 @@
 """The command `llamba`: what every option does, what a run leaves behind, what errors look like, what a killed run
 loses."""
 
-import importlib.util
-import inspect
 import json
 import multiprocessing
 import os
@@ -21,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llamba_ref import checkpoint, cli, data, models, training
+from llamba_ref import checkpoint, cli, models, training
 from llamba_ref.cli import Range, main
 from llamba_ref.models import load_model, save_model
 from llamba_ref.data import load_documents, pack, split_documents, train_tokenizer
@@ -185,6 +183,27 @@ def test_interrupted_before_anything_is_written(command, llamba, monkeypatch):
 
     monkeypatch.setattr(models, "load_model", interrupted)
     assert llamba(command) == (130, "", "llamba: stopped\n")
+
+
+def test_an_interrupt_that_became_another_error(monkeypatch, capsys):
+    """As in the middle of an import. The next Ctrl+C is then ignored, so that it can't disturb the end."""
+
+    def broken(name):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as err:
+            raise RecursionError("half a module") from err
+
+    monkeypatch.setattr(models, "load_model", broken)
+    monkeypatch.setattr(sys, "argv", ["llamba", "generate", "x"])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130 and capsys.readouterr().err == "llamba: stopped\n"
 
 
 def test_interrupted_run_says_how_to_go_on(toy, tmp_path, llamba, monkeypatch):
@@ -513,7 +532,7 @@ def test_models_with_different_tokenizers_are_not_compared(toy, tmp_path, messag
 
 @pytest.mark.parametrize("options, expected", [
     (["--heads", "3"], "d_model is 128: it must be a positive multiple of 2 * heads, 6"),
-    (["--kv-heads", "3"], "num_key_value_heads is 3"),
+    (["--kv-heads", "3"], "kv_heads is 3: it must divide heads, 4"),
     (["--vocab-size", "100"], "vocab_size is 100"),
     (["--steps", "0"], "steps is 0"),
     (["--layers", "0"], "layers is 0"),
@@ -654,8 +673,7 @@ SWEEP = [
 def no_pictures(monkeypatch):
     """Leave out the end of a training run, which takes most of its time: figures and samples of text."""
     monkeypatch.setattr(cli, "save_figure", lambda run, name, figure: None)
-    plots = "llamba_ref.plots" if importlib.util.find_spec("llamba_ref.plots") else "llamba_ref.evaluate"
-    monkeypatch.setattr(f"{plots}.draw_progress", lambda metrics: None)
+    monkeypatch.setattr("llamba_ref.plots.draw_progress", lambda metrics: None)
     monkeypatch.setattr(cli, "stream_text", lambda *_, **__: None)
 
 
@@ -867,7 +885,7 @@ def test_any_content_of_a_checkpoint(part, content, toy, tmp_path, llamba):
 
 
 @pytest.mark.parametrize(
-    "value", [None, "x", "", -1, 0, 2**70, 1.5, float("nan"), True, [], [1, "x"], {}, {"a": None}], ids=repr
+    "value", [None, "x", -1, 0, 2**70, float("nan"), True, [1, "x"], {"a": None}], ids=repr
 )
 def test_any_value_in_a_config(value, toy, tmp_path, llamba):
     """One line, or a model that generates; each key of the config in turn."""
@@ -1097,7 +1115,6 @@ def test_a_killed_run_ends_as_an_unbroken_one(toy, tmp_path):
     assert contents(tmp_path / "killed/student") == contents(tmp_path / "unbroken/student")
 
 
-@pytest.mark.skipif(not hasattr(training, "hold"), reason="the run has no lock")
 def test_a_run_that_is_alive_is_not_resumed(toy, tmp_path, message):
     alive = Started(*words(toy, tmp_path / "run", steps=("200", "0", "0")))
     wait_for(3, tmp_path / "run", alive)
@@ -1110,7 +1127,6 @@ def test_a_run_that_is_alive_is_not_resumed(toy, tmp_path, message):
     alive.end()
 
 
-@pytest.mark.skipif(not hasattr(training, "forget"), reason="a run does not clean up")
 def test_what_a_kill_left_is_removed(run, toy, tmp_path, llamba):
     again = back_to_step_4(run, tmp_path / "run")
     left = [
@@ -1125,9 +1141,6 @@ def test_what_a_kill_left_is_removed(run, toy, tmp_path, llamba):
     assert not any(directory.exists() for directory in left)
 
 
-@pytest.mark.skipif(
-    not hasattr(data.Batches, "fingerprint") and "fingerprint" not in inspect.getsource(data), reason="no fingerprint"
-)
 @pytest.mark.parametrize("streaming", [[], ["--streaming"]])
 def test_text_that_changed_since(streaming, toy, tmp_path, message, llamba):
     text = tmp_path / "text.txt"
@@ -1141,7 +1154,6 @@ def test_text_that_changed_since(streaming, toy, tmp_path, message, llamba):
     assert contents(tmp_path / "run") == before
 
 
-@pytest.mark.skipif(not hasattr(Llama, "stop_tokens"), reason="a model has one end token")
 def test_every_end_token_ends_a_text(toy, tmp_path, llamba):
     """Each token in turn: where a greedy text has it, the text ends with it."""
     text = ["She", "--tokens", "12", "--temperature", "0"]
