@@ -130,10 +130,12 @@ def gateloop(
     The result is complex when phase is given or an input is complex, then complex64 at least; the state has float32 or
     complex64 at least. Raises ValueError when an argument is not what the signature says, the sequence is empty or a
     log_a is positive; RuntimeError when backend="triton" cannot run here."""
-    obstacle, inputs = f"mode={mode!r} has no Triton kernel", (q, k, v, log_a, phase, initial_state)
+    inputs, kernel, obstacle = (q, k, v, log_a, phase, initial_state), None, f"mode={mode!r} has no Triton kernel"
     if mode == "chunked" and (obstacle := wrong_widths("gateloop", 16, key=q.shape[-1], value=v.shape[-1])):
         obstacle += "; mode='scan' has a kernel for any width"
-    if mode != "scan" and (kernel := find_kernel("gateloop.triton_gateloop", backend, *inputs, obstacle=obstacle)):
+    if mode != "scan":
+        kernel = find_kernel("gateloop.triton_gateloop", backend, *inputs, obstacle=obstacle)
+    if kernel is not None:
         y, state = kernel(*inputs)
     else:
         (batch, length, heads, value), key = v.shape, q.shape[-1]
