@@ -175,7 +175,7 @@ def _remove_left(path: Path) -> None:
             if dead and time.time() - left.stat().st_mtime > 60:
                 shutil.rmtree(left, ignore_errors=True)
 
-
+# %% ../nbs/90_checkpoint.ipynb #1c49f449
 @contextmanager
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """A directory that appears whole or not at all: what is written into the given one is renamed to `path` at the end.
