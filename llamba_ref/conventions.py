@@ -155,7 +155,7 @@ def wide_dtype(
 # %% ../nbs/01_conventions.ipynb #38244c86
 def cumulative_rotation(
     phase: Float[Tensor, "batch len *rest"],  # radians that each step turns by
-) -> Complex[Tensor, "batch len *rest"]:  # exp(i (phase_1 + ... + phase_t)), complex64 or complex128
+) -> Complex[Tensor, "batch len *rest"]:  # `exp(1j * phase.cumsum(1))`, complex64 or complex128
     """The running product of unit gates along dim 1. Angles are summed in float64, whatever the input."""
     angle = phase.double().cumsum(1)
     return torch.complex(angle.cos(), angle.sin()).to(torch.promote_types(wide_dtype(phase), torch.complex64))

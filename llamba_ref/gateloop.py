@@ -125,7 +125,7 @@ def gateloop(
     return_state: bool = False,  # also return the state after the last token
     backend: Backend = "auto",  # "naive", "triton" or "auto"
 ) -> Inexact[Tensor, "batch len heads value"] | tuple[Tensor, Tensor]:  # y, precision of v; the state if asked for
-    """GateLoop: S_t = a_t * S_{t-1} + k_t^T v_t, y_t = q_t S_t with a_t = exp(log_a_t + i phase_t) (Katsch 2023).
+    """GateLoop: $S_t = diag(a_t) S_{t-1} + k_t^T v_t$, $y_t = q_t S_t$, `a = exp(log_a + 1j * phase)` (Katsch 2023).
 
     The result is complex when phase is given or an input is complex, then complex64 at least; the state has float32 or
     complex64 at least. Raises ValueError when an argument is not what the signature says, the sequence is empty or a
@@ -156,7 +156,7 @@ def gateloop_matrix(
     log_a: Float[Tensor, "batch len heads #key"],  # log of the gates' magnitudes; a last size of 1: one gate a head
     phase: Float[Tensor, "batch len heads #key"] | None = None,  # radians that the gates turn by; None: real gates
 ) -> Inexact[Tensor, "batch heads len len"]:  # T, lower triangular, at the precision of q; y = T @ v head by head
-    """The surrogate attention matrix: T_ts = sum over keys of q_t k_s a_{s+1} ... a_t for s <= t (Katsch 2023).
+    """The surrogate attention matrix: for s <= t, the sum over keys of $q_t k_s a_{s+1} ... a_t$ (Katsch 2023).
 
     Complex when phase is given or an input is complex. Raises ValueError as `gateloop` does."""
     log_a, phase, queries, keys = _promote(log_a, phase, q, k)

@@ -116,7 +116,7 @@ def ssd(
     return_state: bool = False,  # also return the state after the last token
     backend: Backend = "auto",  # "naive", "triton" or "auto"
 ) -> Float[Tensor, "batch len heads headdim"] | tuple[Tensor, Tensor]:  # y, dtype of x; the state, float32 at least
-    """State space duality: S_t = a_t S_{t-1} + x_t B_t^T, y_t = S_t C_t in every head (Dao and Gu 2024, section 6).
+    """State space duality: $S_t = a_t S_{t-1} + x_t B_t^T$, $y_t = S_t C_t$ in each head (Dao and Gu 2024, section 6).
 
     With return_state the result is y and the state. Raises ValueError when an argument is not what the signature says,
     the sequence is empty or a log_a is positive; RuntimeError when backend="triton" cannot run here."""
@@ -178,7 +178,7 @@ def ssd_matrix(
     C: Float[Tensor, "batch len groups state"],  # queries
     D: Float[Tensor, "heads"] | None = None,  # skip connection, one number a head, added to the diagonal
 ) -> Float[Tensor, "batch heads len len"]:  # T, lower triangular, dtype of B; y = T @ x head by head
-    """The matrix by which `ssd` multiplies x: T = exp(segment_sum(log_a)) * (C B^T) + diag(D).
+    """The matrix by which `ssd` multiplies x: $T$ is `segment_sum(log_a).exp() * (C @ B.mT) + diag(D)`.
 
     Raises ValueError when an argument is not what the signature says, the sequence is empty or a log_a is positive."""
     dtype = wide_dtype(log_a, B, C, D)
