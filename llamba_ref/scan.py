@@ -166,7 +166,7 @@ def linear_scan(
     mode: Literal["sequential", "parallel"] = "parallel",  # the same numbers at another cost
     backend: Backend = "auto",  # "naive", "triton" or "auto"
 ) -> Inexact[Tensor, "batch len *rest"]:  # every state; complex when phase is given or an input is, precision of x
-    """All states of $h_t = a_t h_{t-1} + x_t$ along dim 1, gates `exp(log_a + 1j * phase)` (Katsch 2023; Blelloch 1990).
+    """All states of $h_t = a_t h_{t-1} + x_t$ along dim 1, `a = exp(log_a + 1j * phase)` (Katsch 2023; Blelloch 1990).
 
     After `len`, an axis of `log_a` or `phase` may be 1 where x has more: one gate for all. Complex results have
     complex64 at least. Raises ValueError when an argument is not what the signature says, the sequence is empty or a
