@@ -202,8 +202,8 @@ def read_texts(documents: Dataset | IterableDataset) -> Iterator[str]:
     except (ConnectionError, FileNotFoundError):
         raise
     except Exception as error:
-        problem = one_line(error)
-        raise ValueError(problem if type(error) is ValueError else f"the documents cannot be read: {problem}") from error
+        what = "" if type(error) is ValueError else "the documents cannot be read: "  # ours name the file
+        raise ValueError(what + one_line(error)) from error
 
 
 def load_documents(
