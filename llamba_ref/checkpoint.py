@@ -28,10 +28,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['PATIENCE', 'EMBEDDED', 'read_tensors', 'read_json', 'read_config', 'read_weights', 'load_strict', 'atomic_directory',
-           'write_tensors', 'write_checkpoint', 'hub_problem', 'is_hub_name', 'download_checkpoint', 'find_checkpoint']
+__all__ = ['PATIENCE', 'EMBEDDED', 'one_line', 'read_tensors', 'read_json', 'read_config', 'read_weights', 'load_strict',
+           'atomic_directory', 'write_tensors', 'write_checkpoint', 'hub_problem', 'is_hub_name', 'download_checkpoint',
+           'find_checkpoint']
 
 # %% ../nbs/90_checkpoint.ipynb #aeae33ba
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, after the error's type unless that is ValueError."""
+    line = (str(error).strip() or "no message").splitlines()[0]
+    return line if type(error) is ValueError else f"{type(error).__name__}: {line}"
+
+
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """What one file of weights holds, `.safetensors` or a PyTorch file, on the CPU. Never runs code from the file.
 
@@ -46,11 +53,10 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     except (OSError, MemoryError):
         raise
     except Exception as err:  # a damaged file can fail in any way
-        lines, reason = str(err).strip().splitlines() or [type(err).__name__], ""
-        if not isinstance(err, pickle.UnpicklingError):
-            reason = f" ({lines[0]})"
-        elif code := re.search(r"GLOBAL (\S+)", str(err)):
+        of_pickle = isinstance(err, pickle.UnpicklingError)  # which suggests to run what is in the file
+        if of_pickle and (code := re.search(r"GLOBAL (\S+)", str(err))):
             raise ValueError(f"{file}: refused: loading it would run {code[1]}, and weights are tensors only") from err
+        reason = "" if of_pickle else f" ({one_line(err)})"
         raise ValueError(f"{file}: damaged, or not a file of weights{reason}") from err
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise ValueError(f"{file}: holds more than named tensors: it is no file of weights")

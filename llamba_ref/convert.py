@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from llamba_ref.checkpoint import (
-    atomic_directory, find_checkpoint, load_strict, read_config, read_json, read_weights, write_checkpoint,
+    atomic_directory, find_checkpoint, load_strict, one_line, read_config, read_json, read_weights, write_checkpoint,
 )
 from .decoder import Decoder
 
@@ -423,7 +423,7 @@ def read_gguf(file: Path) -> tuple[dict, dict[str, Tensor]]:
         for part, count in ((".attn_q.", heads), (".attn_k.", config.get("num_key_value_heads", heads))):
             weights |= {name: unpair(tensor, count) for name, tensor in weights.items() if part in name}
     except Exception as err:  # a damaged file can fail in any way
-        raise ValueError(f"{file}: could not be read as the GGUF of a Llama ({_reason(err)})") from err
+        raise ValueError(f"{file}: could not be read as the GGUF of a Llama ({one_line(err)})") from err
     return config, {_gguf_name(name): tensor for name, tensor in weights.items()}
 
 
@@ -432,11 +432,6 @@ def _gguf_name(name: str) -> str:
     for theirs, ours in _GGUF_WEIGHTS.items():
         name = name.replace(theirs, ours)
     return name
-
-
-def _reason(err: Exception) -> str:
-    """The first line of a message, or the kind of the error where it has none."""
-    return (str(err).strip().splitlines() or [type(err).__name__])[0]
 
 # %% ../nbs/91_convert.ipynb #2ac8b915
 _CONVERSION = 2  # raise it when `read_gguf` changes: what an older version kept is then not used
@@ -464,7 +459,7 @@ def convert_gguf(
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     except Exception as err:  # whatever transformers makes of it
-        raise ValueError(f"{file}: its tokenizer could not be read ({_reason(err)})") from err
+        raise ValueError(f"{file}: its tokenizer could not be read ({one_line(err)})") from err
     with suppress(FileExistsError):  # another process was faster
         with atomic_directory(out) as directory:
             write_checkpoint(directory, config, weights)
@@ -509,7 +504,7 @@ class LanguageModel(Decoder):
             with torch.device("meta"):
                 model = cls(config)
         except (ValueError, RuntimeError, OverflowError) as err:  # sizes that do not fit together, or are absurd
-            raise ValueError(f"{file}: {_reason(err)}") from err
+            raise ValueError(f"{file}: {one_line(err)}") from err
         load_strict(model, weights, source, dtype, layout.stored_as)
         return model
 

@@ -233,14 +233,6 @@ class LayerView:
     mixer_output: Tensor  # what the mixer adds to the residual stream
     output: Tensor  # hidden state that leaves the block, before any final norm
 
-    @classmethod
-    @torch.no_grad()
-    def of(cls, index: int, block: Block, x: Float[Tensor, "batch len d_model"]) -> LayerView:
-        """Run a block on x."""
-        mixer_input = block.input_layernorm(x)
-        mixer_output = block.mixer(mixer_input)
-        return cls(index, block, x, mixer_input, mixer_output, block.channel_mix(x + mixer_output))
-
     def matrix(self) -> Float[Tensor, "batch heads len len"]:
         """The matrix that the mixer applied to its values (attention: the softmax of scores), computed when asked."""
         with torch.no_grad():
@@ -303,10 +295,13 @@ def walk(
     check_ids(input_ids, model.vocab_size)
     x = model.backbone.embedding(input_ids).detach()
     for index, block in enumerate(model.backbone.layers):
-        layer = LayerView.of(index, block, x)
+        with torch.no_grad():
+            mixer_input = block.input_layernorm(x)
+            mixer_output = block.mixer(mixer_input)
+            layer = LayerView(index, block, x, mixer_input, mixer_output, block.channel_mix(x + mixer_output))
         yield layer
         x = layer.output
-        del layer
+        del layer, mixer_input, mixer_output
 
 # %% ../nbs/04_decoder.ipynb #d8640a79
 @torch.no_grad()

@@ -19,7 +19,7 @@ from .decoder import Decoder, LayerView
 from .llama import Attention, attention_matrix
 from .mamba2 import SSDMixer
 from .ssd import ssd_matrix
-from .training import Backward, CrossEntropy, Objective, Stage, last_hidden, mean_over_chunks, train
+from .training import Backward, CrossEntropy, Objective, Stage, mean_over_chunks, train
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'comparable', 'orientation_loss', 'check_sizes_of', 'LayerByLayer', 'matrix_distance', 'match_matrix',
@@ -198,9 +198,9 @@ class EndToEnd:
     def __call__(self, input_ids: Int[Tensor, "batch len"], backward: Backward) -> Float[Tensor, "1"]:
         teacher, student = self.models.values()
         with torch.no_grad():
-            target = last_hidden(teacher, input_ids)
+            target = teacher.hidden(input_ids).flatten(0, 1)
             teacher_head = torch.no_grad()(teacher.head)
-        x = last_hidden(student, input_ids)
+        x = student.hidden(input_ids).flatten(0, 1)
         loss = mean_over_chunks(
             lambda x, y: distillation_loss(student.head(x), teacher_head(y)), student.vocab_size, x, target)
         backward(loss)

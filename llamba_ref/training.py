@@ -27,16 +27,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from .checkpoint import atomic_directory, read_json, read_tensors, write_tensors
+from .checkpoint import atomic_directory, one_line, read_json, read_tensors, write_tensors
 from .conventions import check_sizes, wide_dtype
-from .decoder import Decoder, hidden
+from .decoder import Decoder
 
 # %% auto #0
-__all__ = ['Backward', 'LOGITS', 'FILES', 'Stage', 'Objective', 'last_hidden', 'mean_over_chunks', 'next_tokens', 'CrossEntropy',
-           'reached', 'freeze', 'describe', 'optimizer_for', 'warmup_stable_decay', 'first_bad', 'train_step',
-           'replace_text', 'read_metrics', 'Run', 'hold', 'check_config', 'forget', 'read_checkpoint', 'write_state',
-           'read_state', 'checksum', 'seal', 'Progress', 'training_state', 'restore', 'FreshBatches', 'train_stage',
-           'check_settings', 'train']
+__all__ = ['Backward', 'LOGITS', 'FILES', 'Stage', 'Objective', 'mean_over_chunks', 'next_tokens', 'CrossEntropy', 'reached',
+           'freeze', 'describe', 'optimizer_for', 'warmup_stable_decay', 'first_bad', 'train_step', 'replace_text',
+           'read_metrics', 'Run', 'hold', 'check_config', 'forget_after', 'load', 'write_state', 'read_state',
+           'checksum', 'seal', 'Progress', 'training_state', 'restore', 'FreshBatches', 'train_stage', 'check_settings',
+           'train']
 
 # %% ../nbs/93_training.ipynb #9dda318b
 @dataclass(frozen=True)
@@ -81,11 +81,6 @@ class Objective(Protocol):
 LOGITS = 2**24  # how many are alive at a time, 64 MiB in float32
 
 
-def last_hidden(model: Decoder, input_ids: Int[Tensor, "batch len"]) -> Float[Tensor, "tokens d_model"]:
-    """What leaves the last block, all tokens in one row. Raises ValueError for ids that are not the model's."""
-    return hidden(model, input_ids).flatten(0, 1)
-
-
 def mean_over_chunks(
     loss: Callable[..., Tensor],  # mean loss of some tokens, from their slices of `tensors`; makes logits
     vocab_size: int,  # logits that a token takes
@@ -121,7 +116,7 @@ class CrossEntropy:
         asked = targets != -100
         if not asked.any():
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: too short to ask for anything")
-        x = last_hidden(model, input_ids)[asked]
+        x = model.hidden(input_ids).flatten(0, 1)[asked]
         loss = mean_over_chunks(
             lambda x, y: F.cross_entropy(model.head(x).to(wide_dtype(x)), y), model.vocab_size, x, targets[asked])
         backward(loss)
@@ -273,6 +268,8 @@ class Run:
     """A directory that holds a run: config.json, metrics.jsonl, checkpoints/, and whatever is added at the end. One
     process at a time writes: the first write takes the lock, which ends with the `Run` or with its process."""
 
+    forget_after, hold, load = forget_after, hold, load  # the functions above, as methods
+
     def __init__(
         self,
         path: str | Path,  # the directory
@@ -288,12 +285,12 @@ class Run:
         check_config(self.path, config, resume)
         if not resume:
             self.path.mkdir(parents=True, exist_ok=True)
-            hold(self.lock)
+            self.hold()
             replace_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def log(self, **record) -> None:
         """Append one line to metrics.jsonl."""
-        hold(self.lock)
+        self.hold()
         with open(self.path / "metrics.jsonl", "a") as handle:
             handle.write(json.dumps(record) + "\n")
 
@@ -307,7 +304,7 @@ class Run:
 
     def save(self, step: int, model: nn.Module, state: dict) -> None:
         """Save weights and training state atomically, drop what is older than the newest `keep`. Raises OSError."""
-        hold(self.lock)
+        self.hold()
         with atomic_directory(self.path / "checkpoints" / f"step-{step:08d}") as directory:
             write_state(directory / "training.pt", state)
             write_tensors(directory / "weights.safetensors", model.state_dict())
@@ -315,24 +312,15 @@ class Run:
         for old in self.checkpoints()[: -self.keep]:
             shutil.rmtree(old.rename(old.with_name(f".{old.name}-old")))
 
-    def load(self, model: nn.Module) -> dict | None:
-        """Load the newest checkpoint into `model`: see `read_checkpoint`. None when there is no checkpoint."""
-        return read_checkpoint(self.checkpoints(), model) if self.checkpoints() else None
-
-    def forget_after(self, step: int) -> None:
-        """Drop lines that a killed run logged after a step, and what it had not finished."""
-        hold(self.lock)
-        forget(self.path, step)
-
 # %% ../nbs/93_training.ipynb #d3e1faac
-def hold(lock: FileLock) -> None:
-    """Be the one process that writes. Raises BlockingIOError when another one is."""
+def hold(run: Run) -> None:
+    """Be the one process that writes the run. Raises BlockingIOError when another one is."""
     try:
-        if not lock.is_locked:
-            lock.acquire()
+        if not run.lock.is_locked:
+            run.lock.acquire()
     except Timeout as err:
-        path = Path(lock.lock_file).parent
-        raise BlockingIOError(f"{path}: another process is writing this run: wait until it ends, or stop it") from err
+        problem = "another process is writing this run: wait until it ends, or stop it"
+        raise BlockingIOError(f"{run.path}: {problem}") from err
 
 
 def check_config(path: Path, config: dict, resume: bool) -> None:
@@ -350,21 +338,24 @@ def check_config(path: Path, config: dict, resume: bool) -> None:
         raise ValueError(f"{path}: cannot resume, {differ}")
 
 
-def forget(path: Path, step: int) -> None:
+def forget_after(run: Run, step: int) -> None:
     """Drop the lines of metrics.jsonl after a step, and what was being written when a process was killed."""
-    if (path / "metrics.jsonl").exists():
-        kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record.get("step", 0) <= step]
-        replace_text(path / "metrics.jsonl", "".join(kept))
+    run.hold()
+    if (run.path / "metrics.jsonl").exists():
+        kept = [json.dumps(record) + "\n" for record in run.metrics() if record.get("step", 0) <= step]
+        replace_text(run.path / "metrics.jsonl", "".join(kept))
     for pattern in (".config.json", ".metrics.jsonl", f".*-{'[0-9a-f]' * 8}", "checkpoints/.step-*"):
-        for left in path.glob(pattern):
+        for left in run.path.glob(pattern):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def read_checkpoint(checkpoints: Sequence[Path], model: nn.Module) -> dict:
-    """Load the last checkpoint into a model; its training state.
+def load(run: Run, model: nn.Module) -> dict | None:
+    """Load the newest checkpoint into a model; its training state, or None when there is no checkpoint.
 
     Raises ValueError that names a damaged file and the checkpoint to go on from, or what does not fit the model."""
-    *older, newest = checkpoints
+    if not run.checkpoints():
+        return None
+    *older, newest = run.checkpoints()
     try:
         written = read_json(newest / "checksums.json")
         for name in FILES:
@@ -390,7 +381,7 @@ def write_state(file: Path, state: dict) -> None:
         with open(file, "wb") as handle:
             torch.save(state, handle)
     except RuntimeError as err:  # torch may report a full disk as an unexpected position
-        raise OSError(f"{file}: the training state could not be written ({str(err).splitlines()[0]})") from err
+        raise OSError(f"{file}: the training state could not be written ({one_line(err)})") from err
 
 
 def read_state(file: Path) -> dict:
@@ -398,7 +389,7 @@ def read_state(file: Path) -> dict:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as err:
-        raise ValueError(f"{file}: damaged, or not a training state ({str(err).splitlines()[0]})") from err
+        raise ValueError(f"{file}: damaged, or not a training state ({one_line(err)})") from err
 
 
 def checksum(file: Path) -> str:
@@ -576,7 +567,7 @@ def train(
     model.to(accelerator.device)
     writer = run if accelerator.is_main_process else None
     if writer is not None:
-        hold(writer.lock)
+        writer.hold()
     state = run.load(model) if run is not None else None
     done = restore(state, stages, data, accelerator.device) if state is not None else 0
     if writer is not None:

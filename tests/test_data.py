@@ -306,6 +306,20 @@ def test_the_broken_file_of_several_is_named_when_it_is_reached(tmp_path, tokeni
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("other", [{"n": [1]}, {"body": ["lost"], "n": [1]}], ids=["fewer columns", "another"])
+def test_the_file_of_several_that_lacks_the_column_is_named(tmp_path, tokenizer, other, suffix, streaming):
+    """`datasets` alone would fill its rows with nothing, and they would be left out."""
+    for i in range(3):
+        rows = Dataset.from_dict(other if i == 1 else {"n": [i], "text": ["fine"]})
+        {".csv": rows.to_csv, ".parquet": rows.to_parquet}.get(suffix, rows.to_json)(str(tmp_path / f"{i}{suffix}"))
+    words = f"^{tmp_path}/1{suffix} has no column 'text': text_field must be one of \\{sorted(other)}$"
+    with pytest.raises(ValueError, match=words):
+        documents = load_documents(tmp_path, streaming=streaming)  # the first file is fine
+        draw(StreamBatches(documents, tokenizer, 2, 1, shuffle_buffer=5), 20)
+
+
 HUB = """
 import sys
 from llamba_ref.data import load_documents, load_tokenizer
