@@ -40,7 +40,8 @@ def is_place(app, what, name, obj, skip, options) -> bool | None:
 def describe(app, what, name, obj, options, lines) -> None:
     """Docstrings from Markdown, and a field for each commented parameter and for the result."""
     lines[:] = [restructured(line) for line in lines]
-    if what not in ("function", "method", "class") or (inspect.isclass(obj) and obj.__init__ is object.__init__):
+    bare = inspect.isclass(obj) and obj.__init__ is object.__init__ and not hasattr(obj, "_fields")
+    if bare or what not in ("function", "method", "class"):
         return
     lines.append("")
     for parameter, text in comments(obj).items():
