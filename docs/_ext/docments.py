@@ -24,14 +24,27 @@ def escape(text: str) -> str:
     return re.sub(r"([\\*|_])", r"\\\1", text)
 
 
+def comments(obj) -> dict:
+    """What stands beside each parameter and, as `return`, beside the result; beside the fields of a NamedTuple."""
+    if hasattr(obj, "_fields"):
+        found = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(obj), re.MULTILINE))
+        return {name: found.get(name) for name in obj._fields}
+    return {name: about.get("docment") for name, about in docments(obj, full=True, args_kwargs=True).items()}
+
+
+def is_place(app, what, name, obj, skip, options) -> bool | None:
+    """Skip the fields of a NamedTuple: they are its parameters, and Python's own text only numbers them."""
+    return True if (inspect.getdoc(obj) or "").startswith("Alias for field number") else None
+
+
 def describe(app, what, name, obj, options, lines) -> None:
     """Docstrings from Markdown, and a field for each commented parameter and for the result."""
     lines[:] = [restructured(line) for line in lines]
-    if what not in ("function", "method", "class") or (inspect.isclass(obj) and obj.__init__ is object.__init__):
+    bare = inspect.isclass(obj) and obj.__init__ is object.__init__ and not hasattr(obj, "_fields")
+    if bare or what not in ("function", "method", "class"):
         return
     lines.append("")
-    for parameter, about in docments(obj, full=True).items():
-        text = about.get("docment")
+    for parameter, text in comments(obj).items():
         if text and parameter not in ("self", "cls"):
             text = restructured(" ".join(text) if isinstance(text, list) else text)
             lines.append(f":returns: {text}" if parameter == "return" else f":param {parameter}: {text}")
@@ -41,4 +54,5 @@ def describe(app, what, name, obj, options, lines) -> None:
 def setup(app):
     app.setup_extension("sphinx.ext.autodoc")
     app.connect("autodoc-process-docstring", describe)
+    app.connect("autodoc-skip-member", is_place)
     return {"parallel_read_safe": True}
