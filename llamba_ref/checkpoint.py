@@ -212,11 +212,10 @@ def write_checkpoint(
     max_shard_size: int | str = "5GB",  # as in `write_tensors`
 ) -> None:
     """Write config.json, the weights, and where the config has token ids a generation_config.json. Raises OSError."""
-    ids = {f"{kind}_token_id": config.get(f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-    ids = {name: value for name, value in ids.items() if value is not None}
-    for name, values in (("config", config), ("generation_config", ids)):
-        if values or name == "config":
-            (directory / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: config[name] for name in names if config.get(name) is not None}
+    for name, values in {"config.json": config, **({"generation_config.json": ids} if ids else {})}.items():
+        (directory / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     write_tensors(directory / "model.safetensors", weights, max_shard_size)
 
 # %% ../nbs/90_checkpoint.ipynb #741cb5bd

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import torch
 from huggingface_hub.dataclasses import type_validator
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from llamba_ref.checkpoint import (
     atomic_directory, find_checkpoint, load_strict, read_config, read_json, read_weights, write_checkpoint,
@@ -454,8 +454,6 @@ def convert_gguf(
     out = cache / f"{file.stem}-{digest.hexdigest()[:12]}-v{_CONVERSION}"
     if out.exists():
         return out
-    from transformers import AutoTokenizer
-
     print(f"converting {file.name} to safetensors (once, under a minute): {out}", file=sys.stderr, flush=True)
     config, weights = read_gguf(file)
     try:
