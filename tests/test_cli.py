@@ -18,6 +18,7 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import llama_config
 
 import llamba_ref as lr
 from llamba_ref import checkpoint, cli, training
@@ -55,10 +56,9 @@ def toy(tmp_path_factory) -> Path:
     return home
 
 
-def config_of(tokenizer, **sizes) -> LlamaConfig:
-    sizes = {"vocab_size": len(tokenizer), "num_hidden_layers": 2} | sizes
-    return LlamaConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                       tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, **sizes)
+def config_of(tokenizer) -> LlamaConfig:
+    return llama_config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, tie_word_embeddings=True,
+                        bos_token_id=0, eos_token_id=0)
 
 
 def words(toy: Path, out: Path, *more, steps=("2", "2", "2")) -> list[str]:
