@@ -463,12 +463,7 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 # %% ../nbs/98_cli.ipynb #9bee570c
-Command = (
-    Annotated[Distill, tyro.conf.subcommand("distill")]
-    | Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
-)
+Command = Distill | Generate | Evaluate | Pretrain  # their names, in small letters, are those of the commands
 NO_MEMORY = "out of memory|allocate memory|not enough memory|calculation overflowed|multiplication overflow"  # torch
 
 
