@@ -17,10 +17,11 @@ import time
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub import constants, get_session, save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
@@ -153,33 +154,13 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def _held(directory: Path) -> Iterator[bool]:
-    """Lock a directory until the end of the block, or of the process. False: it can't be, another process has it."""
-    try:
-        import fcntl  # POSIX alone has it
-
-        descriptor = os.open(directory, os.O_RDONLY)
-    except (ImportError, FileNotFoundError):
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # held, or a file system without locks
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
-
-
 def _remove_left(path: Path) -> None:
     """Remove what writers of `path` left that were killed; younger than a minute may be one that has not locked yet."""
     for left in path.parent.glob(f".{glob.escape(path.name)}-{'[0-9a-f]' * 8}"):
-        with _held(left) as dead:
-            if dead and time.time() - left.stat().st_mtime > 60:
-                shutil.rmtree(left, ignore_errors=True)
+        with suppress(Timeout, FileNotFoundError):  # it is being written, or was removed by another process
+            if time.time() - left.stat().st_mtime > 60:
+                with FileLock(left / ".lock", timeout=0):
+                    shutil.rmtree(left, ignore_errors=True)
 
 # %% ../nbs/90_checkpoint.ipynb #1c49f449
 @contextmanager
@@ -196,14 +177,16 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     unfinished.mkdir()
     try:
-        with _held(unfinished):
+        with FileLock(unfinished / ".lock"):
             yield unfinished
-            for entry in (*unfinished.rglob("*"), unfinished):
+            for entry in unfinished.rglob("*"):
                 _flush(entry)
-            if path.exists():
-                raise FileExistsError(f"{path}: appeared while it was being written, and nothing is overwritten")
-            unfinished.rename(path)
-            _flush(path.parent)
+        (unfinished / ".lock").unlink(missing_ok=True)  # from now on it is younger than a minute
+        _flush(unfinished)
+        if path.exists():
+            raise FileExistsError(f"{path}: appeared while it was being written, and nothing is overwritten")
+        unfinished.rename(path)
+        _flush(path.parent)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -235,11 +218,10 @@ def write_checkpoint(
     max_shard_size: int | str = "5GB",  # as in `write_tensors`
 ) -> None:
     """Write config.json, the weights, and where the config has token ids a generation_config.json. Raises OSError."""
-    ids = {f"{kind}_token_id": config.get(f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-    ids = {name: value for name, value in ids.items() if value is not None}
-    for name, values in (("config", config), ("generation_config", ids)):
-        if values or name == "config":
-            (directory / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: config[name] for name in names if config.get(name) is not None}
+    for name, values in {"config.json": config, **({"generation_config.json": ids} if ids else {})}.items():
+        (directory / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     write_tensors(directory / "model.safetensors", weights, max_shard_size)
 
 # %% ../nbs/90_checkpoint.ipynb #741cb5bd

@@ -24,16 +24,14 @@ except KeyboardInterrupt:  # Ctrl+C while the program starts
     print("llamba: stopped", file=sys.stderr)
     sys.exit(130)
 
+import llamba_ref as lr
+
 if TYPE_CHECKING:  # for signatures alone: when the program runs, each method imports what it needs
     from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
     from llamba_ref.data import TokenBlocks
-    from llamba_ref.decoder import Decoder
     from llamba_ref.evaluate import Comparison, Evaluation
-    from llamba_ref.llama import Llama
-    from llamba_ref.llamba import Llamba
-    from llamba_ref.training import Run, Stage
 
 # %% auto #0
 __all__ = ['Count', 'Size', 'Seed', 'BatchSize', 'Place', 'Model', 'Prompt', 'Command', 'NO_MEMORY', 'Range', 'check',
@@ -133,19 +131,17 @@ class Text:
 
     def documents(self) -> tuple:
         """Train and validation documents. Raises ValueError when there are too few to hold one out."""
-        from llamba_ref.data import load_documents, split_documents
         options = {name: getattr(self, name) for name in ("text_field", "separator", "streaming")}
-        documents = load_documents(self.text, **options)
+        documents = lr.load_documents(self.text, **options)
         try:
-            return split_documents(documents, self.held_out)
+            return lr.split_documents(documents, self.held_out)
         except ValueError as err:  # `every` is called held_out here
             raise ValueError(f"{self.text}: {re.sub('every', 'held_out', str(err))}") from err
 
     def validation(self, documents, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
         """Blocks of held-out text. Raises ValueError when it does not fill one."""
-        from llamba_ref.data import pack
         try:
-            return pack(documents, tokenizer, self.length, max_blocks=self.validation_blocks or None)
+            return lr.pack(documents, tokenizer, self.length, max_blocks=self.validation_blocks or None)
         except ValueError as err:
             raise ValueError(f"{self.text}, the held-out part: {err}") from err
 
@@ -177,21 +173,19 @@ class Training:
         accelerator: Accelerator,  # which process this is
         tokenizer: PreTrainedTokenizerBase,  # what makes the ids
         documents: tuple,  # to train on, and held out
-        **models: Decoder,  # to describe, by what they are here
+        **models: lr.Decoder,  # to describe, by what they are here
     ):
         """Training batches, held-out blocks, and the run's directory, last of all. Raises ValueError, OSError."""
-        from llamba_ref.data import Batches, StreamBatches, pack
-        from llamba_ref.training import Run
         length, rows = self.corpus.length, {"batch_size": self.batch_size, "seed": self.seed}
         rows |= {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
         if self.corpus.streaming:
-            data, size = StreamBatches(documents[0], tokenizer, length, shuffle_buffer=1000, **rows), "a stream"
+            data, size = lr.StreamBatches(documents[0], tokenizer, length, shuffle_buffer=1000, **rows), "a stream"
         else:
-            data = Batches(pack(documents[0], tokenizer, length), **rows)
+            data = lr.Batches(lr.pack(documents[0], tokenizer, length), **rows)
             size = f"{len(data.blocks):,} blocks"
         blocks = self.corpus.validation(documents[1], tokenizer)
         with accelerator.main_process_first():  # which begins the run; the others join it
-            run = Run(self.out, settings_of(self), self.resume or not accelerator.is_main_process)
+            run = lr.Run(self.out, settings_of(self), self.resume or not accelerator.is_main_process)
         machine = run.path / "machine.json"
         if accelerator.is_main_process and not machine.exists():
             machine.write_text(json.dumps({"threads": self.machine.threads, "device": str(accelerator.device)}) + "\n")
@@ -209,7 +203,7 @@ def settings_of(command: Training) -> dict:
     return {name: settings[name] for name in settings if name not in ("out", "resume", "machine", "prompt")}
 
 
-def describe_model(model: Decoder) -> str:
+def describe_model(model: lr.Decoder) -> str:
     """One line about a model: parameters and mixers."""
     mixers = Counter(type(block.mixer).__name__ for block in model.backbone.layers)
     layers = " and ".join(f"{count} of {name}" for name, count in mixers.items())
@@ -225,16 +219,15 @@ def figures_of(result: Evaluation, compared: Comparison | None = None) -> dict[s
     return figures
 
 
-def write_results(run: Run, part: str, model: Decoder, tokenizer: PreTrainedTokenizerBase) -> None:
+def write_results(run: lr.Run, part: str, model: lr.Decoder, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the model as `part` of the run, if it is not there from before, and the figure of the run."""
     from llamba_ref.plots import draw_progress
-    from llamba_ref.models import save_model
     if not (run.path / part).exists():
-        save_model(run.path / part, model, tokenizer)
+        lr.save_model(run.path / part, model, tokenizer)
     save_figure(run, "progress.png", draw_progress(run.metrics()))
 
 
-def save_figure(run: Run, name: str, figure) -> None:
+def save_figure(run: lr.Run, name: str, figure) -> None:
     """Write a figure into the run's directory."""
     (run.path / "figures").mkdir(exist_ok=True)
     figure.savefig(run.path / "figures" / name)
@@ -256,35 +249,30 @@ class Distill(Training):
     precision: Literal["no", "bf16"] = "no"  # mixed precision: no, or bf16 on a GPU that has it
     prompt: str = "It is a truth universally acknowledged, that"  # what both models continue at the end
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[lr.Stage]:
         """The stages that have steps. Stage 1 uses no weight decay: it would shrink rows that the matrix lacks."""
-        from llamba_ref.training import Stage
         if not any(self.steps):
             raise ValueError(f"steps is {' '.join(map(str, self.steps))}: at least one stage must have a step")
         stages = zip(("orientation", "alignment", "distillation"), self.steps, self.lr, (0.0, 0.1, 0.1))
-        return [Stage(name, steps, lr, weight_decay) for name, steps, lr, weight_decay in stages if steps]
+        return [lr.Stage(name, steps, rate, decay) for name, steps, rate, decay in stages if steps]
 
-    def student(self, teacher: Llama) -> Llamba:
+    def student(self, teacher: lr.Llama) -> lr.Llamba:
         """A fresh student: the same one for the same seed. Raises ValueError for a layer that does not exist."""
         import torch
-        from llamba_ref.llamba import Llamba
         layers = range(teacher.config.num_hidden_layers)
         if any(layer not in layers for layer in self.replace):
             raise ValueError(f"replace is {' '.join(map(str, self.replace))}: layers are 0 to {len(layers) - 1}")
         kept = [layer for layer in layers if self.replace and layer not in self.replace]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return Llamba.from_teacher(teacher, kept, d_state=self.d_state, chunk_size=self.chunk_size)
+            return lr.Llamba.from_teacher(teacher, kept, d_state=self.d_state, chunk_size=self.chunk_size)
 
     def run(self) -> None:
         """Distil, evaluate after every stage, write the student."""
         from llamba_ref.evaluate import prompt_tokens
-        from llamba_ref.llama import Llama
-        from llamba_ref.models import load_model
-        from llamba_ref.mohawk import distill
         accelerator, stages = self.accelerator(self.precision), self.stages()
-        teacher, tokenizer = load_model(self.teacher)
-        if not isinstance(teacher, Llama):
+        teacher, tokenizer = lr.load_model(self.teacher)
+        if not isinstance(teacher, lr.Llama):
             raise ValueError(f"{self.teacher}: a teacher must be a Llama, this is a {type(teacher).__name__}")
         prompt_tokens(tokenizer, [self.prompt])  # to learn of an empty prompt before the training, not after it
         student, documents = self.student(teacher), self.corpus.documents()
@@ -292,8 +280,8 @@ class Distill(Training):
         report = Report(self, run, teacher.to(accelerator.device), student.to(accelerator.device), blocks)
         if first := accelerator.is_main_process:
             report.before_training()
-        distill(teacher, student, data, stages, accelerator=accelerator, run=run, save_every=self.save_every,
-                micro_batch_size=self.micro_batch_size or None, after_stage=report.after_stage if first else None)
+        lr.distill(teacher, student, data, stages, accelerator=accelerator, run=run, save_every=self.save_every,
+                   micro_batch_size=self.micro_batch_size or None, after_stage=report.after_stage if first else None)
         if first:
             report.at_the_end(tokenizer)
 
@@ -301,14 +289,13 @@ class Distill(Training):
 class Report:
     """What a distillation shows: perplexity after every stage, figures, the student, a sample of its text."""
 
-    def __init__(self, command: Distill, run: Run, teacher: Llama, student: Llamba, blocks: TokenBlocks):
+    def __init__(self, command: Distill, run: lr.Run, teacher: lr.Llama, student: lr.Llamba, blocks: TokenBlocks):
         self.command, self.run, self.teacher, self.student, self.blocks = command, run, teacher, student, blocks
 
     def measure(self, step: int, name: str) -> Comparison:
         """Compare on the held-out text; log and print the result. Raises FloatingPointError when it is not finite."""
-        from llamba_ref.evaluate import compare
         batch_size = self.command.micro_batch_size or self.command.batch_size
-        result = compare(self.teacher, self.student, self.blocks, batch_size)
+        result = lr.compare(self.teacher, self.student, self.blocks, batch_size)
         self.run.log(step=step, evaluation=name, **figures_of(result.student, result))
         print(f"{name:>22}: perplexity {result.student.perplexity:8.2f} ({result.ratio:6.3f} x the teacher's), "
               f"same next token {result.agreement:5.1%}, KL {result.kl:.3f}", flush=True)
@@ -321,7 +308,7 @@ class Report:
             result = self.measure(0, "attention replaced")
             print(f"{'teacher':>22}: perplexity {result.teacher.perplexity:8.2f}")
 
-    def after_stage(self, step: int, stage: Stage) -> None:
+    def after_stage(self, step: int, stage: lr.Stage) -> None:
         """Perplexity after a stage; after stage 1 also the picture of the matrices, beside those of a fresh student."""
         from llamba_ref.plots import draw_matrices
         self.measure(step, f"after {stage.objective}")
@@ -354,22 +341,20 @@ class Generate:
 
     def run(self) -> None:
         """Stream the text to standard output, and nothing else."""
-        from llamba_ref.models import load_model
         accelerator = self.machine.accelerator()
         with redirect_stdout(sys.stderr):
-            model, tokenizer = load_model(self.model)
+            model, tokenizer = lr.load_model(self.model)
         choice = {"temperature": self.temperature, "top_k": self.top_k or None, "top_p": self.top_p}
         stream_text(model.to(accelerator.device), tokenizer, self.prompt, self.tokens, self.seed, **choice)
 
 
-def stream_text(model: Decoder, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int, **choice):
+def stream_text(model: lr.Decoder, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int, **choice):
     """Print the prompt and a continuation, token by token."""
     import torch
     from transformers import TextStreamer
-    from llamba_ref.evaluate import generate_text
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    generate_text(model, tokenizer, [prompt], tokens, streamer=streamer, **choice)
+    lr.generate_text(model, tokenizer, [prompt], tokens, streamer=streamer, **choice)
 
 # %% ../nbs/98_cli.ipynb #9c4a9eb6
 @dataclass
@@ -393,20 +378,18 @@ class Evaluate:
 
     def figures(self) -> dict[str, float]:
         """What is measured. Raises ValueError for two models with different tokenizers, and as `figures_of`."""
-        from llamba_ref.evaluate import compare, evaluate
-        from llamba_ref.models import load_model
         accelerator = self.machine.accelerator()
-        model, tokenizer = load_model(self.model)
+        model, tokenizer = lr.load_model(self.model)
         blocks = self.corpus.validation(self.corpus.documents()[1], tokenizer)
         model.to(accelerator.device)
         if not self.teacher:
-            result = evaluate(model, blocks, self.batch_size)
+            result = lr.evaluate(model, blocks, self.batch_size)
             return figures_of(result) | {"tokens": result.tokens}
-        teacher, its_tokenizer = load_model(self.teacher)
+        teacher, its_tokenizer = lr.load_model(self.teacher)
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"{self.model} and {self.teacher} have different tokenizers: "
                              "only bits per byte can be compared, one by one")
-        result = compare(teacher.to(accelerator.device), model, blocks, self.batch_size)
+        result = lr.compare(teacher.to(accelerator.device), model, blocks, self.batch_size)
         return figures_of(result.student, result) | {"tokens": result.student.tokens}
 
 # %% ../nbs/98_cli.ipynb #cabf13c2
@@ -426,16 +409,15 @@ class Pretrain(Training):
     batch_size: BatchSize = 8  # blocks a step, all processes together
     save_every: Count = 200  # steps between checkpoints; 0: only at the end
 
-    def model(self, tokenizer: PreTrainedTokenizerBase) -> Llama:
+    def model(self, tokenizer: PreTrainedTokenizerBase) -> lr.Llama:
         """The Llama before training: the same one for the same seed. Raises ValueError for sizes that do not fit."""
         import torch
-        from llamba_ref.llama import Llama, LlamaConfig
         if self.d_model % (pairs := 2 * self.heads):
             raise ValueError(f"d_model is {self.d_model}: it must be a positive multiple of 2 * heads, {pairs}")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads is {self.kv_heads}: it must divide heads, {self.heads}")
         torch.manual_seed(self.seed)
-        return Llama(LlamaConfig(
+        return lr.Llama(lr.LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=self.d_model, intermediate_size=self.intermediate_size,
             num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
             head_dim=self.d_model // self.heads, max_position_embeddings=self.corpus.length, tie_word_embeddings=True,
@@ -444,17 +426,16 @@ class Pretrain(Training):
     def run(self) -> None:
         """Train tokenizer and model, evaluate on held-out text, write the model."""
         from llamba_ref.data import train_tokenizer
-        from llamba_ref.evaluate import evaluate
-        from llamba_ref.training import CrossEntropy, Stage, train
-        accelerator, stages = self.accelerator(), [Stage("language", self.steps, self.lr)]
+        from llamba_ref.training import CrossEntropy
+        accelerator, stages = self.accelerator(), [lr.Stage("language", self.steps, self.lr)]
         documents = self.corpus.documents()
         tokenizer = train_tokenizer((row["text"] for row in documents[0]), self.vocab_size)
         model = self.model(tokenizer)
         data, blocks, run = self.begin(accelerator, tokenizer, documents, model=model)
         options = {"accelerator": accelerator, "run": run, "save_every": self.save_every}
-        train(model, stages, data, lambda stage: CrossEntropy(model), **options)
+        lr.train(model, stages, data, lambda stage: CrossEntropy(model), **options)
         if accelerator.is_main_process:
-            figures = figures_of(evaluate(model, blocks, self.batch_size))
+            figures = figures_of(lr.evaluate(model, blocks, self.batch_size))
             if not (run.path / "model").exists():
                 run.log(step=self.steps, evaluation="held-out", **figures)
             write_results(run, "model", model, tokenizer)
@@ -482,12 +463,7 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 # %% ../nbs/98_cli.ipynb #9bee570c
-Command = (
-    Annotated[Distill, tyro.conf.subcommand("distill")]
-    | Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
-)
+Command = Distill | Generate | Evaluate | Pretrain  # their names, in small letters, are those of the commands
 NO_MEMORY = "out of memory|allocate memory|not enough memory|calculation overflowed|multiplication overflow"  # torch
 
 

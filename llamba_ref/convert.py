@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import torch
 from huggingface_hub.dataclasses import type_validator
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from llamba_ref.checkpoint import (
     atomic_directory, find_checkpoint, load_strict, one_line, read_config, read_json, read_weights, write_checkpoint,
@@ -99,30 +99,48 @@ def build(
     return kind(**ready)
 
 # %% ../nbs/91_convert.ipynb #af628bf0
+def _present(config: dict) -> dict:
+    """Entries that say something: our own files, and Llamba's, leave out what is not there."""
+    return {name: value for name, value in config.items() if value is not None}
+
+
 class Layout(NamedTuple):
     """How one kind of checkpoint says in config.json, and in its weights' names, what our configs and `Decoder` say."""
 
     kind: str  # model_type of our config
-    read: Callable[[dict], dict]  # their entries -> ours; raises ValueError
-    write: Callable[[dict], dict]  # our entries -> theirs, without model_type
-    names: dict[str, str]  # our name of an entry -> theirs, where the two differ
-    weights: dict[str, str]  # part of our name of a weight -> theirs
     only: dict[str, tuple]  # their entries that choose another model -> the values that are built here
     ignored: frozenset[str]  # their entries that do not change what a trained model computes
+    names: dict[str, str] = {}  # our name of an entry -> theirs, where the two differ
+    weights: dict[str, str] = {}  # part of our name of a weight -> theirs
+    read: Callable[[dict], dict] = dict  # under their names: the values of a file -> ours; raises ValueError
+    write: Callable[[dict], dict] = _present  # under their names: our values -> those of a file, without model_type
 
     def to_ours(self, config: dict) -> dict:
-        """Our entries of a config.json. Raises ValueError for an entry that asks for another model."""
+        """Our entries of a config.json. Raises ValueError for an entry that asks for another model.
+
+        An entry that has our name, and is called otherwise in such files, gets a name that `build` does not know."""
         config = _flat(config)
         for name in self.only.keys() & config.keys():
             if not any((type(value), value) == (type(config[name]), config[name]) for value in self.only[name]):
                 raise ValueError(f"{name} is {config[name]!r}: only {self.only[name][0]!r} is built here")
-        return self.read({name: value for name, value in config.items() if name not in {*self.only, *self.ignored}})
+        config = self.read({name: config[name] for name in config if name not in {*self.only, *self.ignored}})
+        ours = {name: f"{name} " for name in self.names} | {theirs: name for name, theirs in self.names.items()}
+        return {ours.get(name, name): value for name, value in config.items()}
+
+    def to_theirs(self, config: dict) -> dict:
+        """Their entries for a config of ours, without model_type."""
+        return self.write({self.names.get(name, name): value for name, value in config.items()})
 
     def stored_as(self, name: str) -> str:
         """What their files call a weight of ours."""
-        for ours, theirs in self.weights.items():
-            name = name.replace(ours, theirs)
-        return name
+        return _translated(name, self.weights)
+
+
+def _translated(name: str, parts: dict[str, str]) -> str:
+    """A name with every part that a table has replaced, one after the other."""
+    for part, other in parts.items():
+        name = name.replace(part, other)
+    return name
 
 
 def _flat(config: dict) -> dict:
@@ -131,20 +149,14 @@ def _flat(config: dict) -> dict:
     parts = {f"ssm_cfg.{name}": value for name, value in inner.items()} if isinstance(inner, dict) else {}
     return {name: value for name, value in config.items() if not (parts and name == "ssm_cfg")} | parts
 
-
-def _renamed(config: dict, names: dict[str, str]) -> dict:
-    """Their entries under our names; one that has our name and is called otherwise there becomes unknown to `build`."""
-    ours = {theirs: name for name, theirs in names.items()}
-    return {ours.get(name, f"{name} " if name in names else name): value for name, value in config.items()}
-
 # %% ../nbs/91_convert.ipynb #c297bfae
-_OURS = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 COMMON = frozenset({  # entries of PreTrainedConfig and of sampling, then some that other versions and tools write
     *PreTrainedConfig().to_dict(), *GenerationConfig().to_dict(), "torch_dtype", "name_or_path", "use_cache",
     "initializer_range", "attention_dropout", "add_cross_attention", "cross_attention_hidden_size", "finetuning_task",
     "is_decoder", "prefix", "pruned_heads", "sep_token_id", "task_specific_params", "tf_legacy_loss", "tokenizer_class",
     "tie_encoder_decoder", "torchscript", "use_bfloat16", "max_sequence_length", "_attn_implementation_autoset",
-    "transformers.js_config", "unsloth_fixed", "unsloth_version"}) - _OURS
+    "transformers.js_config", "unsloth_fixed", "unsloth_version",
+}) - {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 # %% ../nbs/91_convert.ipynb #562e8d0b
 _SCALINGS = {"default": (), "linear": ("factor",),
@@ -188,9 +200,9 @@ def _rope_to_theirs(rope: dict) -> dict:
 
 # %% ../nbs/91_convert.ipynb #eb1c69bc
 def _read_llama(config: dict) -> dict:
-    """Entries of `LlamaConfig`."""
+    """What may be left out, and positions as a table of `Rope`."""
     config = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, **config}
-    config["rope"] = _rope_to_ours(config)
+    config["rope_parameters"] = _rope_to_ours(config)
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = heads
@@ -205,9 +217,9 @@ def _read_llama(config: dict) -> dict:
 
 
 LLAMA = Layout(
-    "llama", _read_llama, names={"rope": "rope_parameters"}, ignored=COMMON,
-    write=lambda ours: {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **_rope_to_theirs(ours["rope"]),
-                        **{name: value for name, value in ours.items() if name != "rope"}},
+    "llama", ignored=COMMON, names={"rope": "rope_parameters"}, read=_read_llama,
+    write=lambda config: {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", **config,
+                          **_rope_to_theirs(config["rope_parameters"])},
     weights={"backbone.embedding.": "model.embed_tokens.", "backbone.final_layernorm.": "model.norm.",
              "backbone.layers.": "model.layers.", ".mixer.": ".self_attn."},
     only={"model_type": ("llama",), "hidden_act": ("silu",), "pretraining_tp": (1, None), "sliding_window": (None,),
@@ -226,7 +238,7 @@ _NORMS = {"backbone.final_layernorm.": "backbone.norm_f.", ".input_layernorm.": 
 
 
 def _read_mamba2(config: dict) -> dict:
-    """Entries of `Mamba2Config` from transformers' file, which has to name all of them: their defaults are not ours."""
+    """The entries of transformers' file, which has to name all of them: their defaults are not ours."""
     same = ("vocab_size", "n_groups", "expand", "chunk_size", "num_heads")
     check_names(config, config, [*same, *_MAMBA2_NAMES.values()])
     heads, *sizes = (config[name] for name in ("num_heads", "head_dim", "expand", "hidden_size"))
@@ -235,41 +247,32 @@ def _read_mamba2(config: dict) -> dict:
         raise ValueError(f"num_heads is {heads}: num_heads * head_dim must be expand * hidden_size")
     if isinstance(limits := config["time_step_limit"], list):  # infinity may be {"__float__": "Infinity"}
         config["time_step_limit"] = [math.inf if limit == {"__float__": "Infinity"} else limit for limit in limits]
-    return _renamed({name: value for name, value in config.items() if name != "num_heads"}, _MAMBA2_NAMES)
+    return {name: value for name, value in config.items() if name != "num_heads"}
 
 
-def _write_mamba2(ours: dict) -> dict:
+def _write_mamba2(config: dict) -> dict:
     """A config.json that transformers reads; rows that pad the vocabulary are not stored."""
-    heads = ours["expand"] * ours["d_model"] // ours["headdim"]
-    theirs = {_MAMBA2_NAMES.get(name, name): value for name, value in ours.items() if name != "pad_vocab_size_multiple"}
+    theirs = {name: value for name, value in config.items() if name != "pad_vocab_size_multiple"}
+    heads = config["expand"] * config["hidden_size"] // config["head_dim"]
     return {"architectures": ["Mamba2ForCausalLM"], **theirs, "num_heads": heads, "hidden_act": "silu"}
 
 
-def _read_original(config: dict) -> dict:
-    """Entries of `Mamba2Config` from the original code's file."""
-    return _renamed({"pad_vocab_size_multiple": 8, **config}, _ORIGINAL_NAMES)
-
-
 def _read_llamba(config: dict) -> dict:
-    """Entries of `LlambaConfig`: the table `ssm_cfg` again."""
+    """The table `ssm_cfg` again."""
     parts = {name.partition(".")[2]: config.pop(name) for name in [*config] if name.startswith("ssm_cfg.")}
     return config | ({"ssm_cfg": parts} if parts else {})
 
-
-def _present(ours: dict) -> dict:
-    """Entries that say something: our own files, and Llamba's, leave out what is not there."""
-    return {name: value for name, value in ours.items() if value is not None}
-
 # %% ../nbs/91_convert.ipynb #3b34d58f
 MAMBA2 = Layout(
-    "mamba2", _read_mamba2, _write_mamba2, _MAMBA2_NAMES, {**_NORMS, "backbone.embedding.": "backbone.embeddings."},
+    "mamba2", names=_MAMBA2_NAMES, weights={**_NORMS, "backbone.embedding.": "backbone.embeddings."},
+    read=_read_mamba2, write=_write_mamba2,
     only={"model_type": ("mamba2",), "hidden_act": ("silu",), "quantization_config": (None,)},
     ignored=COMMON | {"residual_in_fp32", "rms_norm", "norm_before_gate", "rescale_prenorm_residual", "layer_types",
                       "intermediate_size", *(f"time_step_{name}" for name in (
                           "rank", "min", "max", "floor", "init_scheme", "scale"))},
 )
 ORIGINAL_MAMBA2 = Layout(
-    "mamba2", _read_original, _write_mamba2, _ORIGINAL_NAMES, _NORMS,
+    "mamba2", names=_ORIGINAL_NAMES, weights=_NORMS, read=lambda config: {"pad_vocab_size_multiple": 8, **config},
     only={"ssm_cfg.layer": ("Mamba2",), "d_intermediate": (0,), "attn_layer_idx": ([],), "attn_cfg": ({},),
           "rms_norm": (True,), "ssm_cfg.d_ssm": (None,), "ssm_cfg.rmsnorm": (True,),
           "ssm_cfg.norm_before_gate": (False,), "ssm_cfg.D_has_hdim": (False,)},
@@ -277,24 +280,25 @@ ORIGINAL_MAMBA2 = Layout(
         "use_mem_eff_path", "conv_init", "A_init_range", "dt_min", "dt_max", "dt_init_floor"))]),
 )
 LLAMBA = Layout(
-    "llamba", _read_llamba, _present, names={}, weights={}, ignored=COMMON | {"resid_dropout", "ssm_cfg.layer_idx"},
+    "llamba", ignored=COMMON | {"resid_dropout", "ssm_cfg.layer_idx"}, read=_read_llamba,
     only={"model_type": ("llamba",), "lm_head_prenorm": ("rms",), "quantization_config": (None,),
           "ssm_cfg.d_conv": (4,), "ssm_cfg.conv_bias": (True,)},
 )
-GATELOOP = Layout("gateloop", dict, _present, names={}, weights={}, only={"model_type": ("gateloop",)}, ignored=COMMON)
+GATELOOP = Layout("gateloop", only={"model_type": ("gateloop",)}, ignored=COMMON)
 LAYOUTS = {layout.kind: layout for layout in (LLAMA, MAMBA2, LLAMBA, GATELOOP)}  # in which we write, too
 
 
-def layout_of(config: dict) -> Layout:
-    """Which layout a config.json has. Raises ValueError when it is none of ours."""
+def layout_of(config: dict, where: str | os.PathLike = "config.json") -> Layout:
+    """Which layout a config.json has; a message calls it `where`. Raises ValueError when it is none of ours."""
     kind = config.get("model_type")
     if kind is None and isinstance(config.get("ssm_cfg"), dict):  # the original code writes none
         if "mlp_cfg" in config:
             return LLAMBA
-        check_names(_flat(config), _flat(config), ["ssm_cfg.layer"])  # without it, that code builds a Mamba-1
+        entries = _flat(config)
+        check_names(entries, entries, ["ssm_cfg.layer"], f"{where}: ")  # without it, that code builds a Mamba-1
         return ORIGINAL_MAMBA2
     if not isinstance(kind, str) or kind not in LAYOUTS:
-        raise ValueError(f"model_type is {kind!r}: it must be {' or '.join(map(repr, LAYOUTS))}")
+        raise ValueError(f"{where}: model_type is {kind!r}: it must be {' or '.join(map(repr, LAYOUTS))}")
     return LAYOUTS[kind]
 
 # %% ../nbs/91_convert.ipynb #303851a4
@@ -319,10 +323,10 @@ class ModelConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config: dict, where: str = "config.json") -> ModelConfig:
         """Read what a config.json holds, in any layout of this model. Raises ValueError that names the entry."""
+        layout = layout_of(config, where)
+        if layout.kind != cls.model_type:
+            raise ValueError(f"{where}: model_type is {layout.kind!r}: only {cls.model_type!r} can be loaded here")
         try:
-            layout = layout_of(config)
-            if layout.kind != cls.model_type:
-                raise ValueError(f"model_type is {layout.kind!r}: only {cls.model_type!r} can be loaded here")
             return build(cls, layout.to_ours(config), layout.names)
         except ValueError as err:
             raise ValueError(f"{where}: {err}") from err
@@ -331,7 +335,7 @@ class ModelConfig(PreTrainedConfig):
         """A config.json."""
         ours = {name: getattr(self, name) for name in own_fields(type(self))}
         plain = {name: asdict(value) if is_dataclass(value) else value for name, value in ours.items()}
-        return {"model_type": self.model_type, **LAYOUTS[self.model_type].write(plain)}
+        return {"model_type": self.model_type, **LAYOUTS[self.model_type].to_theirs(plain)}
 
 # %% ../nbs/91_convert.ipynb #3b8b313d
 _GGUF_SIZES = {  # entry of a GGUF, without "llama." -> entry of config.json
@@ -339,7 +343,7 @@ _GGUF_SIZES = {  # entry of a GGUF, without "llama." -> entry of config.json
     "attention.head_count": "num_attention_heads", "attention.layer_norm_rms_epsilon": "rms_norm_eps",  # must be there
     "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim", "vocab_size": "vocab_size",
     "context_length": "max_position_embeddings", "rope.freq_base": "rope_theta"}  # may be there
-_GGUF_WEIGHTS = {
+_GGUF_WEIGHTS = {  # part of a tensor's name in a GGUF -> what transformers calls it
     ".attn_output.": ".self_attn.o_proj.", "token_embd.": "model.embed_tokens.", "output_norm.": "model.norm.",
     "output.": "lm_head.", "blk.": "model.layers.",
     ".attn_norm.": ".input_layernorm.", ".ffn_norm.": ".post_attention_layernorm.",
@@ -424,14 +428,12 @@ def read_gguf(file: Path) -> tuple[dict, dict[str, Tensor]]:
             weights |= {name: unpair(tensor, count) for name, tensor in weights.items() if part in name}
     except Exception as err:  # a damaged file can fail in any way
         raise ValueError(f"{file}: could not be read as the GGUF of a Llama ({one_line(err)})") from err
-    return config, {_gguf_name(name): tensor for name, tensor in weights.items()}
+    return config, {_translated(name, _GGUF_WEIGHTS): tensor for name, tensor in weights.items()}
 
 
-def _gguf_name(name: str) -> str:
-    """What transformers calls a tensor of a GGUF."""
-    for theirs, ours in _GGUF_WEIGHTS.items():
-        name = name.replace(theirs, ours)
-    return name
+def _reason(err: Exception) -> str:
+    """The first line of a message, or the kind of the error where it has none."""
+    return (str(err).strip().splitlines() or [type(err).__name__])[0]
 
 # %% ../nbs/91_convert.ipynb #2ac8b915
 _CONVERSION = 2  # raise it when `read_gguf` changes: what an older version kept is then not used
@@ -452,8 +454,6 @@ def convert_gguf(
     out = cache / f"{file.stem}-{digest.hexdigest()[:12]}-v{_CONVERSION}"
     if out.exists():
         return out
-    from transformers import AutoTokenizer
-
     print(f"converting {file.name} to safetensors (once, under a minute): {out}", file=sys.stderr, flush=True)
     config, weights = read_gguf(file)
     try:

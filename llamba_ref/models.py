@@ -43,10 +43,7 @@ def load_model(
     Where the files name no token that ends a text, it is the tokenizer's: `model.stop_tokens` then has it."""
     path = model_of_run(find_checkpoint(name))
     path = convert_gguf(path) if path.is_file() else path
-    try:
-        kind = KINDS[layout_of(read_config(path)).kind]
-    except ValueError as err:
-        raise ValueError(f"{path / 'config.json'}: {err}") from err
+    kind = KINDS[layout_of(read_config(path), path / "config.json").kind]
     model, tokenizer = kind.from_pretrained(path), load_tokenizer(path)
     check_tokenizer(tokenizer, model.vocab_size)
     if model.config.eos_token_id is None:

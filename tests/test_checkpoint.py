@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save, save_file
+from small import one_line
 from torch import nn
 
 from llamba_ref import checkpoint
@@ -47,12 +48,6 @@ def same(one, other):
     return one.keys() == other.keys() and all(
         torch.equal(one[k], other[k]) and one[k].dtype == other[k].dtype for k in one
     )
-
-
-def one_line(error):
-    """The message of an exception, which must be a single line."""
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # Finding

@@ -18,8 +18,10 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import llama_config
 
-from llamba_ref import checkpoint, cli, models, training
+import llamba_ref as lr
+from llamba_ref import checkpoint, cli, training
 from llamba_ref.cli import Range, main
 from llamba_ref.models import load_model, save_model
 from llamba_ref.data import load_documents, pack, split_documents, train_tokenizer
@@ -54,10 +56,9 @@ def toy(tmp_path_factory) -> Path:
     return home
 
 
-def config_of(tokenizer, **sizes) -> LlamaConfig:
-    sizes = {"vocab_size": len(tokenizer), "num_hidden_layers": 2} | sizes
-    return LlamaConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                       tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, **sizes)
+def config_of(tokenizer) -> LlamaConfig:
+    return llama_config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, tie_word_embeddings=True,
+                        bos_token_id=0, eos_token_id=0)
 
 
 def words(toy: Path, out: Path, *more, steps=("2", "2", "2")) -> list[str]:
@@ -171,7 +172,7 @@ def test_unforeseen_errors_keep_their_traceback(monkeypatch):
         def broken(name, bug=bug):
             raise bug
 
-        monkeypatch.setattr(models, "load_model", broken)
+        monkeypatch.setattr(lr, "load_model", broken)
         with pytest.raises(type(bug), match="a bug"):
             main(["generate", "x"])
 
@@ -181,7 +182,7 @@ def test_interrupted_before_anything_is_written(command, llamba, monkeypatch):
     def interrupted(name):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "load_model", interrupted)
+    monkeypatch.setattr(lr, "load_model", interrupted)
     assert llamba(command) == (130, "", "llamba: stopped\n")
 
 
@@ -194,7 +195,7 @@ def test_an_interrupt_that_became_another_error(monkeypatch, capsys):
         except KeyboardInterrupt as err:
             raise RecursionError("half a module") from err
 
-    monkeypatch.setattr(models, "load_model", broken)
+    monkeypatch.setattr(lr, "load_model", broken)
     monkeypatch.setattr(sys, "argv", ["llamba", "generate", "x"])
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -681,7 +682,9 @@ def no_pictures(monkeypatch):
 def smallest(toy) -> dict[str, list[str]]:
     """The quickest use of each command; its words come before an option, its names are replaced by those of the
     sweep."""
-    teacher, text = str(toy / "teacher"), ["--text", str(toy / "text.txt"), "--held-out", "4", "--length", "16"]
+    short = [document[:150] for document in load_documents(toy / "text.txt")["text"]]  # so that all of it is quick, too
+    (toy / "short.txt").write_text("\n\n\n\n\n".join(short))
+    teacher, text = str(toy / "teacher"), ["--text", str(toy / "short.txt"), "--held-out", "4", "--length", "16"]
     text += ["--validation-blocks", "1"]
     small = ["--vocab-size", "260", "--d-model", "8", "--layers", "1", "--intermediate-size", "8", "--steps", "1"]
     return {
@@ -770,7 +773,7 @@ def test_every_way_to_be_out_of_memory(error, message, monkeypatch):
     def full(name):
         raise error
 
-    monkeypatch.setattr(models, "load_model", full)
+    monkeypatch.setattr(lr, "load_model", full)
     assert "out of memory: try a smaller" in message("generate", "x")
 
 
@@ -778,7 +781,7 @@ def test_an_error_without_words_is_named(message, monkeypatch):
     def silent(name):
         raise ValueError
 
-    monkeypatch.setattr(models, "load_model", silent)
+    monkeypatch.setattr(lr, "load_model", silent)
     assert message("generate", "x") == "llamba: error: ValueError"
 
 
@@ -946,14 +949,14 @@ def test_a_directory_that_is_read_only(toy, tmp_path, message):
 
 
 def test_json_is_all_there_is_on_standard_output(run, toy, llamba, monkeypatch):
-    load = models.load_model
+    load = lr.load_model
 
     def talkative(name):
         print("converting a model")
         os.write(2, b"a warning\n")
         return load(name)
 
-    monkeypatch.setattr(models, "load_model", talkative)
+    monkeypatch.setattr(lr, "load_model", talkative)
     options = ["--teacher", toy / "teacher", "--text", toy / "text.txt", *TEXT]
     code, out, err = llamba("evaluate", run, "--json", *options)
     figures = json.loads(out)

@@ -9,6 +9,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import llama_config, one_line
 from torch import nn
 
 from llamba_ref.checkpoint import find_checkpoint, read_weights
@@ -22,8 +23,7 @@ from llamba_ref.llamba import Llamba
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-SMALL = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=2, head_dim=8, eos_token_id=1)
+SMALL = llama_config(vocab_size=96, hidden_size=32, intermediate_size=56, eos_token_id=1)
 LLAMA3 = Rope(500_000.0, 32.0, 1.0, 4.0, 8192)
 CONFIGS = {
     "multi-head": replace(SMALL, num_key_value_heads=4),
@@ -69,11 +69,6 @@ def pair(config, directory):
     )
     assert type(theirs) is transformers.LlamaForCausalLM
     return Llama.from_pretrained(directory / "llama"), theirs
-
-
-def one_line(error):
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # Against transformers

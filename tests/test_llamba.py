@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from small import llama_config, llamba_config
 
 from llamba_ref.conventions import relative_error
-from llamba_ref.llama import Attention, Llama, LlamaConfig, Rope
+from llamba_ref.llama import Attention, Llama, Rope
 from llamba_ref.llamba import (
-    LLAMBA_SIZES, OPEN_GATE, AttentionConfig, DiscreteMamba2, Llamba, LlambaConfig, MLPConfig, SSMConfig,
+    LLAMBA_SIZES, OPEN_GATE, AttentionConfig, DiscreteMamba2, Llamba, LlambaConfig,
 )
 from llamba_ref.mamba2 import MambaState
 
@@ -29,9 +30,9 @@ def shaken(model, by=0.2):
 
 def make_teacher(**changes):
     """A small Llama with grouped queries, heads whose widths do not add up to the model's, and Llama 3's positions."""
-    sizes = dict(vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, rope=LLAMA_3, rms_norm_eps=1e-6)
-    teacher = Llama(LlamaConfig(**sizes | changes))
+    sizes = dict(vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=3, rope=LLAMA_3,
+                 rms_norm_eps=1e-6)
+    teacher = Llama(llama_config(**sizes | changes))
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -413,8 +414,7 @@ def files(tmp_path):
 
 
 def test_official_pytorch_file_is_loaded(files):
-    config = LlambaConfig(vocab_size=VOCAB, d_model=24, n_layer=2, ssm_cfg=SSMConfig(4, 4, 4), mlp_cfg=MLPConfig(40),
-                          tie_embeddings=True)
+    config = llamba_config(vocab_size=VOCAB, tie_embeddings=True)
     model = shaken(Llamba(config))
     assert model.backbone.embedding.weight.shape[0] == 56
     official = config.to_dict() | {"vocab_size": 56, "resid_dropout": 0.0, "architectures": ["LlambaLMHeadModel"]}
@@ -427,8 +427,7 @@ def test_official_pytorch_file_is_loaded(files):
 
 
 def test_loading_is_strict(files):
-    model = Llamba(LlambaConfig(vocab_size=VOCAB, d_model=24, n_layer=2, ssm_cfg=SSMConfig(4, 4, 4),
-                                mlp_cfg=MLPConfig(40)))
+    model = Llamba(llamba_config(vocab_size=VOCAB))
     good, config = dict(model.state_dict()), model.config.to_dict()
     z_bias = "backbone.layers.1.mixer.z_bias"
     with pytest.raises(ValueError, match=f"1 missing .{z_bias}"):
@@ -544,8 +543,7 @@ def test_a_padded_batch_generates_what_single_prompts_do(keep):
 
 
 def test_rows_that_pad_the_vocabulary_are_never_seen():
-    model = Llamba(LlambaConfig(vocab_size=VOCAB, d_model=16, n_layer=1, ssm_cfg=SSMConfig(4, 2, 2),
-                                mlp_cfg=MLPConfig(20), lm_head_bias=True))
+    model = Llamba(llamba_config(vocab_size=VOCAB, n_layer=1, lm_head_bias=True))
     with torch.no_grad():
         model.lm_head.bias[VOCAB:] = 100.0  # were they seen, they would be chosen
     ids = torch.randint(VOCAB, (2, 4))

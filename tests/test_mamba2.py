@@ -14,6 +14,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small import llama_config, mamba2_config, shaken
 
 from llamba_ref.checkpoint import find_checkpoint
 from llamba_ref.conventions import relative_error
@@ -21,7 +22,7 @@ from llamba_ref.convert import MAMBA2
 from llamba_ref.data import load_tokenizer
 from llamba_ref.decoder import Backbone, Decoder
 from llamba_ref.gateloop import GATELOOP_MODES, gateloop, gateloop_matrix
-from llamba_ref.llama import Llama, LlamaConfig
+from llamba_ref.llama import Llama
 from llamba_ref.llamba import DiscreteMamba2
 from llamba_ref.mamba2 import GatedRMSNorm, Mamba2, Mamba2Config, Mamba2LM, inverse_softplus
 from llamba_ref.models import load_model
@@ -49,18 +50,6 @@ SIZES = dict(
 CLOSE = 2e-6  # float32 against float32, both off the exact numbers by a few 1e-7
 
 
-def shaken(module):
-    """No parameter at a special value, step sizes and decays that matter: dt from 0.05 to 1.3, A around -1."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-            if name.endswith("A_log"):
-                parameter.normal_(0, 0.7)
-            if name.endswith("dt_bias"):
-                parameter.uniform_(-3, 1)
-    return module
-
-
 def make_theirs(**changes):
     """transformers' model with random weights."""
     sizes = SIZES | changes
@@ -70,8 +59,7 @@ def make_theirs(**changes):
 
 def make(dtype=torch.float64, **changes):
     """Ours with random weights."""
-    sizes = dict(vocab_size=VOCAB, d_model=16, n_layer=2, d_state=5, headdim=4, chunk_size=4) | changes
-    return shaken(Mamba2LM(Mamba2Config(**sizes))).to(dtype)
+    return shaken(Mamba2LM(mamba2_config(**dict(vocab_size=VOCAB, chunk_size=4) | changes))).to(dtype)
 
 
 def make_mixer(d_model=8, d_state=3, headdim=4, dtype=torch.float64, **changes):
@@ -1045,7 +1033,7 @@ def test_bad_sizes_of_a_mixer(sizes, message):
 def test_bad_sizes_of_a_config(name):
     for wrong in (0, -1, 1.5, "2", None, True):
         with pytest.raises(ValueError, match=f"{name} is {wrong!r}"):
-            Mamba2Config(**dict(vocab_size=VOCAB, d_model=16, n_layer=2) | {name: wrong})
+            mamba2_config(**{name: wrong})
 
 
 # Start values
@@ -1064,7 +1052,7 @@ def test_the_official_start():
 
 @pytest.mark.parametrize("layers", [1, 2, 9])
 def test_the_last_projections_start_smaller_the_more_layers_there_are(layers):
-    model = Mamba2LM(Mamba2Config(vocab_size=VOCAB, d_model=32, n_layer=layers, d_state=4, headdim=8))
+    model = Mamba2LM(mamba2_config(d_model=32, n_layer=layers, headdim=8))
     for block in model.backbone.layers:
         for name, width, scale in (("out_proj", 64, math.sqrt(layers)), ("in_proj", 32, 1.0)):
             weight = (
@@ -1076,7 +1064,7 @@ def test_the_last_projections_start_smaller_the_more_layers_there_are(layers):
 
 
 def test_a_seed_gives_the_same_model_and_a_reset_gives_another():
-    config, models = Mamba2Config(vocab_size=VOCAB, d_model=16, n_layer=2, d_state=5, headdim=4), []
+    config, models = mamba2_config(), []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
         models.append(Mamba2LM(config).state_dict())
@@ -1265,9 +1253,7 @@ def test_walk_gives_the_matrix_of_every_layer():
 @pytest.mark.parametrize("match", [match_matrix, match_output])
 def test_mohawk_can_teach_it(match):
     """A Llama with four heads and a Decoder of Mamba-2 mixers with as many: the loss of every layer goes down."""
-    teacher = shaken(Llama(LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                                       num_attention_heads=4, num_key_value_heads=2, head_dim=4,
-                                       tie_word_embeddings=True)))
+    teacher = shaken(Llama(llama_config(vocab_size=VOCAB, head_dim=4, tie_word_embeddings=True)))
     student = Decoder(
         Backbone([Mamba2(16, 6, 8, n_groups=4, chunk_size=8) for _ in range(2)], VOCAB, 16, 24), tie_embeddings=True
     )

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from small import VOCAB, llama_config, llamba_config, mamba2_config, one_line, shaken
 
 from llamba_ref.checkpoint import find_checkpoint, read_json
 from llamba_ref.conventions import relative_error
@@ -24,72 +25,24 @@ from llamba_ref.convert import COMMON, LLAMA, convert_gguf, own_fields
 from llamba_ref.data import load_tokenizer
 from llamba_ref.gateloop_lm import GateLoopConfig, GateLoopLM
 from llamba_ref.llama import Llama, LlamaConfig, Rope, rope_frequencies
-from llamba_ref.llamba import AttentionConfig, Llamba, LlambaConfig, MLPConfig, SSMConfig
-from llamba_ref.mamba2 import Mamba2Config, Mamba2LM
+from llamba_ref.llamba import AttentionConfig, Llamba
+from llamba_ref.mamba2 import Mamba2LM
 from llamba_ref.models import load_model, save_model
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-VOCAB = 48
 SHORT = Rope(1e4, 8.0, 1.0, 4.0, 64)  # Llama 3's scaling, of a context so short that 150 tokens feel it
 CONFIGS = {
-    "llama": LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        rope=SHORT,
-        bos_token_id=0,
-        eos_token_id=[1, 5],
-    ),
-    "mamba2": Mamba2Config(
-        vocab_size=VOCAB,
-        d_model=16,
-        n_layer=2,
-        d_state=5,
-        headdim=4,
-        n_groups=2,
-        chunk_size=16,
-        tie_embeddings=False,
-        eos_token_id=1,
-    ),
-    "llamba": LlambaConfig(
-        vocab_size=VOCAB,
-        d_model=16,
-        n_layer=2,
-        ssm_cfg=SSMConfig(5, 4, 4, chunk_size=16),
-        mlp_cfg=MLPConfig(24),
-        attn_cfg=AttentionConfig((1,), 4, 2, 8, SHORT),
-        eos_token_id=1,
-    ),
-    "gateloop": GateLoopConfig(
-        vocab_size=VOCAB,
-        d_model=16,
-        n_layer=2,
-        n_heads=4,
-        intermediate_size=24,
-        d_state=3,
-        tie_embeddings=False,
-        eos_token_id=1,
-    ),
+    "llama": llama_config(rope=SHORT, bos_token_id=0, eos_token_id=[1, 5]),
+    "mamba2": mamba2_config(n_groups=2, tie_embeddings=False, eos_token_id=1),
+    "llamba": llamba_config(attn_cfg=AttentionConfig((1,), 4, 2, 8, SHORT), eos_token_id=1),
+    "gateloop": GateLoopConfig(vocab_size=VOCAB, d_model=16, n_layer=2, n_heads=4, intermediate_size=24, d_state=3,
+                               tie_embeddings=False, eos_token_id=1),
 }
 CLASSES = {"llama": Llama, "mamba2": Mamba2LM, "llamba": Llamba, "gateloop": GateLoopLM}
 THEIRS = {"llama": transformers.LlamaForCausalLM, "mamba2": transformers.Mamba2ForCausalLM}
 IDS = torch.arange(150)[None] * 7 % VOCAB
-
-
-def shaken(model):
-    """No parameter at a special value."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-            if name.endswith("dt_bias"):
-                parameter.uniform_(-3, 1)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +74,6 @@ def copy(saved, tmp_path):
             save_file(weights, path / "model.safetensors", {"format": "pt"})
         return path
     return make
-
-
-def one_line(error):
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def ours(kind, path):
@@ -325,6 +273,7 @@ def test_llama_files_of_the_hub_give_what_transformers_gives(change, saved, copy
      "rope_parameters is .* and rope_scaling is .*: they must agree"),
     ({"rope_theta": 5.0}, "rope_theta is 5.0 and rope_parameters: rope_theta is 10000.0: they must agree"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: only 1.0"),
+    ({"rope": {"theta": 5.0}}, "unknown entry rope ; known are"),  # our word for rope_parameters
     ({"sliding_window": 64}, "sliding_window is 64: only None"),
     ({"pretraining_tp": 2}, "pretraining_tp is 2: only 1"),
     ({"rope_interleaved": True}, "rope_interleaved is True: only False")])
