@@ -430,11 +430,6 @@ def read_gguf(file: Path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"{file}: could not be read as the GGUF of a Llama ({one_line(err)})") from err
     return config, {_translated(name, _GGUF_WEIGHTS): tensor for name, tensor in weights.items()}
 
-
-def _reason(err: Exception) -> str:
-    """The first line of a message, or the kind of the error where it has none."""
-    return (str(err).strip().splitlines() or [type(err).__name__])[0]
-
 # %% ../nbs/91_convert.ipynb #2ac8b915
 _CONVERSION = 2  # raise it when `read_gguf` changes: what an older version kept is then not used
 
