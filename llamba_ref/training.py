@@ -34,8 +34,8 @@ from .decoder import Decoder
 # %% auto #0
 __all__ = ['Backward', 'LOGITS', 'FILES', 'Stage', 'Objective', 'mean_over_chunks', 'next_tokens', 'CrossEntropy', 'reached',
            'freeze', 'describe', 'optimizer_for', 'warmup_stable_decay', 'first_bad', 'train_step', 'replace_text',
-           'read_metrics', 'Run', 'hold', 'check_config', 'forget_after', 'load', 'write_state', 'read_state',
-           'checksum', 'seal', 'Progress', 'training_state', 'restore', 'FreshBatches', 'train_stage', 'check_settings',
+           'read_metrics', 'write_state', 'read_state', 'checksum', 'seal', 'hold', 'check_config', 'forget_after',
+           'load', 'Run', 'Progress', 'training_state', 'restore', 'FreshBatches', 'train_stage', 'check_settings',
            'train']
 
 # %% ../nbs/93_training.ipynb #9dda318b
@@ -263,54 +263,36 @@ def read_metrics(path: str | Path) -> list[dict]:
                 raise ValueError(f"{file}: line {number} is no JSON object ({err})") from err
     return records
 
-# %% ../nbs/93_training.ipynb #b404759b
-class Run:
-    """A directory that holds a run: config.json, metrics.jsonl, checkpoints/, and whatever is added at the end. One
-    process at a time writes: the first write takes the lock, which ends with the `Run` or with its process."""
+# %% ../nbs/93_training.ipynb #81e58c0e
+FILES = ("training.pt", "weights.safetensors")  # of a checkpoint
 
-    forget_after, hold, load = forget_after, hold, load  # the functions above, as methods
 
-    def __init__(
-        self,
-        path: str | Path,  # the directory
-        config: dict,  # what defines the run; a run is only resumed under the same
-        resume: bool = False,  # go on with the run that is there
-        keep: int = 2,  # newest checkpoints that are kept
-    ):
-        """Begin or reopen a run. Raises FileExistsError when there is one that is not to be resumed, FileNotFoundError
-        when there is none to resume, ValueError when its config differs or cannot be read."""
-        check_sizes(keep=keep)
-        self.path, self.keep, config = Path(path), keep, json.loads(json.dumps(config))  # as it will be read
-        self.lock = FileLock(self.path.resolve() / ".lock", timeout=0, thread_local=False, is_singleton=True)
-        check_config(self.path, config, resume)
-        if not resume:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.hold()
-            replace_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+def write_state(file: Path, state: dict) -> None:
+    """Write a training state. Raises OSError."""
+    try:
+        with open(file, "wb") as handle:
+            torch.save(state, handle)
+    except RuntimeError as err:  # torch may report a full disk as an unexpected position
+        raise OSError(f"{file}: the training state could not be written ({one_line(err)})") from err
 
-    def log(self, **record) -> None:
-        """Append one line to metrics.jsonl."""
-        self.hold()
-        with open(self.path / "metrics.jsonl", "a") as handle:
-            handle.write(json.dumps(record) + "\n")
 
-    def metrics(self) -> list[dict]:
-        """All lines of metrics.jsonl: see `read_metrics`."""
-        return read_metrics(self.path)
+def read_state(file: Path) -> dict:
+    """Read a training state: tensors and plain containers. Raises ValueError when damaged, or when it holds more."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as err:
+        raise ValueError(f"{file}: damaged, or not a training state ({one_line(err)})") from err
 
-    def checkpoints(self) -> list[Path]:
-        """The checkpoints, oldest first. A directory is renamed to its name when all of it is written."""
-        return sorted((self.path / "checkpoints").glob("step-*"))
 
-    def save(self, step: int, model: nn.Module, state: dict) -> None:
-        """Save weights and training state atomically, drop what is older than the newest `keep`. Raises OSError."""
-        self.hold()
-        with atomic_directory(self.path / "checkpoints" / f"step-{step:08d}") as directory:
-            write_state(directory / "training.pt", state)
-            write_tensors(directory / "weights.safetensors", model.state_dict())
-            seal(directory)
-        for old in self.checkpoints()[: -self.keep]:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}-old")))
+def checksum(file: Path) -> str:
+    """SHA-256 of a file. Raises FileNotFoundError."""
+    with open(file, "rb") as handle:
+        return sha_fileobj(handle).hex()
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the checksums of a checkpoint that is complete."""
+    replace_text(checkpoint / "checksums.json", json.dumps({name: checksum(checkpoint / name) for name in FILES}))
 
 # %% ../nbs/93_training.ipynb #d3e1faac
 def hold(run: Run) -> None:
@@ -371,36 +353,54 @@ def load(run: Run, model: nn.Module) -> dict | None:
         raise ValueError(f"{newest}: the weights do not fit the model: {' '.join(str(err).split())}") from err
     return state
 
-# %% ../nbs/93_training.ipynb #81e58c0e
-FILES = ("training.pt", "weights.safetensors")  # of a checkpoint
+# %% ../nbs/93_training.ipynb #b404759b
+class Run:
+    """A directory that holds a run: config.json, metrics.jsonl, checkpoints/, and whatever is added at the end. One
+    process at a time writes: the first write takes the lock, which ends with the `Run` or with its process."""
 
+    forget_after, hold, load = forget_after, hold, load  # the functions above, as methods
 
-def write_state(file: Path, state: dict) -> None:
-    """Write a training state. Raises OSError."""
-    try:
-        with open(file, "wb") as handle:
-            torch.save(state, handle)
-    except RuntimeError as err:  # torch may report a full disk as an unexpected position
-        raise OSError(f"{file}: the training state could not be written ({one_line(err)})") from err
+    def __init__(
+        self,
+        path: str | Path,  # the directory
+        config: dict,  # what defines the run; a run is only resumed under the same
+        resume: bool = False,  # go on with the run that is there
+        keep: int = 2,  # newest checkpoints that are kept
+    ):
+        """Begin or reopen a run. Raises FileExistsError when there is one that is not to be resumed, FileNotFoundError
+        when there is none to resume, ValueError when its config differs or cannot be read."""
+        check_sizes(keep=keep)
+        self.path, self.keep, config = Path(path), keep, json.loads(json.dumps(config))  # as it will be read
+        self.lock = FileLock(self.path.resolve() / ".lock", timeout=0, thread_local=False, is_singleton=True)
+        check_config(self.path, config, resume)
+        if not resume:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.hold()
+            replace_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
+    def log(self, **record) -> None:
+        """Append one line to metrics.jsonl."""
+        self.hold()
+        with open(self.path / "metrics.jsonl", "a") as handle:
+            handle.write(json.dumps(record) + "\n")
 
-def read_state(file: Path) -> dict:
-    """Read a training state: tensors and plain containers. Raises ValueError when damaged, or when it holds more."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as err:
-        raise ValueError(f"{file}: damaged, or not a training state ({one_line(err)})") from err
+    def metrics(self) -> list[dict]:
+        """All lines of metrics.jsonl: see `read_metrics`."""
+        return read_metrics(self.path)
 
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints, oldest first. A directory is renamed to its name when all of it is written."""
+        return sorted((self.path / "checkpoints").glob("step-*"))
 
-def checksum(file: Path) -> str:
-    """SHA-256 of a file. Raises FileNotFoundError."""
-    with open(file, "rb") as handle:
-        return sha_fileobj(handle).hex()
-
-
-def seal(checkpoint: Path) -> None:
-    """Write the checksums of a checkpoint that is complete."""
-    replace_text(checkpoint / "checksums.json", json.dumps({name: checksum(checkpoint / name) for name in FILES}))
+    def save(self, step: int, model: nn.Module, state: dict) -> None:
+        """Save weights and training state atomically, drop what is older than the newest `keep`. Raises OSError."""
+        self.hold()
+        with atomic_directory(self.path / "checkpoints" / f"step-{step:08d}") as directory:
+            write_state(directory / "training.pt", state)
+            write_tensors(directory / "weights.safetensors", model.state_dict())
+            seal(directory)
+        for old in self.checkpoints()[: -self.keep]:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}-old")))
 
 # %% ../nbs/93_training.ipynb #7af9d09e
 class Progress(tqdm):
