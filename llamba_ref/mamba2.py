@@ -56,6 +56,7 @@ class MambaState(NamedTuple):
 
     conv: Float[Tensor, "batch channels width"]  # the last inputs of the convolution
     ssm: Float[Tensor, "batch heads headdim state"]  # the recurrent state, float32 at least
+    angle: Float[Tensor, "batch groups half"] | None = None  # how far keys and queries have turned, where they do
 
 
 class Projected(NamedTuple):
@@ -121,18 +122,18 @@ class SSDMixer(nn.Module):
     ):  # (batch, len, d_model), and the new state if one was given
         """Mix along the sequence with the chunked `ssd`."""
         tokens = None if padding is None else is_token(padding, u.shape[1])[..., None]
-        p, window = self.project(u, state and state.conv, tokens)
+        p, carried = self.project(u, state, tokens)
         inputs, options = (p.written, p.log_a, p.B, p.C), {"chunk_size": self.chunk_size}
         if state is None:
             return self.gate_and_project(ssd(*inputs, **options), p.x, p.z)
         y, ssm = ssd(*inputs, initial_state=state.ssm, return_state=True, **options)
-        return self.gate_and_project(y, p.x, p.z), MambaState(window, ssm)
+        return self.gate_and_project(y, p.x, p.z), carried._replace(ssm=ssm)
 
     def step(self, u_t: Float[Tensor, "batch d_model"], state: MambaState) -> tuple[Tensor, MambaState]:
         """One token: (batch, d_model) in and out. The old state stays valid, to be kept and gone on from again."""
-        p, window = self.project(u_t[:, None], state.conv)
+        p, carried = self.project(u_t[:, None], state)
         y, ssm = ssd_step(*(z[:, 0] for z in (p.written, p.log_a, p.B, p.C)), state.ssm)
-        return self.gate_and_project(y, p.x[:, 0], p.z[:, 0]), MambaState(window, ssm)
+        return self.gate_and_project(y, p.x[:, 0], p.z[:, 0]), carried._replace(ssm=ssm)
 
     def matrix_factors(self, u: Float[Tensor, "batch len d_model"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log_a, B, C and D, of which `ssd_matrix` makes the matrix."""
@@ -146,17 +147,19 @@ class SSDMixer(nn.Module):
 def convolve(
     mixer: SSDMixer,  # whose convolution it is
     xBC: Float[Tensor, "batch len channels"],  # its input
-    window: Float[Tensor, "batch channels width"] | None,  # the last inputs before it; None: zeros
+    state: MambaState | None,  # what is remembered of the tokens before; None: nothing
     tokens: Bool[Tensor, "batch len 1"] | None = None,  # False: nothing enters, and nothing is written; None: all True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # x, B and C, with a dimension for heads or groups, and the new window
+) -> tuple[Tensor, Tensor, Tensor, MambaState]:  # x, B and C by heads or groups, and the state with a new window
     """The convolution of a mixer, and its output in three."""
     xBC = xBC if tokens is None else xBC.masked_fill(~tokens, 0)
-    xBC, window = causal_conv(xBC, mixer.conv1d.weight, mixer.conv1d.bias, window, activation=mixer.activation)
+    state = MambaState(None, None) if state is None else state
+    xBC, window = causal_conv(xBC, mixer.conv1d.weight, mixer.conv1d.bias, state.conv, activation=mixer.activation)
     keys = mixer.n_groups * mixer.d_state
     x, B, C = xBC.split([mixer.d_inner, keys, keys], dim=-1)
     x = x if tokens is None else x.masked_fill(~tokens, 0)  # the convolution's bias would write padding into the state
     x = rearrange(x, "b l (h p) -> b l h p", h=mixer.n_heads)
-    return x, *(rearrange(z, "b l (g n) -> b l g n", g=mixer.n_groups) for z in (B, C)), window
+    B, C = (rearrange(z, "b l (g n) -> b l g n", g=mixer.n_groups) for z in (B, C))
+    return x, B, C, state._replace(conv=window)
 
 # %% ../nbs/09_mamba2.ipynb #e2beb253
 class Mamba2(SSDMixer):
@@ -206,13 +209,15 @@ class Mamba2(SSDMixer):
         self.D.fill_(1)
         self.norm.weight.fill_(1)
 
-    def project(self, u: Tensor, window: Tensor | None, tokens: Tensor | None = None) -> tuple[Projected, Tensor]:
-        """What the recurrence needs, and the convolution's new window; `tokens` as in `convolve`."""
+    def project(
+        self, u: Tensor, state: MambaState | None, tokens: Tensor | None = None
+    ) -> tuple[Projected, MambaState]:
+        """What the recurrence needs, and the state with all but its `ssm` new; `tokens` as in `convolve`."""
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv1d.out_channels, self.n_heads], dim=-1)
-        x, B, C, window = convolve(self, xBC, window, tokens)
+        x, B, C, state = convolve(self, xBC, state, tokens)
         wide = wide_dtype(dt)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.dt_limit)
-        return Projected(x, dt, -self.A_log.to(wide).exp() * dt, B, C, z), window
+        return Projected(x, dt, -self.A_log.to(wide).exp() * dt, B, C, z), state
 
     def gate_and_project(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
         """Add the skip D x, gate and norm, and project back to d_model."""
