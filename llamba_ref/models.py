@@ -43,8 +43,9 @@ def load_model(
     Where the files name no token that ends a text, it is the tokenizer's: `model.stop_tokens` then has it."""
     path = model_of_run(find_checkpoint(name))
     path = convert_gguf(path) if path.is_file() else path
+    config = read_config(path)
     try:
-        kind = KINDS[layout_of(read_config(path)).kind]
+        kind = KINDS[layout_of(config).kind]
     except ValueError as err:
         raise ValueError(f"{path / 'config.json'}: {err}") from err
     model, tokenizer = kind.from_pretrained(path), load_tokenizer(path)
