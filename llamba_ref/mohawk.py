@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .conventions import Backend, checked, find_kernel, wide_dtype, wrong_widths
+from .conventions import Backend, check_option, checked, find_kernel, wide_dtype, wrong_widths
 from .decoder import Decoder, LayerView
 from .llama import Attention, attention_matrix
 from .mamba2 import SSDMixer
@@ -236,9 +236,8 @@ def distill(
 
     Raises ValueError for an unknown objective, models that do not fit together and a student that shares weights with
     its teacher, all before the first step; FloatingPointError and OSError as `train` does."""
-    unknown = [stage.objective for stage in stages if stage.objective not in OBJECTIVES]
-    if unknown:
-        raise ValueError(f"objective is {unknown[0]!r}: it must be one of {', '.join(OBJECTIVES)}")
+    for stage in stages:
+        check_option("objective", stage.objective, tuple(OBJECTIVES))
     check_separate(teacher, student)
     accelerator = accelerator or Accelerator()
     teacher.to(accelerator.device)
