@@ -82,10 +82,10 @@ def recall_batches(
 class WithConvolution(nn.Module):
     """A mixer behind the convolution that Mamba-2 has inside, to see what the convolution is good for."""
 
-    def __init__(self, mixer: nn.Module, d_model: int, width: int = 4):
+    def __init__(self, mixer: nn.Module, d_model: int):
         super().__init__()
         self.mixer = mixer
-        self.conv1d = nn.Conv1d(d_model, d_model, width, groups=d_model)  # holds the weights; see causal_conv
+        self.conv1d = nn.Conv1d(d_model, d_model, 4, groups=d_model)  # holds the weights; see causal_conv
 
     def init_state(self, batch: int):
         """The state before the first token: a window of zeros, and the mixer's own."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .conventions import check_sizes, wide_dtype
+from .conventions import check_option, check_sizes, wide_dtype
 from .mamba2 import MambaState, Projected, SSDMixer, convolve
 
 # %% auto #0
@@ -43,8 +43,7 @@ class DiscreteMamba2(SSDMixer):
             raise ValueError(f"n_v_heads is {n_v_heads}: it must divide the inner width expand * d_model = {d_inner}")
         if n_v_heads % n_qk_heads:
             raise ValueError(f"n_qk_heads is {n_qk_heads}: it must divide n_v_heads = {n_v_heads}")
-        if activation not in ("identity", "silu"):
-            raise ValueError(f"activation is {activation!r}: it must be 'identity' or 'silu'")
+        check_option("activation", activation, ("identity", "silu"))
         super().__init__(d_model, d_inner, d_state, n_v_heads, n_qk_heads, 4, chunk_size, activation, bias, True)
         self.z_bias = None if bias else nn.Parameter(torch.zeros(d_inner))
         self.reset_parameters()

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .conventions import Backend, checked, choose_backend, find_kernel, wide_dtype, wrong_widths
+from .conventions import Backend, check_option, checked, find_kernel, wide_dtype, wrong_widths
 from .decoder import Decoder, LayerView
 from .llama import Attention, attention_matrix
 from .mamba2 import SSDMixer
@@ -126,13 +126,13 @@ def matrix_distance(
 def match_matrix(
     block: nn.Module,  # the student's block
     layer: LayerView,  # what the teacher's layer saw and did
-    backend: str = "auto",  # "naive" forms both matrices, "triton" forms none, "auto" is Triton on a GPU where it can
+    backend: Backend = "auto",  # "naive" forms both matrices, "triton" forms none, "auto" is Triton on a GPU if it can
 ) -> Float[Tensor, ""]:
     """Stage 1: the student's matrix for the teacher's input, against the teacher's matrix.
 
     Raises ValueError when the matrices have different shapes, RuntimeError when backend="triton" cannot run here."""
     ours, theirs, u = block.mixer, layer.block.mixer, block.input_layernorm(layer.input)
-    if choose_backend(backend, u, kernel="matrix_distance", obstacle=_needs_matrices(ours, theirs)) == "naive":
+    if find_kernel("matrix_distance.triton_distance", backend, u, obstacle=_needs_matrices(ours, theirs)) is None:
         return orientation_loss(ours.matrix(u), layer.matrix())
     with torch.no_grad():
         q, k = theirs.queries_and_keys(layer.mixer_input)
@@ -236,9 +236,8 @@ def distill(
 
     Raises ValueError for an unknown objective, models that do not fit together and a student that shares weights with
     its teacher, all before the first step; FloatingPointError and OSError as `train` does."""
-    unknown = [stage.objective for stage in stages if stage.objective not in OBJECTIVES]
-    if unknown:
-        raise ValueError(f"objective is {unknown[0]!r}: it must be one of {', '.join(OBJECTIVES)}")
+    for stage in stages:
+        check_option("objective", stage.objective, tuple(OBJECTIVES))
     check_separate(teacher, student)
     accelerator = accelerator or Accelerator()
     teacher.to(accelerator.device)

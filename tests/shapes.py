@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import jaxtyping
 import torch
@@ -37,8 +37,13 @@ def once_a_shape(function: Callable | type | None = None, **options) -> Callable
     shaped = any("Tensor," in str(hint) for hint in inspect.get_annotations(function).values())
     if inspect.isgeneratorfunction(function) or not shaped:
         return function  # a call of a generator does nothing yet
+    if inspect.isclass(function) and issubclass(function, tuple):  # jaxtyping knows no NamedTuple
+        function.__new__.__annotations__ = {**get_type_hints(function, include_extras=True), "return": object}
+        function.__new__ = jaxtyped(function.__new__, **options)
+        return function
     if inspect.isclass(function):
         return jaxtyped(function, **options)  # the fields of a dataclass
+    function.__annotations__ = {"return": object, **function.__annotations__}  # without one, nothing would be checked
     checked, seen = jaxtyped(function, **options), set()
 
     @wraps(function)

@@ -439,8 +439,13 @@ def test_peak_of_a_function_that_fails():
 
 FALSEHOOD = """
 from __future__ import annotations
+from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
+
+class Pair(NamedTuple):
+    one: Float[Tensor, "batch len"]
+    other: Float[Tensor, "batch"]
 
 def first(x: Float[Tensor, "batch len"]) -> Float[Tensor, "batch"]:
     return x.sum() if x.shape[0] == 3 else x[:, 0]
@@ -449,6 +454,9 @@ class Door:
     def refuse(self, x: Float[Tensor, "batch len"]) -> Float[Tensor, "batch len"]:
         if x.ndim != 2:
             raise ValueError("x: my own message")
+        return x
+
+    def through(self, x: Float[Tensor, "batch len"]):
         return x
 """
 
@@ -468,6 +476,10 @@ def test_an_annotation_that_is_false_is_found(tmp_path, monkeypatch):
         falsehood.Door().refuse(torch.zeros(2))
     with pytest.raises(jaxtyping.TypeCheckError, match="falsehood.Door.refuse"):
         falsehood.Door().refuse(torch.zeros(2, 2).long())
+    with pytest.raises(jaxtyping.TypeCheckError, match="falsehood.Door.through"):  # says nothing about its result
+        falsehood.Door().through(torch.zeros(2))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        falsehood.Pair(torch.zeros(2, 3), torch.zeros(3))
 
 
 def test_the_package_is_checked():

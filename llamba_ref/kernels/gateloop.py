@@ -455,12 +455,10 @@ def triton_gateloop(
     q: Shaped[Tensor, "batch len heads key"],  # queries
     k: Shaped[Tensor, "batch len heads key"],  # keys
     v: Shaped[Tensor, "batch len heads value"],  # values
-    log_a: Float[Tensor, "batch len heads gates"],  # logs of the gates, gates = key or 1
-    phase: Float[Tensor, "batch len heads gates"] | None,  # phases of the gates, in radians
+    log_a: Float[Tensor, "batch len heads #key"],  # logs of the gates; 1: one gate a head
+    phase: Float[Tensor, "batch len heads #key"] | None,  # phases of the gates, in radians
     start: Shaped[Tensor, "batch heads key value"] | None,  # the state before the first token; None: zeros
-) -> tuple[
-    Tensor, Tensor
-]:  # y (dtype of v), the state after the last token (float32); complex64 if anything is complex
+) -> tuple[Tensor, Tensor]:  # y in the dtype of v, the last state in float32; complex64 if anything is complex
     """`gateloop` on the GPU. Complex numbers become pairs of real ones; half precision is multiplied as such."""
     narrow, shape = v.real.dtype, (len(v), v.shape[2], k.shape[-1], v.shape[-1])
     start = torch.zeros(shape, device=v.device) if start is None else start
