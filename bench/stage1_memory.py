@@ -40,7 +40,7 @@ def measure(layers: int, way: str) -> dict:
     teacher = Llama(LlamaConfig(vocab_size=1024, hidden_size=WIDTH, intermediate_size=2 * WIDTH,
                                 num_hidden_layers=layers, num_attention_heads=HEADS, num_key_value_heads=HEADS,
                                 head_dim=WIDTH // HEADS, tie_word_embeddings=True))
-    student = Llamba.from_teacher(teacher, d_state=32)
+    student = Llamba.from_teacher(teacher, d_state=32, start="published", rotation="none")
     input_ids = torch.randint(1024, (BATCH, LENGTH))
     objective, losses = LayerByLayer(teacher, student, match_matrix), []
     before = resident()

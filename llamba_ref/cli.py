@@ -240,6 +240,8 @@ class Distill(Training):
     out: Place = "runs/demo"  # directory of the run; one that is there is never overwritten
     teacher: Place = "tiny"  # tiny, smollm2, a directory, a .gguf file, or a hub name such as meta-llama/Llama-3.2-1B
     replace: tuple[int, ...] = ()  # layers whose attention is replaced, such as 3 7 11; none given: all of them
+    start: Literal["teacher", "published"] = "teacher"  # new mixers begin as near to attention as can be, or at random
+    rotation: Literal["none", "fixed", "learned", "data"] = "fixed"  # keys turn: not at all, as the teacher's, ...
     d_state: Size = 32  # numbers a head remembers of each value channel; the released models have 64
     chunk_size: Size = 32  # length of a chunk in the state space dual form
     steps: Annotated[tuple[int, int, int], Range(0)] = (40, 300, 360)  # optimiser steps of each stage; 0 leaves one out
@@ -265,7 +267,8 @@ class Distill(Training):
         kept = [layer for layer in layers if self.replace and layer not in self.replace]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return lr.Llamba.from_teacher(teacher, kept, d_state=self.d_state, chunk_size=self.chunk_size)
+            return lr.Llamba.from_teacher(teacher, kept, start=self.start, rotation=self.rotation, d_state=self.d_state,
+                                          chunk_size=self.chunk_size)
 
     def run(self) -> None:
         """Distil, evaluate after every stage, write the student."""

@@ -54,8 +54,8 @@ class GatedRMSNorm(nn.Module):
 class MambaState(NamedTuple):
     """What a Mamba-2 mixer remembers: the same size after ten tokens and after ten million."""
 
-    conv: Float[Tensor, "batch channels width"]  # the last inputs of the convolution
-    ssm: Float[Tensor, "batch heads headdim state"]  # the recurrent state, float32 at least
+    conv: Float[Tensor, "batch channels width"] | None  # the last inputs of the convolution; None: there were none
+    ssm: Float[Tensor, "batch heads headdim state"] | None  # the recurrent state, float32 at least; None: zeros
     angle: Float[Tensor, "batch groups half"] | None = None  # how far keys and queries have turned, where they do
 
 

@@ -101,7 +101,7 @@ def keys_and_queries(
     return tuple(rearrange(z[:, :, pairs.to(z.device)], "h two i d -> h (two i) d") for z in (k, q))
 
 # %% ../nbs/14_start.ipynb #fd9d78ce
-def write_rows(mixer: DiscreteMamba2, *parts: Float[Tensor, "heads rows inputs"]) -> None:
+def write_rows(mixer: DiscreteMamba2, *parts: Float[Tensor, "heads _ inputs"]) -> None:
     """Write the rows for x, B and C, with their biases in the last column, into the projection of a mixer."""
     rows = torch.cat([rearrange(z, "h n d -> (h n) d") for z in parts]).to(mixer.in_proj.weight.dtype)
     mixer.in_proj.weight[: len(rows)], mixer.in_proj.bias[: len(rows)] = rows[:, :-1], rows[:, -1]
@@ -113,7 +113,12 @@ def start_mixer(
     attention: Attention,  # what it is to replace
     u: Float[Tensor, "batch len d_model"],  # what attention reads in a few texts
 ) -> Float[Tensor, "heads"]:  # how far the outputs of each head are from the teacher's, relative to these
-    """Give a mixer what it can take over from attention, and fit the rest head by head."""
+    """Give a mixer what it can take over from attention, and fit the rest head by head.
+
+    Raises ValueError for a mixer without biases, or with other heads than attention has."""
+    if mixer.in_proj.bias is None or not attention.n_heads == mixer.n_heads == mixer.n_groups:
+        raise ValueError(f"the mixer has {mixer.n_heads} heads in {mixer.n_groups} groups, attention {attention.n_heads} "
+                         "heads: all three must be the same, and the mixer must have biases")
     heads, width = mixer.n_heads, 2 if isinstance(mixer, RotaryMamba2) else 1
     v = with_bias(attention.v_proj, attention.n_kv_heads, heads // attention.n_kv_heads)
     out, x = best_factors(rearrange(attention.o_proj.weight, "d (h p) -> h d p", h=heads), v, mixer.d_inner // heads)

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+from small import RELEASED
+
 from llamba_ref.conventions import relative_error
 from llamba_ref.data import TokenBlocks, train_tokenizer
 from llamba_ref.evaluate import Comparison, Evaluation, compare, evaluate, generate_text, prompt_tokens, token_nll
@@ -174,7 +176,7 @@ def test_other_vocabulary():
 
 def student_of(teacher: Llama, **options) -> Llamba:
     torch.manual_seed(3)
-    return Llamba.from_teacher(teacher, **options).requires_grad_(False)
+    return Llamba.from_teacher(teacher, **RELEASED, **options).requires_grad_(False)
 
 
 @pytest.mark.parametrize(

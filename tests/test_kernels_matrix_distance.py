@@ -6,6 +6,8 @@ import functools
 import pytest
 import torch
 
+from small import RELEASED
+
 from llamba_ref.conventions import peak_bytes, relative_error
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba
@@ -203,7 +205,7 @@ def models(mixer=None, **sizes):
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    student = Llamba.from_teacher(teacher, d_state=16, chunk_size=8).to(DEVICE)
+    student = Llamba.from_teacher(teacher, d_state=16, chunk_size=8, **RELEASED).to(DEVICE)
     for block in student.backbone.layers if mixer else ():
         block.mixer = mixer(64, **sizes).to(DEVICE)
     return teacher, student

@@ -9,7 +9,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import llama_config, one_line
+from small import RELEASED, llama_config, one_line
 from torch import nn
 
 from llamba_ref.checkpoint import find_checkpoint, read_weights
@@ -211,7 +211,7 @@ def addresses(state):
 def hybrid(**sizes):
     """Layer 1 keeps its attention."""
     teacher = random_llama(replace(SMALL, num_hidden_layers=3)).double()
-    return Llamba.from_teacher(teacher, keep_attention=[1], d_state=4, **sizes)
+    return Llamba.from_teacher(teacher, keep_attention=[1], d_state=4, **RELEASED, **sizes)
 
 
 @pytest.mark.parametrize("model", [lambda: random_llama(SMALL).double(), hybrid], ids=["llama", "hybrid"])

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from small import llama_config, llamba_config
+from small import RELEASED, llama_config, llamba_config
 
 from llamba_ref.conventions import relative_error
 from llamba_ref.llama import Attention, Llama, Rope
@@ -42,7 +42,8 @@ def make_teacher(**changes):
 def make(keep_attention=(), dtype=torch.float64, chunk_size=128, **changes):
     """A shaken student."""
     return shaken(
-        Llamba.from_teacher(make_teacher(**changes).to(dtype), keep_attention, d_state=5, chunk_size=chunk_size)
+        Llamba.from_teacher(make_teacher(**changes).to(dtype), keep_attention, **RELEASED, d_state=5,
+                            chunk_size=chunk_size)
     )
 
 
@@ -453,7 +454,7 @@ def test_loading_is_strict(files):
 @pytest.mark.parametrize("keep", [(), (2,), (0, 2)])
 def test_a_student_is_its_teacher_but_for_the_mixers(tied, keep):
     teacher = make_teacher(tie_word_embeddings=tied)
-    student = Llamba.from_teacher(teacher, keep, d_state=5)
+    student = Llamba.from_teacher(teacher, keep, **RELEASED, d_state=5)
     theirs, ours = teacher.state_dict(), student.state_dict()
     copied = [name for name in ours if ".mixer." not in name or int(name.split(".")[2]) in keep]
     assert set(copied) == {name for name in theirs if ".mixer." not in name or int(name.split(".")[2]) in keep}
@@ -484,7 +485,10 @@ def test_a_student_keeps_type_and_device(dtype):
     }
     with torch.device("meta"):
         teacher = Llama(make_teacher().config).to(dtype)
-    assert {(p.dtype, p.device.type) for p in Llamba.from_teacher(teacher).parameters()} == {(dtype, "meta")}
+    student = Llamba.from_teacher(teacher, start="published")
+    assert {(p.dtype, p.device.type) for p in student.parameters()} == {(dtype, "meta")}
+    with pytest.raises(ValueError, match="start is 'teacher': this teacher is on the meta device"):
+        Llamba.from_teacher(teacher)
 
 
 def test_matrices_pair_with_those_of_a_teacher_with_grouped_queries():
@@ -597,6 +601,12 @@ def test_bad_teachers():
         Llamba.from_teacher(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="d_state is 0"):
         Llamba.from_teacher(make_teacher(), d_state=0)
+    with pytest.raises(ValueError, match="start is 'random': it must be 'teacher' or 'published'"):
+        Llamba.from_teacher(make_teacher(), start="random")
+    with pytest.raises(ValueError, match="rotation is 'some': it must be 'none', 'fixed', 'learned' or 'data'"):
+        Llamba.from_teacher(make_teacher(), rotation="some")
+    with pytest.raises(ValueError, match="d_state is 5: it must be even, rotations need pairs"):
+        Llamba.from_teacher(make_teacher(), d_state=5)
 
 
 def test_bad_input_of_a_model():

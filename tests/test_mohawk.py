@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from small import RELEASED
+
 from llamba_ref import mohawk, training
 from llamba_ref.conventions import relative_error
 from llamba_ref.decoder import Backbone, Decoder
@@ -44,7 +46,9 @@ def pair(keep_attention=(), dtype=torch.float32, **sizes):
     """A teacher and its student."""
     teacher = make_teacher(**sizes)
     torch.manual_seed(1)
-    return teacher.to(dtype), Llamba.from_teacher(teacher, keep_attention, d_state=6, chunk_size=8).to(dtype)
+    return teacher.to(dtype), Llamba.from_teacher(
+        teacher, keep_attention, d_state=6, chunk_size=8, **RELEASED
+    ).to(dtype)
 
 
 def rows(batch=BATCH, length=LENGTH, seed=3):
@@ -551,7 +555,7 @@ def test_unknown_objective():
 
 
 def test_vocabularies_that_differ_are_refused_before_the_first_stage():
-    teacher, student = make_teacher(), Llamba.from_teacher(make_teacher(vocab=VOCAB + 8), d_state=6)
+    teacher, student = make_teacher(), Llamba.from_teacher(make_teacher(vocab=VOCAB + 8), d_state=6, **RELEASED)
     before = weights(student)
     with pytest.raises(ValueError, match=f"student has {VOCAB + 8} token ids, teacher {VOCAB}"):
         run(teacher, student, [Stage("orientation", 1, 1e-2), Stage("distillation", 1, 1e-2)])
@@ -563,9 +567,9 @@ def test_vocabularies_that_differ_are_refused_before_the_first_stage():
 def test_depth_and_width_that_differ():
     teacher = make_teacher()
     with pytest.raises(ValueError, match="student has 2 layers, teacher 3: they must be the same"):
-        LayerByLayer(teacher, Llamba.from_teacher(make_teacher(layers=2), d_state=6), match_matrix)
+        LayerByLayer(teacher, Llamba.from_teacher(make_teacher(layers=2), d_state=6, **RELEASED), match_matrix)
     with pytest.raises(ValueError, match="student has 32 channels, teacher 24: they must be the same"):
-        LayerByLayer(teacher, Llamba.from_teacher(make_teacher(width=32), d_state=6), match_matrix)
+        LayerByLayer(teacher, Llamba.from_teacher(make_teacher(width=32), d_state=6, **RELEASED), match_matrix)
 
 
 def test_student_that_shares_weights_with_its_teacher():

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from small import VOCAB, llama_config, llamba_config, mamba2_config, one_line, shaken
+from small import RELEASED, VOCAB, llama_config, llamba_config, mamba2_config, one_line, shaken
 
 from llamba_ref.checkpoint import find_checkpoint, read_json
 from llamba_ref.conventions import relative_error
@@ -501,7 +501,7 @@ def test_a_model_without_an_end_gets_the_tokenizers(tmp_path):
 
 
 def test_a_student_ends_its_texts_as_its_teacher_does():
-    student = Llamba.from_teacher(Llama(CONFIGS["llama"]), d_state=5)
+    student = Llamba.from_teacher(Llama(CONFIGS["llama"]), **RELEASED, d_state=5)
     assert student.stop_tokens == (1, 5) and student.config.bos_token_id == 0
 
 

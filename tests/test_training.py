@@ -23,6 +23,8 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from small import RELEASED
+
 from llamba_ref import training
 from llamba_ref.conventions import peak_bytes, relative_error
 from llamba_ref.data import Batches
@@ -55,7 +57,7 @@ def pair():
     """A teacher and a student with new mixers."""
     teacher = toy()
     torch.manual_seed(1)
-    return teacher, Llamba.from_teacher(teacher, d_state=4, chunk_size=8)
+    return teacher, Llamba.from_teacher(teacher, d_state=4, chunk_size=8, **RELEASED)
 
 
 def cpu():
@@ -635,7 +637,7 @@ def test_resume_with_micro_batches_and_distillation(tmp_path):
     def student_of(path, data, resume):
         teacher = toy(layers=3)
         torch.manual_seed(1)
-        student = Llamba.from_teacher(teacher, [1], d_state=4, chunk_size=8)
+        student = Llamba.from_teacher(teacher, [1], d_state=4, chunk_size=8, **RELEASED)
         run = Run(path, {}, resume)
         distill(
             teacher, student, data, stages, run=run, accelerator=cpu(), save_every=2, micro_batch_size=3, progress=False
