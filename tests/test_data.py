@@ -863,6 +863,18 @@ def refuses(state: dict, data) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("place", [0, 2**21, -1])
+def test_a_long_file_that_changed_at_either_end_has_another_fingerprint(tmp_path, tokenizer, place):
+    """The size stays the same; what lies between the first and the last MiB is not looked at."""
+    text, file = b"one two three\n" * 300_000, tmp_path / "long.txt"
+    file.write_bytes(text)
+    changed = bytearray(text)
+    changed[place] = ord("!")
+    first = StreamBatches(load_documents(file, streaming=True), tokenizer, 8, 1).fingerprint
+    file.write_bytes(changed)
+    assert (StreamBatches(load_documents(file, streaming=True), tokenizer, 8, 1).fingerprint == first) == (place == 2**21)
+
+
 def test_blocks_of_another_text_are_refused(documents, tokenizer):
     blocks = pack(documents, tokenizer, 16)
     state = Batches(blocks, 4).state_dict()
