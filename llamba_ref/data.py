@@ -135,8 +135,10 @@ def stream_files(path: Path, text_field: str, separator: str) -> IterableDataset
     found, known = files_of(path), {}
     for file in found:
         try:
+            size = file.stat().st_size
             with file.open("rb") as opened:
-                known[str(file)] = {"num_bytes": file.stat().st_size, "checksum": digest(opened.read(2**20))}
+                first, _ = opened.read(2**20), opened.seek(max(0, size - 2**20))
+                known[str(file)] = {"num_bytes": size, "checksum": digest(first + opened.read())}
         except OSError as error:
             raise ValueError(f"{file} cannot be read as {loader_of(file)}: {one_line(error)}") from error
     arguments = {"files": found, "text_field": text_field, "separator": separator}
@@ -551,7 +553,7 @@ class StreamBatches(EndlessBatches):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the files (name, size, beginning) or the hub's revision of them, of the first tokens, and the length."""
+        """Of the files (name, size, first and last MiB) or their revision on the hub, the first tokens, and the length."""
         documents, tokenizer, *_ = self.source
         known = (documents.info.download_checksums or {}).items()
         files = [(Path(name).name, about["num_bytes"], about["checksum"]) for name, about in known]

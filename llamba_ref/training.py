@@ -53,7 +53,7 @@ class Stage:
 
     def __post_init__(self):
         for name, good, wanted in (
-            ("steps", self.steps >= 0, "at least 0"),
+            ("steps", isinstance(self.steps, int) and self.steps >= 0, "an integer of at least 0"),
             ("lr", 0 < self.lr < float("inf"), "positive"),
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
             ("warmup", 0 <= self.warmup <= 1, "from 0 to 1"),

@@ -863,6 +863,19 @@ def refuses(state: dict, data) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("place", [1, 2**21, -9])
+def test_a_long_file_that_changed_at_either_end_has_another_fingerprint(tmp_path, tokenizer, place):
+    """The size stays the same; what lies between the first and the last MiB is not looked at."""
+    text, file = b"one two three\n\n\n\n\n" * 200_000, tmp_path / "long.txt"
+    changed = bytearray(text)
+    changed[place] = ord("!")
+    found = []
+    for content in (text, bytes(changed)):
+        file.write_bytes(content)
+        found.append(StreamBatches(load_documents(file, streaming=True), tokenizer, 8, 1).fingerprint)
+    assert (found[0] == found[1]) == (place == 2**21)
+
+
 def test_blocks_of_another_text_are_refused(documents, tokenizer):
     blocks = pack(documents, tokenizer, 16)
     state = Batches(blocks, 4).state_dict()
