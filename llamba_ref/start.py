@@ -54,7 +54,7 @@ def best_factors(
     right: Float[Tensor, "heads inner columns"],
     width: int,  # what the inner size is to be
 ) -> tuple[Float[Tensor, "heads rows width"], Float[Tensor, "heads width columns"]]:
-    """Two factors of the inner size `width` with a product as near to `left @ right` as can be (Eckart and Young 1936)."""
+    """Two factors of the inner size `width`, their product the nearest to `left @ right` (Eckart and Young 1936)."""
     spare = width - left.shape[-1]
     if spare >= 0:
         return F.pad(left, (0, spare)), F.pad(right, (0, 0, 0, spare))
@@ -77,9 +77,9 @@ def matching_pairs(
 
 
 def with_bias(projection: nn.Linear, heads: int, copies: int = 1) -> Float[Tensor, "heads headdim inputs"]:
-    """A projection as a matrix for each head, its bias (or zeros) as the last column; each head `copies` times."""
+    """A projection as a matrix for each head in float64, its bias (or zeros) as the last column; heads `copies` times."""
     bias = projection.weight.new_zeros(projection.out_features) if projection.bias is None else projection.bias
-    return repeat(torch.cat([projection.weight, bias[:, None]], 1), "(h p) d -> (h r) p d", h=heads, r=copies)
+    return repeat(torch.cat([projection.weight, bias[:, None]], 1).double(), "(h p) d -> (h r) p d", h=heads, r=copies)
 
 
 def keys_and_queries(
@@ -121,7 +121,8 @@ def start_mixer(
                          "heads: all three must be the same, and the mixer must have biases")
     heads, width = mixer.n_heads, 2 if isinstance(mixer, RotaryMamba2) else 1
     v = with_bias(attention.v_proj, attention.n_kv_heads, heads // attention.n_kv_heads)
-    out, x = best_factors(rearrange(attention.o_proj.weight, "d (h p) -> h d p", h=heads), v, mixer.d_inner // heads)
+    o = rearrange(attention.o_proj.weight.double(), "d (h p) -> h d p", h=heads)
+    out, x = best_factors(o, v, mixer.d_inner // heads)
     mixer.out_proj.weight.copy_(rearrange(out, "h d p -> d (h p)"))
     mixer.out_proj.bias.zero_()
     if attention.o_proj.bias is not None:

@@ -1,10 +1,7 @@
 """A start from the teacher: what is exact is exact, what is fitted is the least-squares answer, sizes of all kinds."""
 
-import math
-
 import pytest
 import torch
-from torch.nn import functional as F
 
 from small import llama_config, shaken
 
@@ -73,7 +70,7 @@ def test_values_and_outputs_survive(kind, head_dim):
         ours = mixer(u)
         expected = attention.o_proj((mixer.matrix(u) @ v).transpose(1, 2).flatten(2))
     error = relative_error(ours, expected)
-    assert error < 1e-12 if head_dim <= 8 else 1e-12 < error < 0.9
+    assert error < 1e-7 if head_dim <= 8 else 1e-7 < error < 0.9  # the open gate is 1 in float32
 
 
 @pytest.mark.parametrize("width", [1, 2])
@@ -132,15 +129,19 @@ def test_key_and_query_of_a_pair_have_the_same_size():
     assert B.min() > 0 and (B[:, :-1] / C[:, :-1]).log().abs().max() < 1.5
 
 
-def test_the_first_order_of_a_softmax_is_found():
-    """Small scores, uniform values of distance: a decay near 1, and a start whose outputs are nearly the teacher's."""
-    attention, mixer = pair(d_state=16)
+@pytest.mark.parametrize("kind", [DiscreteMamba2, RotaryMamba2])
+def test_the_reported_errors_are_those_of_the_outputs(kind):
+    """And small scores, which make attention nearly uniform, give decays near 1."""
+    attention, mixer = pair(kind)
     with torch.no_grad():
         attention.q_proj.weight.mul_(0.05)
         u = torch.randn(4, 64, 32, dtype=torch.float64)
         errors = start_mixer(mixer, attention, u)
-        decays = torch.sigmoid(-mixer.in_proj.bias[-4:])
-    assert decays.min() > 0.9 and errors.max() < 0.6
+        x = mixer.project(u, None)[0].x.transpose(1, 2)
+        target = attention.matrix(u) @ x
+        found = (mixer.matrix(u) @ x - target).norm(dim=(0, 2, 3)) / target.norm(dim=(0, 2, 3))
+    assert relative_error(errors, found.float()) < 1e-5
+    assert torch.sigmoid(-mixer.in_proj.bias[-4:]).min() > 0.9 and errors.max() < 0.9
 
 
 def test_own_texts_are_the_same_each_time():
@@ -164,8 +165,7 @@ def test_any_teacher_can_be_started_from(rotation, dtype):
 
 
 def test_mixers_that_cannot_be_started():
-    attention, mixer = pair(bias=False)
-    _, without = pair(**{"bias": False})
+    attention, _ = pair()
     without = RotaryMamba2(32, 8, n_v_heads=4, n_qk_heads=4)
     for wrong in (without, RotaryMamba2(32, 8, n_v_heads=4, n_qk_heads=2, bias=True),
                   RotaryMamba2(32, 8, n_v_heads=8, n_qk_heads=8, bias=True)):

@@ -158,7 +158,8 @@ def test_schedule_rises_then_falls_between_floor_and_lr(steps, warmup, decay, lr
 @pytest.mark.parametrize(
     "field, value",
     [("steps", -1), ("steps", 3.5), ("steps", "3"), ("lr", 0.0), ("lr", float("nan")), ("lr", float("inf")),
-     ("weight_decay", -0.1), ("warmup", -0.1), ("warmup", 1.5), ("decay", 0.95), ("clip", 0.0), ("clip", float("nan"))],
+     ("weight_decay", -0.1), ("warmup", -0.1), ("warmup", 1.5), ("decay", 0.95), ("clip", 0.0),
+     ("clip", float("nan"))],
 )
 def test_stage_refuses_senseless_numbers(field, value):
     with pytest.raises(ValueError, match=f"stage language: {field} is "):
