@@ -553,7 +553,7 @@ class StreamBatches(EndlessBatches):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the files (name, size, first and last MiB) or their revision on the hub, the first tokens, and the length."""
+        """Of the files (name, size, first and last MiB) or their revision on the hub, first tokens, and length."""
         documents, tokenizer, *_ = self.source
         known = (documents.info.download_checksums or {}).items()
         files = [(Path(name).name, about["num_bytes"], about["checksum"]) for name, about in known]

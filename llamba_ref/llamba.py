@@ -129,7 +129,7 @@ def student_config(
     bias: bool = False,  # biases in the projections of the mixers
     rotation: Rotation = "none",  # who decides how far keys turn, see `RotaryMamba2`; "none": they stand still
 ) -> LlambaConfig:
-    """The sizes of a student. Raises ValueError for no such layer, heads that do not divide the width, an unknown word."""
+    """The sizes of a student. Raises ValueError for no such layer, heads that do not divide the width, other words."""
     check_option("rotation", rotation, get_args(Rotation))
     layers, heads = tuple(sorted(set(keep_attention))), c.num_attention_heads
     if not set(layers) <= set(range(c.num_hidden_layers)):
@@ -173,8 +173,8 @@ class Llamba(LanguageModel):
         d_state: int = 64,  # width N of a key
         chunk_size: int = 128,  # length of a chunk in `ssd`
     ) -> Llamba:
-        """A student with the teacher's embedding, norms, MLPs, head and kept attention, and new mixers, one head for each
-        of the teacher's query heads. `start="published", rotation="none"` is the student of Bick et al. 2025.
+        """A student with the teacher's embedding, norms, MLPs, head and kept attention, and new mixers, one head for
+        each of the teacher's query heads. `start="published", rotation="none"` is the student of Bick et al. 2025.
 
         Raises ValueError for a teacher that is no `Llama` or, for a start from it, has no numbers (on the meta device),
         a layer that does not exist, heads that do not divide the width, and an unknown word."""

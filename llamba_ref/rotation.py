@@ -84,7 +84,9 @@ class RotaryMamba2(DiscreteMamba2):
             turn = turn * (1 + self.speed(u).to(turn.dtype)[..., None])
         return turn
 
-    def project(self, u: Tensor, state: MambaState | None, tokens: Tensor | None = None) -> tuple[Projected, MambaState]:
+    def project(
+        self, u: Tensor, state: MambaState | None, tokens: Tensor | None = None
+    ) -> tuple[Projected, MambaState]:
         """What the recurrence needs, and the state with all but its `ssm` new; `tokens` as in `convolve`."""
         p, state = super().project(u, state, tokens)
         turn = self.turns(u) if tokens is None else self.turns(u).masked_fill(~tokens[..., None], 0)

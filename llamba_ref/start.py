@@ -31,7 +31,7 @@ def fit_head(
     C: Float[Tensor, "batch parts len width"],  # queries, in the same parts
     decays: Float[Tensor, "decays"],  # to choose from
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "weights"], Float[Tensor, ""]]:  # decay, weights, relative error
-    """The decay a and weights w for which sum_i w_i a^(t-s) C_ti . B_si + w_D [t = s] acts on x as the teacher's matrix.
+    """The decay a and weights w for which sum_i w_i a^(t-s) C_ti . B_si + w_D [t = s] acts on x as the teacher's.
 
     Least squares for each decay; the best of them. The weights are those of the parts in order, then w_D."""
     target, fits = attention @ x, []
@@ -77,9 +77,10 @@ def matching_pairs(
 
 
 def with_bias(projection: nn.Linear, heads: int, copies: int = 1) -> Float[Tensor, "heads headdim inputs"]:
-    """A projection as a matrix for each head in float64, its bias (or zeros) as the last column; heads `copies` times."""
+    """A projection as a float64 matrix for each head, bias (or zeros) as last column; each head `copies` times."""
     bias = projection.weight.new_zeros(projection.out_features) if projection.bias is None else projection.bias
-    return repeat(torch.cat([projection.weight, bias[:, None]], 1).double(), "(h p) d -> (h r) p d", h=heads, r=copies)
+    rows = torch.cat([projection.weight, bias[:, None]], 1).double()
+    return repeat(rows, "(h p) d -> (h r) p d", h=heads, r=copies)
 
 
 def keys_and_queries(
@@ -117,8 +118,8 @@ def start_mixer(
 
     Raises ValueError for a mixer without biases, or with other heads than attention has."""
     if mixer.in_proj.bias is None or not attention.n_heads == mixer.n_heads == mixer.n_groups:
-        raise ValueError(f"the mixer has {mixer.n_heads} heads in {mixer.n_groups} groups, attention {attention.n_heads} "
-                         "heads: all three must be the same, and the mixer must have biases")
+        raise ValueError(f"the mixer has {mixer.n_heads} heads in {mixer.n_groups} groups, attention "
+                         f"{attention.n_heads} heads: all three must be the same, and the mixer must have biases")
     heads, width = mixer.n_heads, 2 if isinstance(mixer, RotaryMamba2) else 1
     v = with_bias(attention.v_proj, attention.n_kv_heads, heads // attention.n_kv_heads)
     o = rearrange(attention.o_proj.weight.double(), "d (h p) -> h d p", h=heads)

@@ -47,7 +47,8 @@ def test_turned_keys_are_gateloops_phases(rotation, groups, mode):
     ours, theirs = mixer(u), by_gateloop(mixer, u, mode)
     assert relative_error(ours, theirs) < 1e-12
     leaves = [u, *mixer.parameters()]
-    gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(y.square().sum(), leaves)]) for y in (ours, theirs)]
+    gradients = [torch.cat([g.flatten() for g in torch.autograd.grad(y.square().sum(), leaves)])
+                 for y in (ours, theirs)]
     assert relative_error(*gradients) < 1e-11
 
 
