@@ -65,8 +65,8 @@ class DiscreteMamba2(SSDMixer):
 
     def project(
         self, u: Tensor, state: MambaState | None, tokens: Tensor | None = None
-    ) -> tuple[Projected, MambaState]:
-        """What the recurrence needs, and the state with all but its `ssm` new; `tokens` as in `convolve`."""
+    ) -> tuple[Projected, MambaState | None]:
+        """What the recurrence needs, and the state, where there is one, with all but its `ssm` new."""
         xBC, z, A_log = self.in_proj(u).split([self.conv1d.out_channels, self.d_inner, self.n_heads], dim=-1)
         x, B, C, state = convolve(self, xBC, state, tokens)
         log_a = F.logsigmoid(-A_log.to(wide_dtype(A_log)))  # = -softplus(A_log)

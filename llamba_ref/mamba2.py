@@ -54,9 +54,8 @@ class GatedRMSNorm(nn.Module):
 class MambaState(NamedTuple):
     """What a Mamba-2 mixer remembers: the same size after ten tokens and after ten million."""
 
-    conv: Float[Tensor, "batch channels width"] | None  # the last inputs of the convolution; None: there were none
-    ssm: Float[Tensor, "batch heads headdim state"] | None  # the recurrent state, float32 at least; None: zeros
-    angle: Float[Tensor, "batch groups half"] | None = None  # how far keys and queries have turned, where they do
+    conv: Float[Tensor, "batch channels width"]  # the last inputs of the convolution
+    ssm: Float[Tensor, "batch heads headdim state"]  # the recurrent state, float32 at least
 
 
 class Projected(NamedTuple):
@@ -149,17 +148,17 @@ def convolve(
     xBC: Float[Tensor, "batch len channels"],  # its input
     state: MambaState | None,  # what is remembered of the tokens before; None: nothing
     tokens: Bool[Tensor, "batch len 1"] | None = None,  # False: nothing enters, and nothing is written; None: all True
-) -> tuple[Tensor, Tensor, Tensor, MambaState]:  # x, B and C by heads or groups, and the state with a new window
+) -> tuple[Tensor, Tensor, Tensor, MambaState | None]:  # x, B and C by heads or groups, the state with a new window
     """The convolution of a mixer, and its output in three."""
     xBC = xBC if tokens is None else xBC.masked_fill(~tokens, 0)
-    state = MambaState(None, None) if state is None else state
-    xBC, window = causal_conv(xBC, mixer.conv1d.weight, mixer.conv1d.bias, state.conv, activation=mixer.activation)
+    window = None if state is None else state.conv
+    xBC, window = causal_conv(xBC, mixer.conv1d.weight, mixer.conv1d.bias, window, activation=mixer.activation)
     keys = mixer.n_groups * mixer.d_state
     x, B, C = xBC.split([mixer.d_inner, keys, keys], dim=-1)
     x = x if tokens is None else x.masked_fill(~tokens, 0)  # the convolution's bias would write padding into the state
     x = rearrange(x, "b l (h p) -> b l h p", h=mixer.n_heads)
     B, C = (rearrange(z, "b l (g n) -> b l g n", g=mixer.n_groups) for z in (B, C))
-    return x, B, C, state._replace(conv=window)
+    return x, B, C, state and state._replace(conv=window)
 
 # %% ../nbs/09_mamba2.ipynb #e2beb253
 class Mamba2(SSDMixer):
@@ -187,8 +186,7 @@ class Mamba2(SSDMixer):
         d_inner = expand * d_model
         if d_inner % headdim:
             raise ValueError(f"headdim is {headdim}: it must divide the inner width expand * d_model = {d_inner}")
-        n_heads = d_inner // headdim
-        if n_heads % n_groups:
+        if (n_heads := d_inner // headdim) % n_groups:
             raise ValueError(f"n_groups is {n_groups}: it must divide the number of heads, {n_heads}")
         if not 0 <= dt_limit[0] <= dt_limit[1]:
             raise ValueError(f"dt_limit is {tuple(dt_limit)}: it must be (low, high) with 0 <= low <= high")
@@ -211,8 +209,8 @@ class Mamba2(SSDMixer):
 
     def project(
         self, u: Tensor, state: MambaState | None, tokens: Tensor | None = None
-    ) -> tuple[Projected, MambaState]:
-        """What the recurrence needs, and the state with all but its `ssm` new; `tokens` as in `convolve`."""
+    ) -> tuple[Projected, MambaState | None]:
+        """What the recurrence needs, and the state, where there is one, with all but its `ssm` new."""
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv1d.out_channels, self.n_heads], dim=-1)
         x, B, C, state = convolve(self, xBC, state, tokens)
         wide = wide_dtype(dt)

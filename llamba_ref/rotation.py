@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from math import pi
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from .conventions import check_option, wide_dtype
 from .discrete import DiscreteMamba2
 from .llama import Rope, rope_frequencies
-from .mamba2 import MambaState, Projected
+from .mamba2 import Projected
 
 # %% auto #0
-__all__ = ['Rotation', 'rotate_pairs', 'running_angle', 'RotaryMamba2']
+__all__ = ['Rotation', 'rotate_pairs', 'running_angle', 'RotaryState', 'RotaryMamba2']
 
 # %% ../nbs/13_rotation.ipynb #5d7fe807
 def rotate_pairs(
@@ -40,10 +40,18 @@ def running_angle(
     angle = angle if start is None else angle + start[:, None]
     return (angle - 2 * pi * (angle / (2 * pi)).round()).to(wide_dtype(turn))
 
-# %% ../nbs/13_rotation.ipynb #b6f7d376
+# %% ../nbs/13_rotation.ipynb #fc87310d
 Rotation = Literal["none", "fixed", "learned", "data"]
 
 
+class RotaryState(NamedTuple):
+    """What a mixer remembers whose keys turn: a `MambaState`, and how far they have turned."""
+
+    conv: Float[Tensor, "batch channels width"]  # the last inputs of the convolution
+    ssm: Float[Tensor, "batch heads headdim state"]  # the recurrent state, float32 at least
+    angle: Float[Tensor, "batch groups half"]  # the angle of the last token, from -pi to pi, float32 at least
+
+# %% ../nbs/13_rotation.ipynb #b6f7d376
 class RotaryMamba2(DiscreteMamba2):
     """`DiscreteMamba2` whose keys and queries turn from token to token: GateLoop's complex gates in real arithmetic.
 
@@ -69,10 +77,10 @@ class RotaryMamba2(DiscreteMamba2):
             self.speed = nn.Linear(d_model, self.n_groups, bias=False)
             nn.init.zeros_(self.speed.weight)
 
-    def init_state(self, batch: int) -> MambaState:
+    def init_state(self, batch: int) -> RotaryState:
         """The state before the first token: zeros."""
-        state = super().init_state(batch)
-        return state._replace(angle=state.ssm.new_zeros(batch, self.n_groups, self.d_state // 2))
+        conv, ssm = super().init_state(batch)
+        return RotaryState(conv, ssm, ssm.new_zeros(batch, self.n_groups, self.d_state // 2))
 
     def turns(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch len groups half"]:
         """Radians by which each token turns, float32 at least."""
@@ -85,11 +93,11 @@ class RotaryMamba2(DiscreteMamba2):
         return turn
 
     def project(
-        self, u: Tensor, state: MambaState | None, tokens: Tensor | None = None
-    ) -> tuple[Projected, MambaState]:
-        """What the recurrence needs, and the state with all but its `ssm` new; `tokens` as in `convolve`."""
+        self, u: Tensor, state: RotaryState | None, tokens: Tensor | None = None
+    ) -> tuple[Projected, RotaryState | None]:
+        """What the recurrence needs, and the state, where there is one, with all but its `ssm` new."""
         p, state = super().project(u, state, tokens)
         turn = self.turns(u) if tokens is None else self.turns(u).masked_fill(~tokens[..., None], 0)
-        angle = running_angle(turn, state.angle)
+        angle = running_angle(turn, None if state is None else state.angle)
         p = p._replace(B=rotate_pairs(p.B, angle), C=rotate_pairs(p.C, angle))
-        return p, state._replace(angle=angle[:, -1])
+        return p, state and state._replace(angle=angle[:, -1])

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from small import RELEASED, llama_config, llamba_config
 
 from llamba_ref.conventions import relative_error
+from llamba_ref.discrete import OPEN_GATE, DiscreteMamba2
 from llamba_ref.llama import Attention, Llama, Rope
-from llamba_ref.llamba import (
-    LLAMBA_SIZES, OPEN_GATE, AttentionConfig, DiscreteMamba2, Llamba, LlambaConfig,
-)
+from llamba_ref.llamba import LLAMBA_SIZES, AttentionConfig, Llamba, LlambaConfig
 from llamba_ref.mamba2 import MambaState
 
 VOCAB = 53  # not a multiple of 8

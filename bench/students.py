@@ -1,0 +1,188 @@
+"""What each part of a distillation is worth, beside answers that need none: students of the demo's teacher on its text.
+
+    python -m bench.students        the same as `make compare`
+
+Every row that is trained has the same tokens, and its own learning rate: the best of three on seed 0, all stages scaled
+alike, then three seeds. Rows without training are measured once. A quarter of the demo's steps tells rows apart; some
+rows are trained with a sixteenth and with all of them too. Runs are kept in runs/students, so that the command goes on
+where it was stopped. Two runs at a time with one thread each: about an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from einops import rearrange
+from torch import Tensor, nn
+
+from bench.common import best_rate_runs, parameters, save
+from llamba_ref.cli import Distill
+from llamba_ref.data import Batches, load_documents, pack, split_documents
+from llamba_ref.decoder import Decoder
+from llamba_ref.evaluate import compare
+from llamba_ref.llama import Attention, Llama
+from llamba_ref.llamba import Llamba
+from llamba_ref.models import load_model
+from llamba_ref.mohawk import distill
+from llamba_ref.training import Stage
+
+RATES = (2e-3, 1e-3, 5e-4)  # of stage 3 and of language modelling; stages 1 and 2 have four times as much
+RUNS = Path("runs/students")
+BUDGETS = {"quarter": (10, 75, 90), "sixteenth": (3, 19, 22), "full": (40, 300, 360)}  # steps of three stages together
+WINDOW, SINKS = 40, 4  # the keys and values of so many tokens take as many numbers as the student's whole state
+
+
+class WindowAttention(Attention):
+    """Attention to the first SINKS tokens and the last WINDOW: a cache of fixed size."""
+
+    def forward(self, u: Tensor, state=None) -> Tensor:
+        q, k, v = self.project(u, 0, None)
+        place = torch.arange(u.shape[1], device=u.device)
+        distance = place[:, None] - place
+        seen = (distance >= 0) & ((distance < WINDOW) | (place < SINKS))
+        y = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+        return self.o_proj(rearrange(y, "b h l d -> b l (h d)"))
+
+
+class RunningMean(Attention):
+    """The mean of all values so far in every head."""
+
+    def forward(self, u: Tensor, state=None) -> Tensor:
+        v = self.v_proj(u).cumsum(1) / torch.arange(1, u.shape[1] + 1, device=u.device)[:, None]
+        v = rearrange(v, "b l (h d) -> b l h d", d=self.head_dim)
+        return self.o_proj(v.repeat_interleave(self.n_heads // self.n_kv_heads, 2).flatten(2))
+
+
+class Silence(nn.Module):
+    """Nothing."""
+
+    def forward(self, u: Tensor, state=None) -> Tensor:
+        return torch.zeros_like(u)
+
+
+def with_mixers(teacher: Llama, kind: type) -> Llama:
+    """A copy of the teacher with another kind of mixer, which keeps the attention's weights."""
+    model = Llama(teacher.config)
+    for block in model.backbone.layers:
+        block.mixer = Silence() if kind is Silence else block.mixer
+        block.mixer.__class__ = kind
+    model.load_state_dict(teacher.state_dict(), strict=kind is not Silence)
+    return model
+
+
+@dataclass(frozen=True)
+class Row:
+    """A student and how it is trained."""
+
+    model: Literal["student", "silence", "mean", "window", "teacher", "scratch"] = "student"
+    start: str = "teacher"  # of the student
+    rotation: str = "fixed"
+    stages: str = "123"  # which of MOHAWK's stages; "l": language modelling in their place; "": no training
+    budget: str = "quarter"
+
+    def build(self, teacher: Llama) -> Decoder:
+        """The model before training."""
+        if self.model in ("student", "scratch"):
+            student = Distill(start=self.start, rotation=self.rotation).student(teacher)
+            return student if self.model == "student" else Llamba(student.config)
+        kind = {"silence": Silence, "mean": RunningMean, "window": WindowAttention, "teacher": Attention}[self.model]
+        return with_mixers(teacher, kind)
+
+    def plan(self, rate: float) -> list[Stage]:
+        """The stages; one that is left out gives its steps to the last one."""
+        steps = BUDGETS[self.budget]
+        if self.stages in ("", "l"):
+            return [Stage("language", sum(steps), rate)] if self.stages else []
+        given = {number: steps[number - 1] for number in map(int, self.stages)}
+        given[int(self.stages[-1])] += sum(steps) - sum(given.values())
+        names = {1: "orientation", 2: "alignment", 3: "distillation"}
+        return [Stage(names[number], count, rate if number == 3 else 4 * rate, 0.0 if number == 1 else 0.1)
+                for number, count in given.items()]
+
+
+def rows() -> dict[str, Row]:
+    """All rows, by what they are called in the table."""
+    published = partial(Row, start="published", rotation="none")
+    table = {
+        "silence": Row("silence", stages=""), "running mean": Row("mean", stages=""),
+        f"window of {WINDOW} + {SINKS} tokens": Row("window", stages=""),
+        "published start": published(stages=""),
+        "start from the teacher, keys stand still": Row(rotation="none", stages=""),
+        "start from the teacher, keys turn": Row(stages=""),
+        "published 1+2+3": published(), "published 2+3": published(stages="23"), "published 3": published(stages="3"),
+        "standing keys 1+2+3": Row(rotation="none"), "standing keys 3": Row(rotation="none", stages="3"),
+    }
+    for stages in ("1", "2", "3", "12", "13", "23", "123"):
+        table[f"turning keys {'+'.join(stages)}"] = Row(stages=stages)
+    table |= {f"turning keys, {rotation} 3": Row(rotation=rotation, stages="3") for rotation in ("learned", "data")}
+    table |= {
+        "turning keys, language modelling": Row(stages="l"),
+        "window 3": Row("window", stages="3"), "window, language modelling": Row("window", stages="l"),
+        "teacher, language modelling": Row("teacher", stages="l"), "from scratch": Row("scratch", stages="l"),
+    }
+    for name in ("published 1+2+3", "standing keys 3", "turning keys 3", "window 3", "teacher, language modelling"):
+        for budget in ("sixteenth", "full"):
+            row = table[name]
+            table[f"{name}, {budget}"] = Row(row.model, row.start, row.rotation, row.stages, budget)
+    return table
+
+
+def run(name: str, rate: float, seed: int) -> dict:
+    """Train one model, or find the record of it that is there."""
+    torch.set_num_threads(1)
+    file = RUNS / f"{name}, {rate:g}, {seed}.json".replace(" ", "_")
+    if file.exists():
+        return json.loads(file.read_text())
+    row, demo = rows()[name], Distill(seed=seed)
+    teacher, tokenizer = load_model(demo.teacher)
+    training, held_out = split_documents(load_documents(demo.corpus.text), demo.corpus.held_out)
+    blocks, validation = (pack(documents, tokenizer, demo.corpus.length) for documents in (training, held_out))
+    torch.manual_seed(seed)
+    model, stages, seconds = row.build(teacher), row.plan(rate), 0.0
+    if stages:
+        records = distill(teacher, model, Batches(blocks, demo.batch_size, seed), stages, progress=False)
+        seconds = sum(record["tokens"] / record["tokens_per_second"] for record in records)
+    found = compare(teacher, model, validation)
+    record = {"name": name, "lr": rate, "seed": seed, "score": found.student.perplexity, "ratio": found.ratio,
+              "agreement": found.agreement, "kl": found.kl, "parameters": parameters(model), "seconds": seconds,
+              "tokens": sum(stage.steps for stage in stages) * demo.batch_size * demo.corpus.length}
+    RUNS.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record))
+    return record
+
+
+def summary(name: str, runs: list[dict]) -> dict:
+    """One row of the table: means over the seeds, and the range of the ratio."""
+    mean = {key: statistics.mean(one[key] for one in runs) for key in ("ratio", "agreement", "kl", "seconds")}
+    row = {"name": name, "lr": runs[0]["lr"], "tokens": runs[0]["tokens"], "seeds": len(runs), **mean}
+    return row | {"lowest": min(one["ratio"] for one in runs), "highest": max(one["ratio"] for one in runs)}
+
+
+def main(
+    budgets: tuple[str, ...] = tuple(BUDGETS),  # rows of which budgets; those without training always
+    seeds: tuple[int, ...] = (0, 1, 2),  # the first one chooses the learning rates
+) -> None:
+    torch.set_num_threads(1)  # as in every run, and for the record
+    table = {name: row for name, row in rows().items() if row.budget in budgets or not row.stages}
+    still = [name for name, row in table.items() if not row.stages]
+    found = [run(name, 0.0, 0) for name in still]
+    found += best_rate_runs(run, [name for name in table if name not in still], RATES, seeds)
+    summaries = [summary(name, [one for one in found if one["name"] == name]) for name in table]
+    for row in summaries:
+        print(f"{row['name']:>45}: {row['tokens'] / 1e6:.2f} M tokens, {row['ratio']:7.3f} x the teacher's "
+              f"({row['lowest']:.3f} to {row['highest']:.3f}), KL {row['kl']:.3f}, lr {row['lr']:g}")
+    demo = Distill()
+    save("students", "make compare", seeds=seeds, rates=RATES, budgets=BUDGETS, window=WINDOW, sinks=SINKS,
+         batch_size=demo.batch_size, length=demo.corpus.length, d_state=demo.d_state, rows=summaries)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)  # --help says what it does, and does not start it
