@@ -16,29 +16,27 @@ from llamba_ref.conventions import load_result
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
-COLORS = {
-    "stages 1+2+3": "C0",
-    "stages 2+3": "C1",
-    "stage 3 only": "C2",
-    "stage 3 only, more time": "C2",
-    "from scratch, more time": "C3",
-}
+
+
+SHOWN = (  # of the rows of bench.students; chapter 16 has them all
+    "silence", "running mean", "window of 40 + 4 tokens", "published start", "start from the teacher, keys turn",
+    "published 1+2+3", "standing keys 1+2+3", "turning keys 1+2+3", "turning keys 3", "turning keys, language modelling",
+    "window 3", "teacher, language modelling", "from scratch",
+)
 
 
 def stages_table() -> str:
-    """The ablation and the baselines of bench.mohawk_stages."""
-    saved = load_result("mohawk_stages")
-    lines = [
-        "| student | tokens | CPU seconds | held-out perplexity | over the teacher's |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in saved["rows"]:
-        found = f"{row['perplexity']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
-        lines.append(
-            f"| {row['name']} | {row['tokens'] / 1e6:.2f} M | {row['cpu_seconds']:.0f} | {found} | {row['ratio']:.3f} |"
-        )
-    lines.append(f"| *teacher* | | | {saved['teacher_perplexity']:.2f} | 1 |")
-    return "\n".join([*lines, "", f"Means of {len(saved['seeds'])} seeds (lowest to highest). {made_by(saved)}"])
+    """The rows of bench.students that tell most."""
+    saved = load_result("students")
+    lines = ["| student | tokens | held-out perplexity over the teacher's | same next token | KL |",
+             "| --- | --- | --- | --- | --- |"]
+    for row in (row for name in SHOWN for row in saved["rows"] if row["name"] == name):
+        spread = f" ({row['lowest']:.3f} to {row['highest']:.3f})" if row["seeds"] > 1 else ""
+        tokens = f"{row['tokens'] / 1e6:.2f} M" if row["tokens"] else "none"
+        figures = f"{row['ratio']:.3f}{spread} | {row['agreement']:.1%} | {row['kl']:.3f}"
+        lines.append(f"| {row['name']} | {tokens} | {figures} |")
+    seeds = f"Means of {len(saved['seeds'])} seeds (lowest to highest)." if len(saved["seeds"]) > 1 else "One seed."
+    return "\n".join([*lines, "", f"{seeds} {made_by(saved)}"])
 
 
 def memory_table() -> str:
@@ -97,25 +95,19 @@ def filled(text: str) -> str:
 
 
 def draw_stages() -> None:
-    """Held-out perplexity over the teacher's against tokens, for every way to train the student: all of it, and the
-    last stretch."""
-    saved = load_result("mohawk_stages")
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis in axes:
-        for row in saved["rows"]:
-            tokens, ratio = zip(
-                *((point["tokens"] / 1e6, point["perplexity"] / saved["teacher_perplexity"]) for point in row["curve"])
-            )
-            dotted = row["name"] == "stage 3 only, more time"
-            axis.plot(tokens, ratio, color=COLORS[row["name"]], ls=":" if dotted else "-", label=row["name"])
-        axis.axhline(1, color="k", ls="--", lw=1, label="teacher")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set(xlabel="tokens seen, millions")
-    axes[0].set(ylabel="held-out perplexity,\nmultiple of the teacher's", yscale="log")
-    axes[0].set_yticks([1, 2, 5, 10, 20], labels=["1", "2", "5", "10", "20"])
-    axes[0].minorticks_off()
-    axes[0].legend(fontsize=8, frameon=False)
-    axes[1].set(ylim=(0.98, 1.4), title="the last stretch")
+    """Held-out perplexity over the teacher's: what needs no training, and what a quarter of the demo's tokens give."""
+    saved = load_result("students")
+    tokens = next(row["tokens"] for row in saved["rows"] if row["name"] == "turning keys 3")
+    shown = [row for row in saved["rows"] if row["tokens"] in (0, tokens)]
+    figure, axis = plt.subplots(figsize=(9, 0.24 * len(shown) + 0.8), layout="constrained")
+    names = [row["name"] + ("" if row["tokens"] else " (no training)") for row in shown]
+    bars = axis.barh(names, [row["ratio"] for row in shown], color=["C0" if row["tokens"] else "0.7" for row in shown])
+    axis.bar_label(bars, [f"{row['ratio']:.3f}" for row in shown], padding=3, fontsize=8)
+    axis.set(xscale="log", xlim=(0.9, 120), xlabel="held-out perplexity over the teacher's")
+    axis.set_xticks([1, 2, 5, 10, 20, 50], labels=["1", "2", "5", "10", "20", "50"])
+    axis.minorticks_off()
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
     IMAGES.mkdir(parents=True, exist_ok=True)
     figure.savefig(IMAGES / "stages.png", dpi=110)
 
