@@ -35,7 +35,7 @@ def running_angle(
     turn: Float[Tensor, "batch len *rest"],  # radians that each token turns by
     start: Float[Tensor, "batch *rest"] | None = None,  # the angle before the first of them; None: 0
 ) -> Float[Tensor, "batch len *rest"]:  # the angle at each token, from -pi to pi, float32 at least
-    """Sum of the turns up to and including each token, in float64, less whole circles, so that no text is too long."""
+    """Sum of the turns up to and including each token, in float64, less whole circles, so that float32 can hold it."""
     angle = turn.double().cumsum(1)
     angle = angle if start is None else angle + start[:, None]
     return (angle - 2 * pi * (angle / (2 * pi)).round()).to(wide_dtype(turn))
