@@ -182,9 +182,20 @@ def summary(name: str, runs: list[dict]) -> dict:
     return row | {"lowest": min(one["ratio"] for one in runs), "highest": max(one["ratio"] for one in runs)}
 
 
+SEEDS = (0, 1, 2)
+
+
+def command(budgets: tuple[str, ...], seeds: tuple[int, ...]) -> str:
+    """What makes these measurements again."""
+    if (set(budgets), seeds) == (set(BUDGETS), SEEDS):
+        return "make compare"
+    return f"python -m bench.students --budgets {' '.join(budgets)} --seeds {' '.join(map(str, seeds))}"
+
+
 def main(
-    budgets: tuple[str, ...] = tuple(BUDGETS),  # rows of which budgets; those without training always
-    seeds: tuple[int, ...] = (0, 1, 2),  # the first one chooses the learning rates
+    # rows of which budgets; those without training always
+    budgets: tuple[Literal["quarter", "sixteenth", "full"], ...] = tuple(BUDGETS),
+    seeds: tuple[int, ...] = SEEDS,  # the first one chooses the learning rates
 ) -> None:
     torch.set_num_threads(1)  # as in every run, and for the record
     table = {name: row for name, row in rows().items() if row.budget in budgets or not row.stages}
@@ -196,7 +207,7 @@ def main(
         print(f"{row['name']:>45}: {row['tokens'] / 1e6:.2f} M tokens, {row['ratio']:7.3f} x the teacher's "
               f"({row['lowest']:.3f} to {row['highest']:.3f}), KL {row['kl']:.3f}, lr {row['lr']:g}")
     demo = Distill()
-    save("students", "make compare", seeds=seeds, rates=RATES, budgets=BUDGETS, window=WINDOW, sinks=SINKS,
+    save("students", command(budgets, seeds), seeds=seeds, rates=RATES, budgets=BUDGETS, window=WINDOW, sinks=SINKS,
          batch_size=demo.batch_size, length=demo.corpus.length, d_state=demo.d_state, rows=summaries)
 
 

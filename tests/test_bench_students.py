@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import students
+from bench.report import SHOWN
 from bench.students import BUDGETS, SINKS, WINDOW, Row, RunningMean, Silence, WindowAttention, rows, with_mixers
 from llamba_ref.cli import Distill
 from llamba_ref.conventions import relative_error
@@ -47,6 +48,15 @@ def test_a_random_start_depends_on_the_seed(teacher):
     for row in (Row(start="published", rotation="none"), Row("scratch")):
         weights = [row.build(teacher, seed).backbone.layers[0].mixer.in_proj.weight for seed in (0, 0, 1)]
         assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_the_record_names_the_command_that_made_it():
+    assert students.command(("full", "quarter", "sixteenth"), (0, 1, 2)) == "make compare"
+    assert students.command(("quarter",), (0,)) == "python -m bench.students --budgets quarter --seeds 0"
+
+
+def test_the_readme_shows_rows_that_exist():
+    assert set(SHOWN) <= set(rows())
 
 
 def test_a_run_of_other_code_or_another_row_is_not_taken(monkeypatch, tmp_path):
