@@ -117,10 +117,12 @@ def start_mixer(
 ) -> Float[Tensor, "heads"]:  # how far the outputs of each head are from the teacher's, relative to these
     """Give a mixer what it can take over from attention, and fit the rest head by head.
 
-    Raises ValueError for a mixer without biases, or with other heads than attention has."""
+    Raises ValueError for a mixer without biases, with an activation, or with other heads than attention has."""
     if mixer.in_proj.bias is None or not attention.n_heads == mixer.n_heads == mixer.n_groups:
         raise ValueError(f"the mixer has {mixer.n_heads} heads in {mixer.n_groups} groups, attention "
                          f"{attention.n_heads} heads: all three must be the same, and the mixer must have biases")
+    if mixer.activation != "identity":
+        raise ValueError(f"the mixer's activation is {mixer.activation!r}: it must be 'identity', as attention has none")
     heads, width = mixer.n_heads, 2 if isinstance(mixer, RotaryMamba2) else 1
     v = with_bias(attention.v_proj, attention.n_kv_heads, heads // attention.n_kv_heads)
     o = rearrange(attention.o_proj.weight.double(), "d (h p) -> h d p", h=heads)
@@ -168,7 +170,11 @@ def start_from_teacher(
     teacher: Decoder,  # of as many layers
     texts: Int[Tensor, "batch len"] | None = None,  # on which its attention is watched; None: its `own_texts`
 ) -> list[Float[Tensor, "heads"]]:  # for each new mixer, how far each head's outputs are from the teacher's
-    """Start all new mixers from the attention that they replace. Raises ValueError for texts that are no token ids."""
+    """Start all new mixers from the attention that they replace.
+
+    Raises ValueError for texts that are no token ids, models that differ in depth, and as `start_mixer`."""
+    if (ours := len(student.backbone.layers)) != (theirs := len(teacher.backbone.layers)):
+        raise ValueError(f"student has {ours} layers, teacher {theirs}: they must be the same")
     try:
         check_ids(texts := own_texts(teacher) if texts is None else texts, teacher.vocab_size)
     except ValueError as err:  # the argument is called texts here

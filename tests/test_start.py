@@ -204,6 +204,11 @@ def test_mixers_that_cannot_be_started():
                   RotaryMamba2(32, 8, n_v_heads=8, n_qk_heads=8, bias=True)):
         with pytest.raises(ValueError, match="all three must be the same, and the mixer must have biases"):
             start_mixer(wrong, attention.float(), torch.randn(1, 5, 32))
+    with pytest.raises(ValueError, match="the mixer's activation is 'silu': it must be 'identity'"):
+        start_mixer(pair(activation="silu")[1], attention.double(), torch.randn(1, 5, 32).double())
+    teacher, deeper = (Llama(llama_config(num_hidden_layers=layers)) for layers in (2, 3))
+    with pytest.raises(ValueError, match="student has 2 layers, teacher 3: they must be the same"):
+        start_from_teacher(Llamba.from_teacher(teacher, start="published", d_state=8), deeper)
 
 
 def test_the_tiny_student_is_near_its_teacher_before_any_training():
