@@ -28,7 +28,8 @@ def stages_table() -> str:
     saved = load_result("students")
     lines = ["| student | tokens | held-out perplexity over the teacher's | same next token | KL |",
              "| --- | --- | --- | --- | --- |"]
-    for row in (row for name in SHOWN for row in saved["rows"] if row["name"] == name):
+    rows = {row["name"]: row for row in saved["rows"]}
+    for row in (rows[name] for name in SHOWN):
         spread = f" ({row['lowest']:.3f} to {row['highest']:.3f})" if row["seeds"] > 1 else ""
         tokens = f"{row['tokens'] / 1e6:.2f} M" if row["tokens"] else "none"
         figures = f"{row['ratio']:.3f}{spread} | {row['agreement']:.1%} | {row['kl']:.3f}"

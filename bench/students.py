@@ -5,11 +5,13 @@
 Every row that is trained has the same tokens, and its own learning rate: the best of three on seed 0, all stages scaled
 alike, then three seeds. Rows without training are measured once. A quarter of the demo's steps tells rows apart; some
 rows are trained with a sixteenth and with all of them too. Runs are kept in runs/students, so that the command goes on
-where it was stopped. Two runs at a time with one thread each: about an hour on two cores.
+where it was stopped; after a change of the code they are made anew. Two runs at a time with one thread each: about an hour on two cores.
 """
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
 import statistics
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ import tyro
 from einops import rearrange
 from torch import Tensor, nn
 
+import llamba_ref
 from bench.common import best_rate_runs, parameters, save
 from llamba_ref.cli import Distill
 from llamba_ref.data import Batches, load_documents, pack, split_documents
@@ -37,7 +40,8 @@ from llamba_ref.training import Stage
 RATES = (2e-3, 1e-3, 5e-4)  # of stage 3 and of language modelling; stages 1 and 2 have four times as much
 RUNS = Path("runs/students")
 BUDGETS = {"quarter": (10, 75, 90), "sixteenth": (3, 19, 22), "full": (40, 300, 360)}  # steps of three stages together
-WINDOW, SINKS = 40, 4  # the keys and values of so many tokens take as many numbers as the student's whole state
+# Keys and values of so many tokens take as many numbers, 5632, as the state of a student whose keys stand still,
+WINDOW, SINKS = 40, 4  # its convolution's included; keys that turn need 64 more, half a token's
 
 
 class WindowAttention(Attention):
@@ -88,10 +92,11 @@ class Row:
     stages: str = "123"  # which of MOHAWK's stages; "l": language modelling in their place; "": no training
     budget: str = "quarter"
 
-    def build(self, teacher: Llama) -> Decoder:
+    def build(self, teacher: Llama, seed: int) -> Decoder:
         """The model before training."""
+        torch.manual_seed(seed)
         if self.model in ("student", "scratch"):
-            student = Distill(start=self.start, rotation=self.rotation).student(teacher)
+            student = Distill(start=self.start, rotation=self.rotation, seed=seed).student(teacher)
             return student if self.model == "student" else Llamba(student.config)
         kind = {"silence": Silence, "mean": RunningMean, "window": WindowAttention, "teacher": Attention}[self.model]
         return with_mixers(teacher, kind)
@@ -135,18 +140,29 @@ def rows() -> dict[str, Row]:
     return table
 
 
+def code() -> str:
+    """A digest of what is run: the package and this file, comments aside."""
+    files = [Path(__file__), *sorted(Path(llamba_ref.__file__).parent.glob("*.py"))]
+    return hashlib.sha256("".join(ast.dump(ast.parse(file.read_text())) for file in files).encode()).hexdigest()[:12]
+
+
+def record_of(row: Row, name: str, rate: float, seed: int) -> Path:
+    """Where the record of a run is kept: another place for another row of that name, and for other code."""
+    digest = hashlib.sha256(f"{code()} {row} {row.plan(rate)}".encode()).hexdigest()[:12]
+    return RUNS / f"{name}, {rate:g}, {seed}, {digest}.json".replace(" ", "_")
+
+
 def run(name: str, rate: float, seed: int) -> dict:
     """Train one model, or find the record of it that is there."""
     torch.set_num_threads(1)
-    file = RUNS / f"{name}, {rate:g}, {seed}.json".replace(" ", "_")
+    row, demo = rows()[name], Distill(seed=seed)
+    file = record_of(row, name, rate, seed)
     if file.exists():
         return json.loads(file.read_text())
-    row, demo = rows()[name], Distill(seed=seed)
     teacher, tokenizer = load_model(demo.teacher)
     training, held_out = split_documents(load_documents(demo.corpus.text), demo.corpus.held_out)
     blocks, validation = (pack(documents, tokenizer, demo.corpus.length) for documents in (training, held_out))
-    torch.manual_seed(seed)
-    model, stages, seconds = row.build(teacher), row.plan(rate), 0.0
+    model, stages, seconds = row.build(teacher, seed), row.plan(rate), 0.0
     if stages:
         records = distill(teacher, model, Batches(blocks, demo.batch_size, seed), stages, progress=False)
         seconds = sum(record["tokens"] / record["tokens_per_second"] for record in records)
@@ -166,9 +182,20 @@ def summary(name: str, runs: list[dict]) -> dict:
     return row | {"lowest": min(one["ratio"] for one in runs), "highest": max(one["ratio"] for one in runs)}
 
 
+SEEDS = (0, 1, 2)
+
+
+def command(budgets: tuple[str, ...], seeds: tuple[int, ...]) -> str:
+    """What makes these measurements again."""
+    if (set(budgets), seeds) == (set(BUDGETS), SEEDS):
+        return "make compare"
+    return f"python -m bench.students --budgets {' '.join(budgets)} --seeds {' '.join(map(str, seeds))}"
+
+
 def main(
-    budgets: tuple[str, ...] = tuple(BUDGETS),  # rows of which budgets; those without training always
-    seeds: tuple[int, ...] = (0, 1, 2),  # the first one chooses the learning rates
+    # rows of which budgets; those without training always
+    budgets: tuple[Literal["quarter", "sixteenth", "full"], ...] = tuple(BUDGETS),
+    seeds: tuple[int, ...] = SEEDS,  # the first one chooses the learning rates
 ) -> None:
     torch.set_num_threads(1)  # as in every run, and for the record
     table = {name: row for name, row in rows().items() if row.budget in budgets or not row.stages}
@@ -180,7 +207,7 @@ def main(
         print(f"{row['name']:>45}: {row['tokens'] / 1e6:.2f} M tokens, {row['ratio']:7.3f} x the teacher's "
               f"({row['lowest']:.3f} to {row['highest']:.3f}), KL {row['kl']:.3f}, lr {row['lr']:g}")
     demo = Distill()
-    save("students", "make compare", seeds=seeds, rates=RATES, budgets=BUDGETS, window=WINDOW, sinks=SINKS,
+    save("students", command(budgets, seeds), seeds=seeds, rates=RATES, budgets=BUDGETS, window=WINDOW, sinks=SINKS,
          batch_size=demo.batch_size, length=demo.corpus.length, d_state=demo.d_state, rows=summaries)
 
 

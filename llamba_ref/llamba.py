@@ -177,19 +177,20 @@ class Llamba(LanguageModel):
         each of the teacher's query heads. `start="published", rotation="none"` is the student of Bick et al. 2025.
 
         Raises ValueError for a teacher that is no `Llama` or, for a start from it, has no numbers (on the meta device),
-        a layer that does not exist, heads that do not divide the width, and an unknown word."""
+        a layer that does not exist, heads that do not divide the width, texts that are no ids, and an unknown word."""
         if not isinstance(teacher, Llama):
             raise ValueError(f"teacher is a {type(teacher).__name__}: it must be a llamba_ref.llama.Llama")
         check_option("start", start, ("teacher", "published"))
         sizes = {"d_state": d_state, "chunk_size": chunk_size, "bias": start == "teacher", "rotation": rotation}
         config = student_config(teacher.config, keep_attention, **sizes)
-        if start == "teacher" and teacher.device.type == "meta":
+        layers = () if config.attn_cfg is None else config.attn_cfg.layers
+        watch = start == "teacher" and len(layers) < config.n_layer
+        if watch and teacher.device.type == "meta":
             raise ValueError("start is 'teacher': this teacher is on the meta device and has no numbers to start from")
         with teacher.device:
             student = cls(config).to(teacher.backbone.embedding.weight.dtype)
-        layers = () if config.attn_cfg is None else config.attn_cfg.layers
         kept = {k: v for k, v in teacher.state_dict().items() if ".mixer." not in k or int(k.split(".")[2]) in layers}
         student.load_state_dict(student.state_dict() | kept, strict=True)
-        if start == "teacher" and len(layers) < config.n_layer:
+        if watch:
             start_from_teacher(student, teacher, texts)
         return student

@@ -67,9 +67,9 @@ class RotaryMamba2(DiscreteMamba2):
         **sizes,  # n_v_heads, n_qk_heads, expand, chunk_size, activation, bias: as in `DiscreteMamba2`
     ):
         check_option("rotation", rotation, get_args(Rotation)[1:])
+        super().__init__(d_model, d_state, **sizes)
         if d_state % 2:
             raise ValueError(f"d_state is {d_state}: it must be even, rotations need pairs")
-        super().__init__(d_model, d_state, **sizes)
         self.rotation, self.rope = rotation, rope
         if rotation == "learned":
             self.log_speed = nn.Parameter(torch.zeros(self.n_groups, d_state // 2))

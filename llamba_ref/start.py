@@ -13,7 +13,7 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .decoder import Decoder
+from .decoder import Decoder, check_ids
 from .discrete import DiscreteMamba2
 from .llama import Attention
 from .rotation import RotaryMamba2
@@ -34,7 +34,7 @@ def fit_head(
     """The decay a and weights w for which sum_i w_i a^(t-s) C_ti . B_si + w_D [t = s] acts on x as the teacher's.
 
     Least squares for each decay; the best of them. The weights are those of the parts in order, then w_D."""
-    target, fits = attention @ x, []
+    target, fits, tiny = attention @ x, [], torch.finfo(x.dtype).tiny
     values = repeat(x, "b l p -> b l i p", i=B.shape[1])
     keys, queries = (rearrange(z, "b i l n -> b l i n") for z in (B, C))
     for decay in decays:
@@ -42,9 +42,10 @@ def fit_head(
         parts = torch.cat([parts, x[:, :, None]], 2)
         gram = einsum(parts, parts, "b l i p, b l j p -> i j")
         right = einsum(parts, target, "b l i p, b l p -> i")
-        gram.diagonal().add_(1e-6 * gram.diagonal().mean())  # parts may be nearly the same
+        gram.diagonal().add_(1e-6 * gram.diagonal().mean() + tiny)  # parts may be nearly the same, values zero
         weights = torch.linalg.solve(gram, right)
-        fits.append(((target - einsum(parts, weights, "b l i p, i -> b l p")).norm() / target.norm(), decay, weights))
+        gap = target - einsum(parts, weights, "b l i p, i -> b l p")
+        fits.append((gap.norm() / target.norm().clamp(min=tiny), decay, weights))
     error, decay, weights = min(fits, key=lambda fit: fit[0].item())
     return decay, weights, error
 
@@ -55,13 +56,13 @@ def best_factors(
     width: int,  # what the inner size is to be
 ) -> tuple[Float[Tensor, "heads rows width"], Float[Tensor, "heads width columns"]]:
     """Two factors of the inner size `width`, their product the nearest to `left @ right` (Eckart and Young 1936)."""
+    if width < left.shape[-1]:
+        (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right.mT)
+        u, sizes, v = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
+        root = sizes[:, :width].sqrt()
+        left, right = q_left @ u[..., :width] * root[:, None], root[..., None] * v[:, :width] @ q_right.mT
     spare = width - left.shape[-1]
-    if spare >= 0:
-        return F.pad(left, (0, spare)), F.pad(right, (0, 0, 0, spare))
-    (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right.mT)
-    u, sizes, v = torch.linalg.svd(r_left @ r_right.mT)
-    root = sizes[:, :width].sqrt()
-    return q_left @ u[..., :width] * root[:, None], root[..., None] * v[:, :width] @ q_right.mT
+    return F.pad(left, (0, spare)), F.pad(right, (0, 0, 0, spare))
 
 # %% ../nbs/14_start.ipynb #09992399
 def matching_pairs(
@@ -116,10 +117,12 @@ def start_mixer(
 ) -> Float[Tensor, "heads"]:  # how far the outputs of each head are from the teacher's, relative to these
     """Give a mixer what it can take over from attention, and fit the rest head by head.
 
-    Raises ValueError for a mixer without biases, or with other heads than attention has."""
+    Raises ValueError for a mixer without biases, with an activation, or with other heads than attention has."""
     if mixer.in_proj.bias is None or not attention.n_heads == mixer.n_heads == mixer.n_groups:
         raise ValueError(f"the mixer has {mixer.n_heads} heads in {mixer.n_groups} groups, attention "
                          f"{attention.n_heads} heads: all three must be the same, and the mixer must have biases")
+    if mixer.activation != "identity":
+        raise ValueError(f"the mixer's activation is {mixer.activation!r}: it must be 'identity', as attention has none")
     heads, width = mixer.n_heads, 2 if isinstance(mixer, RotaryMamba2) else 1
     v = with_bias(attention.v_proj, attention.n_kv_heads, heads // attention.n_kv_heads)
     o = rearrange(attention.o_proj.weight.double(), "d (h p) -> h d p", h=heads)
@@ -129,21 +132,22 @@ def start_mixer(
     if attention.o_proj.bias is not None:
         mixer.out_proj.bias.copy_(attention.o_proj.bias)
     B, C = keys_and_queries(mixer, attention)
+    free = mixer.d_state // width - 1
+    B[:, free, -1] = C[:, free, -1] = 1  # the constant: a bias, nothing else
     write_rows(mixer, x, B, C)
 
     p, _ = mixer.project(u, None)
     keys, queries = (rearrange(z.double(), "b l h (w i) -> h b i l w", w=width) for z in (p.B, p.C))
-    keys[:, :, -1] = queries[:, :, -1] = torch.eye(width)[0].to(keys)  # the free part: the constant 1
-    B[:, mixer.d_state // width - 1, -1] = C[:, mixer.d_state // width - 1, -1] = 1
     half_lives = torch.logspace(-1, 1 + math.log2(u.shape[1]), 16, base=2, dtype=torch.float64, device=u.device)
     mixer.in_proj.weight[-heads:], errors = 0, []
     for h, (matrix, values) in enumerate(zip(attention.matrix(u).double().unbind(1), p.x.double().unbind(2))):
         decay, weights, error = fit_head(matrix, values, keys[h], queries[h], 0.5 ** (1 / half_lives))
         mixer.in_proj.bias[h - heads], mixer.D[h] = (1 / decay - 1).log(), weights[-1]
-        weights = weights[:-1].repeat(width).to(B)[:, None]
-        key_size, query_size = (z[h].norm(dim=-1, keepdim=True).clamp(min=1e-12) for z in (B, C))
-        root = (weights.abs() * query_size / key_size).sqrt().clamp(min=1e-12)
-        B[h], C[h] = B[h] * root, C[h] * weights / root  # equal sizes: the optimiser changes all numbers by as much
+        key_size, query_size = (rearrange(z[h], "(w i) d -> i (w d)", w=width).norm(dim=-1).clamp(min=1e-12)
+                                for z in (B, C))  # of a pair: two factors for its channels would not turn with them
+        root = (weights[:-1].abs() * query_size / key_size).sqrt().clamp(min=1e-12)
+        B[h] *= root.repeat(width)[:, None]  # equal sizes: the optimiser changes all numbers by as much
+        C[h] *= (weights[:-1] / root).repeat(width)[:, None]
         errors.append(error.float())
     write_rows(mixer, x, B, C)
     return torch.stack(errors)
@@ -166,8 +170,16 @@ def start_from_teacher(
     teacher: Decoder,  # of as many layers
     texts: Int[Tensor, "batch len"] | None = None,  # on which its attention is watched; None: its `own_texts`
 ) -> list[Float[Tensor, "heads"]]:  # for each new mixer, how far each head's outputs are from the teacher's
-    """Start all new mixers from the attention that they replace."""
-    texts, errors = own_texts(teacher) if texts is None else texts, []
+    """Start all new mixers from the attention that they replace.
+
+    Raises ValueError for texts that are no token ids, models that differ in depth, and as `start_mixer`."""
+    if (ours := len(student.backbone.layers)) != (theirs := len(teacher.backbone.layers)):
+        raise ValueError(f"student has {ours} layers, teacher {theirs}: they must be the same")
+    try:
+        check_ids(texts := own_texts(teacher) if texts is None else texts, teacher.vocab_size)
+    except ValueError as err:  # the argument is called texts here
+        raise ValueError(str(err).replace("input_ids", "texts")) from err
+    texts, errors = texts.to(teacher.device), []
     for block, layer in zip(student.backbone.layers, teacher.walk(texts)):
         if not isinstance(block.mixer, Attention):
             errors.append(start_mixer(block.mixer, layer.block.mixer, layer.mixer_input))

@@ -127,6 +127,8 @@ def test_a_config_without_turning_says_nothing_about_it():
 
 
 def test_bad_sizes():
+    with pytest.raises(ValueError, match="d_state is '6': it must be an integer of at least 1"):
+        RotaryMamba2(24, "6", n_v_heads=4, n_qk_heads=4)
     with pytest.raises(ValueError, match="d_state is 5: it must be even"):
         RotaryMamba2(24, 5, n_v_heads=4, n_qk_heads=4)
     with pytest.raises(ValueError, match="rotation is 'none': it must be 'fixed', 'learned' or 'data'"):

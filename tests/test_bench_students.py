@@ -1,0 +1,73 @@
+"""The yardsticks of `bench.students`: equal tokens, equal memory, a seed that counts, no run of other code."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import students
+from bench.report import SHOWN
+from bench.students import BUDGETS, SINKS, WINDOW, Row, RunningMean, Silence, WindowAttention, rows, with_mixers
+from llamba_ref.cli import Distill
+from llamba_ref.conventions import relative_error
+from llamba_ref.models import load_model
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_model("tiny")[0]
+
+
+def test_all_rows_of_a_budget_have_the_same_steps():
+    for row in rows().values():
+        assert sum(stage.steps for stage in row.plan(1e-3)) == (sum(BUDGETS[row.budget]) if row.stages else 0)
+
+
+@pytest.mark.parametrize("rotation", ["none", "fixed"])
+def test_the_window_keeps_as_many_numbers_as_the_student(teacher, rotation):
+    student = Distill(start="published", rotation=rotation).student(teacher)
+    token = 2 * teacher.config.num_key_value_heads * teacher.config.head_dim
+    for block in student.backbone.layers:
+        assert 0 <= sum(part.numel() for part in block.mixer.init_state(1)) - (WINDOW + SINKS) * token < token
+
+
+def test_trivial_answers_are_what_they_are_called(teacher):
+    ids = torch.arange(60)[None]
+    near, far = ids[:, : WINDOW + SINKS], ids
+    window = with_mixers(teacher, WindowAttention)
+    assert relative_error(window(near), teacher(near)) < 1e-6 < relative_error(window(far), teacher(far))
+    u, attention = torch.randn(1, 9, 128), with_mixers(teacher, RunningMean).backbone.layers[0].mixer
+    uniform = torch.ones(9, 9).tril() / torch.arange(1, 10)[:, None]
+    v = attention.project(u, 0, None)[2].repeat_interleave(2, 1)
+    assert relative_error(attention(u), attention.o_proj((uniform @ v).transpose(1, 2).flatten(2))) < 1e-5
+    assert not with_mixers(teacher, Silence).backbone.layers[0].mixer(u).any()
+
+
+def test_a_random_start_depends_on_the_seed(teacher):
+    for row in (Row(start="published", rotation="none"), Row("scratch")):
+        weights = [row.build(teacher, seed).backbone.layers[0].mixer.in_proj.weight for seed in (0, 0, 1)]
+        assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_the_record_names_the_command_that_made_it():
+    assert students.command(("full", "quarter", "sixteenth"), (0, 1, 2)) == "make compare"
+    assert students.command(("quarter",), (0,)) == "python -m bench.students --budgets quarter --seeds 0"
+
+
+def test_the_readme_shows_rows_that_exist():
+    assert set(SHOWN) <= set(rows())
+
+
+def test_a_run_of_other_code_or_another_row_is_not_taken(monkeypatch, tmp_path):
+    monkeypatch.setattr(students, "RUNS", tmp_path)
+    row = Row("silence", stages="")
+    files = {students.record_of(row, "silence", 0.0, 0)}
+    files.add(students.record_of(replace(row, model="mean"), "silence", 0.0, 0))
+    monkeypatch.setattr(students, "code", lambda: "other")
+    files.add(students.record_of(row, "silence", 0.0, 0))
+    assert len(files) == 3
+    file = students.record_of(rows()["silence"], "silence", 0.0, 0)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"found": True}))
+    assert students.run("silence", 0.0, 0) == {"found": True}
