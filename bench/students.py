@@ -5,7 +5,8 @@
 Every row that is trained has the same tokens, and its own learning rate: the best of three on seed 0, all stages scaled
 alike, then three seeds. Rows without training are measured once. A quarter of the demo's steps tells rows apart; some
 rows are trained with a sixteenth and with all of them too. Runs are kept in runs/students, so that the command goes on
-where it was stopped; after a change of the code they are made anew. Two runs at a time with one thread each: about an hour on two cores.
+where it was stopped; after a change of the code they are made anew. Two runs at a time with one thread each: about two
+hours on two cores.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import shlex
 import statistics
 from dataclasses import dataclass
 from functools import partial
@@ -185,20 +187,23 @@ def summary(name: str, runs: list[dict]) -> dict:
 SEEDS = (0, 1, 2)
 
 
-def command(budgets: tuple[str, ...], seeds: tuple[int, ...]) -> str:
+def command(budgets: tuple[str, ...], seeds: tuple[int, ...], names: tuple[str, ...] = ()) -> str:
     """What makes these measurements again."""
-    if (set(budgets), seeds) == (set(BUDGETS), SEEDS):
+    if (set(budgets), seeds, names) == (set(BUDGETS), SEEDS, ()):
         return "make compare"
-    return f"python -m bench.students --budgets {' '.join(budgets)} --seeds {' '.join(map(str, seeds))}"
+    chosen = f" --names {shlex.join(names)}" if names else ""
+    return f"python -m bench.students --budgets {' '.join(budgets)} --seeds {' '.join(map(str, seeds))}{chosen}"
 
 
 def main(
     # rows of which budgets; those without training always
     budgets: tuple[Literal["quarter", "sixteenth", "full"], ...] = tuple(BUDGETS),
     seeds: tuple[int, ...] = SEEDS,  # the first one chooses the learning rates
+    names: tuple[str, ...] = (),  # rows to train; none given: all
 ) -> None:
     torch.set_num_threads(1)  # as in every run, and for the record
-    table = {name: row for name, row in rows().items() if row.budget in budgets or not row.stages}
+    table = {name: row for name, row in rows().items()
+             if not row.stages or row.budget in budgets and (not names or name in names)}
     still = [name for name, row in table.items() if not row.stages]
     found = [run(name, 0.0, 0) for name in still]
     found += best_rate_runs(run, [name for name in table if name not in still], RATES, seeds)
@@ -207,7 +212,7 @@ def main(
         print(f"{row['name']:>45}: {row['tokens'] / 1e6:.2f} M tokens, {row['ratio']:7.3f} x the teacher's "
               f"({row['lowest']:.3f} to {row['highest']:.3f}), KL {row['kl']:.3f}, lr {row['lr']:g}")
     demo = Distill()
-    save("students", command(budgets, seeds), seeds=seeds, rates=RATES, budgets=BUDGETS, window=WINDOW, sinks=SINKS,
+    save("students", command(budgets, seeds, names), seeds=seeds, rates=RATES, budgets=BUDGETS, window=WINDOW, sinks=SINKS,
          batch_size=demo.batch_size, length=demo.corpus.length, d_state=demo.d_state, rows=summaries)
 
 
