@@ -20,8 +20,8 @@ IMAGES = ROOT / "docs" / "images"
 
 SHOWN = (  # of the rows of bench.students; chapter 16 has them all
     "silence", "running mean", "window of 40 + 4 tokens", "published start", "start from the teacher, keys turn",
-    "published 1+2+3", "standing keys 1+2+3", "turning keys 1+2+3", "turning keys 3", "turning keys, language modelling",
-    "window 3", "teacher, language modelling", "from scratch",
+    "published 1+2+3", "standing keys 1+2+3", "turning keys 1+2+3", "turning keys 3",
+    "turning keys, language modelling", "window 3", "teacher, language modelling", "from scratch",
 )
 
 

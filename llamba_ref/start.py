@@ -122,7 +122,7 @@ def start_mixer(
         raise ValueError(f"the mixer has {mixer.n_heads} heads in {mixer.n_groups} groups, attention "
                          f"{attention.n_heads} heads: all three must be the same, and the mixer must have biases")
     if mixer.activation != "identity":
-        raise ValueError(f"the mixer's activation is {mixer.activation!r}: it must be 'identity', as attention has none")
+        raise ValueError(f"the mixer's activation is {mixer.activation!r}: it must be 'identity', as in attention")
     heads, width = mixer.n_heads, 2 if isinstance(mixer, RotaryMamba2) else 1
     v = with_bias(attention.v_proj, attention.n_kv_heads, heads // attention.n_kv_heads)
     o = rearrange(attention.o_proj.weight.double(), "d (h p) -> h d p", h=heads)
