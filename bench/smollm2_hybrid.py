@@ -20,7 +20,8 @@ from llamba_ref.cli import main as llamba
 OUT = Path("runs/smollm2")
 COMMAND = (
     "distill --teacher smollm2 --text sotu --start published --rotation none --replace 3 6 9 12 15 18 --d-state 64 "
-    "--chunk-size 64 --batch-size 4 --steps 50 70 16 --lr 2e-3 2e-3 1e-4 --validation-blocks 16 --save-every 0 --threads 2 --out runs/smollm2"
+    "--chunk-size 64 --batch-size 4 --steps 50 70 16 --lr 2e-3 2e-3 1e-4 --validation-blocks 16 --save-every 0 "
+    "--threads 2 --out runs/smollm2"
 )
 
 

@@ -184,7 +184,8 @@ def test_a_head_that_is_silent(rotation):
 def test_bad_texts():
     teacher = shaken(Llama(llama_config()))
     for texts, problem in ((torch.zeros(2, 0).long(), r"has shape \(2, 0\)"),
-                           (torch.ones(9).long(), r"has shape \(9,\)"), (torch.ones(2, 9), "has dtype torch.float32"), (torch.full((2, 9), 48), "holds id 48")):
+                           (torch.ones(9).long(), r"has shape \(9,\)"), (torch.ones(2, 9), "has dtype torch.float32"),
+                           (torch.full((2, 9), 48), "holds id 48")):
         with pytest.raises(ValueError, match=f"^texts {problem}: ") as error:
             Llamba.from_teacher(teacher, texts=texts, d_state=8)
         one_line(error)
