@@ -55,7 +55,7 @@ def test_the_record_names_the_command_that_made_it():
     assert students.command(("quarter",), (0,)) == "python -m bench.students --budgets quarter --seeds 0"
 
 
-@pytest.mark.parametrize("rate, edge", [(2e-3, True), (1e-3, False), (5e-4, True), (0.0, False)])
+@pytest.mark.parametrize("rate, edge", [(2e-3, True), (5e-4, False), (2.5e-4, True), (0.0, False)])
 def test_a_row_tells_that_its_rate_is_at_the_edge_of_those_tried(rate, edge):
     one = {"lr": rate, "tokens": 1, "ratio": 1.0, "agreement": 1.0, "kl": 0.0, "seconds": 1.0}
     assert students.summary("a", [one, one | {"ratio": 2.0}]) == {
