@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -27,7 +27,9 @@ from llamba_ref.models import load_model, save_model
 from llamba_ref.data import load_documents, pack, split_documents, train_tokenizer
 from llamba_ref.evaluate import compare, evaluate
 from llamba_ref.llama import Attention, Llama, LlamaConfig
-from llamba_ref.llamba import DiscreteMamba2, Llamba
+from llamba_ref.discrete import DiscreteMamba2
+from llamba_ref.llamba import Llamba
+from llamba_ref.rotation import RotaryMamba2
 from llamba_ref.training import seal
 
 TEXT = ["--held-out", "4", "--length", "32", "--validation-blocks", "4"]
@@ -157,6 +159,8 @@ def test_help_names_every_command(llamba):
         ["distill", "--steps", "1", "1"],
         ["distill", "--lr", "a", "b", "c"],
         ["distill", "--precision", "fp7"],
+        ["distill", "--start", "random"],
+        ["distill", "--rotation", "some"],
         ["nosuch"],
         [],
     ],
@@ -261,7 +265,10 @@ def test_student_is_a_checkpoint_with_its_tokenizer(run, toy):
     assert tokenizer.get_vocab() == load_model(str(toy / "teacher"))[1].get_vocab()
 
 
-def test_options_reach_the_student(toy, tmp_path, llamba):
+@pytest.mark.parametrize(
+    "given, kind", [((), RotaryMamba2), (("--start", "published", "--rotation", "none"), DiscreteMamba2)]
+)
+def test_options_reach_the_student(toy, tmp_path, llamba, given, kind):
     code, out, err = llamba(
         *words(
             toy,
@@ -273,14 +280,17 @@ def test_options_reach_the_student(toy, tmp_path, llamba):
             "--streaming",
             "--prompt",
             "She",
+            *given,
             steps="110",
         )
     )
     assert code == 0, err
     student, _ = load_model(str(tmp_path / "run"))
-    assert [type(block.mixer) for block in student.backbone.layers] == [Attention, DiscreteMamba2]
+    assert [type(block.mixer) for block in student.backbone.layers] == [Attention, kind]
+    assert student.config.ssm_cfg.bias == (not given)  # a start from the teacher needs them
     assert student.config.ssm_cfg.d_state == 4 and student.config.ssm_cfg.chunk_size == 16
-    assert "layers: 1 of Attention and 1 of DiscreteMamba2" in out and "a stream" in out and "distillation:" not in out
+    assert f"layers: 1 of Attention and 1 of {kind.__name__}" in out
+    assert "a stream" in out and "distillation:" not in out
     assert out.count("\nShe") == 2
 
 
@@ -716,7 +726,7 @@ def test_the_sweep_has_every_option():
             number = (get_args(plain) or (plain,))[0] in (int, float)
             assert not number or name == "replace" or any(isinstance(mark, Range) for mark in marks) or plain is float
             shared = [other for other in ("evaluate", "pretrain") if (other, name) in swept]
-            assert (command, name) in swept or shared or plain is bool or name == "precision", (command, name)
+            assert (command, name) in swept or shared or plain is bool or get_origin(plain) is Literal, (command, name)
 
 
 @pytest.mark.parametrize("command, name, value", SWEEP)
