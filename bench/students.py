@@ -16,7 +16,7 @@ import hashlib
 import json
 import shlex
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -40,6 +40,7 @@ from llamba_ref.mohawk import distill
 from llamba_ref.training import Stage
 
 RATES = (2e-3, 1e-3, 5e-4, 2.5e-4)  # of stage 3 and of language modelling; stages 1 and 2 have four times as much
+SEEDS = (0, 1, 2)
 RUNS = Path("runs/students")
 BUDGETS = {"quarter": (10, 75, 90), "sixteenth": (3, 19, 22), "full": (40, 300, 360)}  # steps of three stages together
 # Keys and values of so many tokens take as many numbers, 5632, as the state of a student whose keys stand still,
@@ -110,9 +111,8 @@ class Row:
             return [Stage("language", sum(steps), rate)] if self.stages else []
         given = {number: steps[number - 1] for number in map(int, self.stages)}
         given[int(self.stages[-1])] += sum(steps) - sum(given.values())
-        names = {1: "orientation", 2: "alignment", 3: "distillation"}
-        return [Stage(names[number], count, rate if number == 3 else 4 * rate, 0.0 if number == 1 else 0.1)
-                for number, count in given.items()]
+        lengths = tuple(given.get(number, 0) for number in (1, 2, 3))
+        return Distill(steps=lengths, lr=(4 * rate, 4 * rate, rate)).stages()
 
 
 def rows() -> dict[str, Row]:
@@ -137,8 +137,7 @@ def rows() -> dict[str, Row]:
     }
     for name in ("published 1+2+3", "standing keys 3", "turning keys 3", "window 3", "teacher, language modelling"):
         for budget in ("sixteenth", "full"):
-            row = table[name]
-            table[f"{name}, {budget}"] = Row(row.model, row.start, row.rotation, row.stages, budget)
+            table[f"{name}, {budget}"] = replace(table[name], budget=budget)
     return table
 
 
@@ -183,9 +182,6 @@ def summary(name: str, runs: list[dict]) -> dict:
     row = {"name": name, "lr": runs[0]["lr"], "tokens": runs[0]["tokens"], "seeds": len(runs), **mean,
            "edge": runs[0]["lr"] in (min(RATES), max(RATES))}
     return row | {"lowest": min(one["ratio"] for one in runs), "highest": max(one["ratio"] for one in runs)}
-
-
-SEEDS = (0, 1, 2)
 
 
 def command(budgets: tuple[str, ...], seeds: tuple[int, ...], names: tuple[str, ...] = ()) -> str:

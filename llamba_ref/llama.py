@@ -20,8 +20,8 @@ from .convert import LanguageModel, ModelConfig, check_fields
 from .decoder import Backbone, init_weights
 
 # %% auto #0
-__all__ = ['Rope', 'rope_frequencies', 'apply_rope', 'rotate', 'KVCache', 'causal_mask', 'causal_attention', 'attention_matrix',
-           'Attention', 'LlamaConfig', 'Llama']
+__all__ = ['Rope', 'rope_frequencies', 'turn_pairs', 'apply_rope', 'rotate', 'KVCache', 'causal_mask', 'causal_attention',
+           'attention_matrix', 'Attention', 'LlamaConfig', 'Llama']
 
 # %% ../nbs/11_llama.ipynb #4c3315a6
 @dataclass(frozen=True)
@@ -58,6 +58,16 @@ def rope_frequencies(
     return (1 - keep) * freqs / rope.factor + keep * freqs
 
 # %% ../nbs/11_llama.ipynb #6c00a6cd
+def turn_pairs(
+    z: Float[Tensor, "*batch width"],  # queries or keys; width is even
+    cos: Float[Tensor, "*#batch half"],  # cosine of the angle of each pair of channels
+    sin: Float[Tensor, "*#batch half"],  # its sine
+) -> Float[Tensor, "*batch width"]:  # the same, rotated
+    """Rotate the pairs of channels (i, i + width / 2)."""
+    first, second = z.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
 def apply_rope(
     x: Float[Tensor, "batch heads len headdim"],  # queries or keys
     positions: Int[Tensor, "rows len"],  # rows is 1 (all sequences alike) or batch
@@ -66,9 +76,7 @@ def apply_rope(
     """Rotate channel pairs (i, i + headdim / 2) by position x frequency, as in checkpoints of Hugging Face's format."""
     wide = torch.promote_types(x.dtype, torch.float32)
     angle = positions[:, None, :, None] * freqs.to(wide)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turn_pairs(x, angle.cos().to(x.dtype), angle.sin().to(x.dtype))
 
 
 def rotate(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .conventions import check_option, wide_dtype
 from .discrete import DiscreteMamba2
-from .llama import Rope, rope_frequencies
+from .llama import Rope, rope_frequencies, turn_pairs
 from .mamba2 import Projected
 
 # %% auto #0
@@ -26,9 +26,7 @@ def rotate_pairs(
     angle: Float[Tensor, "*batch half"],  # radians, one for each pair of channels
 ) -> Float[Tensor, "*batch width"]:  # the same, rotated; dtype of z
     """Rotate the pairs of channels (i, i + width / 2), as rotary positions do (Su et al. 2021)."""
-    cos, sin = angle.cos(), angle.sin()
-    first, second = z.to(angle.dtype).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(z.dtype)
+    return turn_pairs(z.to(angle.dtype), angle.cos(), angle.sin()).to(z.dtype)
 
 # %% ../nbs/13_rotation.ipynb #5fb423d6
 def running_angle(
