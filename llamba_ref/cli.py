@@ -240,6 +240,7 @@ class Distill(Training):
     out: Place = "runs/demo"  # directory of the run; one that is there is never overwritten
     teacher: Place = "tiny"  # tiny, smollm2, a directory, a .gguf file, or a hub name such as meta-llama/Llama-3.2-1B
     replace: tuple[int, ...] = ()  # layers whose attention is replaced, such as 3 7 11; none given: all of them
+    keep_attention: Count = 0  # or: how many layers keep their attention, those that need it most
     start: Literal["teacher", "published"] = "teacher"  # new mixers begin as near to attention as can be, or at random
     rotation: Literal["none", "fixed", "learned", "data"] = "fixed"  # keys turn: not at all, as the teacher's, ...
     d_state: Size = 32  # numbers a head remembers of each value channel; the released models have 64
@@ -264,7 +265,13 @@ class Distill(Training):
         layers = range(teacher.config.num_hidden_layers)
         if any(layer not in layers for layer in self.replace):
             raise ValueError(f"replace is {' '.join(map(str, self.replace))}: layers are 0 to {len(layers) - 1}")
+        if self.keep_attention and self.replace:
+            raise ValueError(f"keep_attention is {self.keep_attention}: replace says already which layers keep theirs")
+        if self.keep_attention > len(layers):
+            raise ValueError(f"keep_attention is {self.keep_attention}: there are {len(layers)} layers")
         kept = [layer for layer in layers if self.replace and layer not in self.replace]
+        if self.keep_attention:
+            kept = f"auto:{self.keep_attention}"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return lr.Llamba.from_teacher(teacher, kept, start=self.start, rotation=self.rotation, d_state=self.d_state,

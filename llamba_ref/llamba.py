@@ -5,24 +5,27 @@
 # %% ../nbs/15_llamba.ipynb #b79fb4b5
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
-from jaxtyping import Int
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .conventions import check_option
 from .convert import LanguageModel, ModelConfig, check_fields
-from .decoder import Backbone
+from .decoder import Backbone, Decoder
 from .discrete import DiscreteMamba2
 from .llama import Attention, Llama, LlamaConfig, Rope
 from .rotation import Rotation, RotaryMamba2
-from .start import start_from_teacher
+from .start import own_texts, start_from_teacher
 
 # %% auto #0
 __all__ = ['LLAMBA_SIZES', 'SSMConfig', 'RotaryConfig', 'MLPConfig', 'AttentionConfig', 'LlambaConfig', 'student_config',
-           'Llamba']
+           'attention_need', 'auto_count', 'Llamba']
 
 # %% ../nbs/15_llamba.ipynb #934a52f1
 @dataclass(frozen=True)
@@ -148,6 +151,47 @@ def student_config(
         bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id,
     )
 
+# %% ../nbs/15_llamba.ipynb #51706775
+@torch.no_grad()
+def attention_need(
+    teacher: Llama,  # whose predictions count
+    student: Decoder,  # of the same depth and vocabulary; at the end as it was
+    texts: Int[Tensor, "batch len"],  # on which the two predict
+) -> Float[Tensor, "layers"]:  # in nats; 0 for a layer that has attention
+    """By how much the mean KL divergence from teacher to student falls when one layer has its attention back.
+
+    Raises ValueError for models that differ in depth."""
+    if (ours := len(student.backbone.layers)) != (theirs := len(teacher.backbone.layers)):
+        raise ValueError(f"student has {ours} layers, teacher {theirs}: they must be the same")
+    log_p = teacher(texts).log_softmax(-1)
+
+    def divergence():
+        return F.kl_div(student(texts).log_softmax(-1), log_p, reduction="sum", log_target=True) / texts.numel()
+
+    before, need = divergence(), log_p.new_zeros(ours)
+    for index, (block, theirs) in enumerate(zip(student.backbone.layers, teacher.backbone.layers)):
+        if not isinstance(mixer := block.mixer, Attention):
+            block.mixer = theirs.mixer
+            try:
+                need[index] = before - divergence()
+            finally:
+                block.mixer = mixer
+    return need
+
+
+def auto_count(
+    keep_attention: str,  # "auto:K"
+    start: str,  # of the mixers
+    layers: int,  # of the teacher
+) -> int:
+    """The K of "auto:K". Raises ValueError for another word, more than there are, and mixers that start at random."""
+    found = re.fullmatch(r"auto:(\d+)", keep_attention)
+    if found is None or int(found[1]) > layers:
+        raise ValueError(f"keep_attention is {keep_attention!r}: it must be layers, or 'auto:K' with K up to {layers}")
+    if start != "teacher":
+        raise ValueError(f"start is {start!r}: keep_attention={keep_attention!r} needs one from the teacher")
+    return int(found[1])
+
 # %% ../nbs/15_llamba.ipynb #bb11be47
 class Llamba(LanguageModel):
     """Llamba: a `Decoder` of `DiscreteMamba2` mixers, some of them `Attention` in a hybrid (Bick et al. 2025)."""
@@ -165,7 +209,7 @@ class Llamba(LanguageModel):
     def from_teacher(
         cls,
         teacher: Llama,  # the Transformer to be replaced
-        keep_attention: Sequence[int] = (),  # layers that keep their attention: a hybrid
+        keep_attention: Sequence[int] | str = (),  # layers of a hybrid that keep attention; "auto:K": the K neediest
         *,
         start: Literal["teacher", "published"] = "teacher",  # of the mixers: from attention, or at random as published
         rotation: Rotation = "fixed",  # who decides how far keys turn, see `RotaryMamba2`; "none": they stand still
@@ -181,6 +225,12 @@ class Llamba(LanguageModel):
         if not isinstance(teacher, Llama):
             raise ValueError(f"teacher is a {type(teacher).__name__}: it must be a llamba_ref.llama.Llama")
         check_option("start", start, ("teacher", "published"))
+        if isinstance(keep_attention, str):
+            count = auto_count(keep_attention, start, teacher.config.num_hidden_layers)
+            options = {"start": start, "rotation": rotation, "d_state": d_state, "chunk_size": chunk_size}
+            texts = own_texts(teacher) if texts is None else texts
+            pure = cls.from_teacher(teacher, texts=texts, **options)
+            keep_attention = attention_need(teacher, pure, texts.to(teacher.device)).topk(count).indices.tolist()
         sizes = {"d_state": d_state, "chunk_size": chunk_size, "bias": start == "teacher", "rotation": rotation}
         config = student_config(teacher.config, keep_attention, **sizes)
         layers = () if config.attn_cfg is None else config.attn_cfg.layers

@@ -380,6 +380,14 @@ def test_pretrain(toy, tmp_path, llamba):
     assert llamba(*command, "--resume")[0] == 0
 
 
+def test_layers_that_need_attention_keep_it(toy, tmp_path, llamba):
+    code, _, err = llamba(*words(toy, tmp_path / "run", "--keep-attention", 1, steps="100"))
+    assert code == 0, err
+    teacher, student = load_model(str(toy / "teacher"))[0], load_model(str(tmp_path / "run"))[0]
+    chosen = Llamba.from_teacher(teacher, "auto:1", d_state=8).config.attn_cfg.layers
+    assert student.config.attn_cfg.layers == chosen and len(chosen) == 1
+
+
 # Bad input: one line, exit code 1, nothing begun
 
 
@@ -390,6 +398,9 @@ def test_pretrain(toy, tmp_path, llamba):
     (["--device", "meta"], "device is 'meta': not on this machine"),
     (["--replace", "2"], "replace is 2: layers are 0 to 1"),
     (["--replace", "0", "-1"], "replace is 0 -1: layers are 0 to 1"),
+    (["--keep-attention", "3"], "keep_attention is 3: there are 2 layers"),
+    (["--keep-attention", "1", "--replace", "0"], "keep_attention is 1: replace says already which layers"),
+    (["--keep-attention", "1", "--start", "published"], "start is 'published': keep_attention='auto:1' needs one from"),
     (["--steps", "0", "0", "0"], "steps is 0"),
     (["--steps", "2", "-1", "2"], "steps is -1"),
     (["--lr", "1", "1", "-1"], "lr is -1"),

@@ -1,18 +1,21 @@
 """Llamba: one function however a sequence is cut or padded, official names and sizes, students from teachers."""
 
+import copy
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small import RELEASED, llama_config, llamba_config
+from small import RELEASED, llama_config, llamba_config, one_line
 
 from llamba_ref.conventions import relative_error
 from llamba_ref.discrete import OPEN_GATE, DiscreteMamba2
 from llamba_ref.llama import Attention, Llama, Rope
-from llamba_ref.llamba import LLAMBA_SIZES, AttentionConfig, Llamba, LlambaConfig
+from llamba_ref.llamba import LLAMBA_SIZES, AttentionConfig, Llamba, LlambaConfig, attention_need
 from llamba_ref.mamba2 import MambaState
+from llamba_ref.rotation import RotaryMamba2
 
 VOCAB = 53  # not a multiple of 8
 LLAMA_3 = Rope(5e5, 8.0, 1.0, 4.0, 16)
@@ -465,6 +468,67 @@ def test_a_student_is_its_teacher_but_for_the_mixers(tied, keep):
     assert student.backbone.layers[0].input_layernorm.eps == 1e-6
     assert all(block.mixer.n_heads == block.mixer.n_groups == 4 and block.mixer.d_inner == 24
                for block in student.backbone.layers if isinstance(block.mixer, DiscreteMamba2))
+
+
+def mixers_of(model):
+    return [block.mixer for block in model.backbone.layers]
+
+
+def test_the_need_for_attention_is_what_the_divergence_falls_by():
+    teacher, ids = make_teacher().double(), torch.randint(VOCAB, (2, 20))
+    student = shaken(Llamba.from_teacher(teacher, [1], **RELEASED, d_state=5))
+    before, mixers = student(ids), mixers_of(student)
+
+    def divergence(kept):
+        model = copy.deepcopy(student)
+        for index in kept:
+            model.backbone.layers[index].mixer = teacher.backbone.layers[index].mixer
+        p, q = teacher(ids).softmax(-1), model(ids).softmax(-1)
+        return (p * (p / q).log()).sum(-1).mean()
+
+    need = attention_need(teacher, student, ids)
+    wanted = torch.stack([divergence([]) - divergence([0]), torch.tensor(0.0), divergence([]) - divergence([2])])
+    torch.testing.assert_close(need, wanted, rtol=0, atol=1e-12)
+    assert need[0].abs() > 1e-6
+    assert mixers_of(student) == mixers and torch.equal(student(ids), before)  # as it was
+
+
+def test_need_leaves_the_student_as_it_was_when_something_fails():
+    teacher = make_teacher()
+    student = Llamba.from_teacher(teacher, **RELEASED, d_state=5)
+    mixers, attention = mixers_of(student), teacher.backbone.layers[1].mixer
+    attention.forward = lambda *_, **__: 1 / 0
+    teacher.forward = lambda ids: torch.zeros(*ids.shape, VOCAB, dtype=torch.float64)
+    with pytest.raises(ZeroDivisionError):
+        attention_need(teacher, student, torch.randint(VOCAB, (1, 6)))
+    assert mixers_of(student) == mixers
+
+
+@pytest.mark.parametrize("count", range(4))
+def test_the_layers_that_need_attention_most_keep_it(count):
+    teacher, ids = shaken(make_teacher()), torch.randint(VOCAB, (2, 20))
+    student = Llamba.from_teacher(teacher, f"auto:{count}", texts=ids, d_state=8)
+    pure = Llamba.from_teacher(teacher, texts=ids, d_state=8)
+    kept = attention_need(teacher, pure, ids).topk(count).indices.tolist()
+    kinds = [Attention if index in kept else RotaryMamba2 for index in range(3)]
+    assert [type(mixer) for mixer in mixers_of(student)] == kinds
+    expected = Llamba.from_teacher(teacher, kept, texts=ids, d_state=8).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize("word", ["auto", "auto:", "auto:-1", "auto:4", "auto:1.5", "all", "0"])
+def test_words_that_keep_no_attention(word):
+    message = f"keep_attention is {word!r}: it must be layers, or 'auto:K' with K up to 3"
+    with pytest.raises(ValueError, match=re.escape(message)) as err:
+        Llamba.from_teacher(make_teacher(), word)
+    one_line(err)
+
+
+def test_need_cannot_be_asked_of_a_random_start_or_another_depth():
+    with pytest.raises(ValueError, match="start is 'published': keep_attention='auto:1' needs one from the teacher"):
+        Llamba.from_teacher(make_teacher(), "auto:1", start="published")
+    with pytest.raises(ValueError, match="student has 3 layers, teacher 2"):
+        attention_need(make_teacher(num_hidden_layers=2), make_teacher(), torch.zeros(1, 4, dtype=torch.long))
 
 
 def test_with_everything_kept_the_logits_are_the_teachers():

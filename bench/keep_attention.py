@@ -1,0 +1,57 @@
+"""Which layers of a hybrid should keep their attention: those that need it most, against layers at even distances.
+
+    python -m bench.keep_attention        needs `make teacher` first; about ten minutes on one core
+
+The student of SmolLM2-135M-Instruct, 30 layers, before any training. Its layers are ranked on texts that the teacher
+writes itself, as `keep_attention="auto:K"` does, and the hybrids are compared with the teacher on State of the Union
+addresses. At even distances: the last layer and every (30 / K)th before it, as the published hybrids have it.
+"""
+
+from __future__ import annotations
+
+import torch
+import tyro
+
+from bench.common import save
+from llamba_ref.cli import Text
+from llamba_ref.data import pack
+from llamba_ref.evaluate import compare
+from llamba_ref.llamba import Llamba, attention_need
+from llamba_ref.models import load_model
+from llamba_ref.start import own_texts
+
+KEPT, BLOCKS = (0, 1, 2, 4, 8, 15, 22), 8
+
+
+def choices(need: torch.Tensor, count: int) -> dict[str, list[int]]:
+    """Layers that keep their attention, `count` of them, by every rule."""
+    layers = len(need)
+    even = [round((index + 1) * layers / count) - 1 for index in range(count)]
+    return {"most needed": need.topk(count).indices.tolist(), "evenly spaced": even,
+            "least needed": (-need).topk(count).indices.tolist()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    teacher, tokenizer = load_model("smollm2")
+    corpus = Text("sotu")
+    blocks = pack(corpus.documents()[1], tokenizer, corpus.length, max_blocks=BLOCKS)
+    student = Llamba.from_teacher(teacher, chunk_size=64)
+    need = attention_need(teacher, student, own_texts(teacher))
+    mixers = [[block.mixer for block in model.backbone.layers] for model in (student, teacher)]
+    rows = []
+    for count in KEPT:
+        for rule, kept in choices(need, count).items():
+            for index, block in enumerate(student.backbone.layers):
+                block.mixer = mixers[index in kept][index]
+            found = compare(teacher, student, blocks, 1)
+            rows.append({"rule": rule, "kept": sorted(kept), "ratio": found.ratio, "kl": found.kl,
+                         "agreement": found.agreement})
+            print(f"{count:>2} layers, {rule:>13}: {found.ratio:.3f} x the teacher's perplexity, KL {found.kl:.3f}",
+                  flush=True)
+    save("keep_attention", "python -m bench.keep_attention", length=corpus.length, blocks=len(blocks),
+         need=need.tolist(), rows=rows)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)  # --help says what it does, and does not start it
