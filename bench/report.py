@@ -50,13 +50,17 @@ def memory_table() -> str:
 
 
 def teacher_table() -> str:
-    """The real teacher: perplexity through the stages of a hybrid."""
+    """The real teacher: a hybrid through its stages, and windows in the same layers."""
     saved = load_result("smollm2_hybrid")
-    lines = ["| | held-out perplexity | over the teacher's | same next token |", "| --- | --- | --- | --- |",
-             f"| teacher (SmolLM2-135M-Instruct) | {saved['evaluations'][0]['teacher_perplexity']:.2f} | 1 | |"]
-    for row in saved["evaluations"]:
+    short, long = saved["rows"][0]["ratios"]
+    lines = [f"| six of 30 layers | over the teacher's perplexity, blocks of {short} | blocks of {long} | "
+             "same next token |", "| --- | --- | --- | --- |"]
+    for row in saved["evaluations"][:-1]:
         ratio = row["perplexity"] / row["teacher_perplexity"]
-        lines.append(f"| {row['evaluation']} | {row['perplexity']:.2f} | {ratio:.3f} | {row['agreement']:.1%} |")
+        lines.append(f"| student, {row['evaluation']} | {ratio:.3f} | | {row['agreement']:.1%} |")
+    for row in saved["rows"]:
+        ratios = " | ".join(f"{row['ratios'][length]:.3f}" for length in (short, long))
+        lines.append(f"| {row['name']} | {ratios} | {row['agreement'][short]:.1%} |")
     return "\n".join([*lines, "", made_by(saved)])
 
 

@@ -1,8 +1,12 @@
-"""A real teacher on a CPU: some of the 30 layers of SmolLM2-135M-Instruct replaced, perplexity through the stages.
+"""A real teacher on a CPU: some of the 30 layers of SmolLM2-135M-Instruct replaced, beside windows in the same layers.
 
     python -m bench.smollm2_hybrid        the same as `make smollm2`; needs `make teacher` first
 
-Text: State of the Union addresses; every 20th of them is held out and seen by no stage.
+The student goes through MOHAWK's last two stages. A window in the place of each of its mixers keeps as many numbers:
+the teacher's attention to its first 4 and last 110 tokens, untrained, and distilled for about as
+long with each of two learning rates.
+Text: State of the Union addresses; every 20th of them is held out and seen by no stage. All are compared with the
+teacher on blocks as long as those of the training, and four times as long.
 """
 
 from __future__ import annotations
@@ -12,17 +16,44 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
 import tyro
 
 from bench.common import save
+from bench.students import WindowAttention, with_mixers
+from llamba_ref.cli import Text
 from llamba_ref.cli import main as llamba
+from llamba_ref.data import Batches, pack
+from llamba_ref.decoder import Decoder
+from llamba_ref.evaluate import compare
+from llamba_ref.llama import Llama
+from llamba_ref.models import load_model
+from llamba_ref.mohawk import distill
+from llamba_ref.training import Stage
 
-OUT = Path("runs/smollm2")
+OUT, LAYERS = Path("runs/smollm2"), (3, 6, 9, 12, 15, 18)
 COMMAND = (
-    "distill --teacher smollm2 --text sotu --start published --rotation none --replace 3 6 9 12 15 18 --d-state 64 "
-    "--chunk-size 64 --batch-size 4 --steps 50 70 16 --lr 2e-3 2e-3 1e-4 --validation-blocks 16 --save-every 0 "
-    "--threads 2 --out runs/smollm2"
+    f"distill --teacher smollm2 --text sotu --replace {' '.join(map(str, LAYERS))} --d-state 64 --chunk-size 64 "
+    "--batch-size 4 --steps 0 110 20 --lr 5e-4 5e-4 1e-5 --validation-blocks 16 --save-every 0 --threads 2 "
+    f"--out {OUT}"
 )
+TEXT = Text("sotu")
+WINDOW_STAGES = [Stage("distillation", 40, lr) for lr in (1e-4, 1e-5)]  # each takes about as long as the student's two
+
+
+class Window(WindowAttention):
+    """A cache of as many numbers as the state of the student's mixer: 114 tokens have 43,776, the state 44,064."""
+
+    window, sinks = 110, 4
+
+
+def measured(name: str, teacher: Llama, model: Decoder, blocks: dict) -> dict:
+    """A row: how close a model is to the teacher, at both lengths."""
+    found = {length: compare(teacher, model, part, 4) for length, part in blocks.items()}
+    ratios = {str(length): one.ratio for length, one in found.items()}
+    print(f"{name:>24}: " + ", ".join(f"{ratio:.3f} x the teacher's at {length}" for length, ratio in ratios.items()))
+    return {"name": name, "ratios": ratios, "agreement": {str(length): one.agreement for length, one in found.items()},
+            "kl": {str(length): one.kl for length, one in found.items()}}
 
 
 def main() -> None:
@@ -30,14 +61,25 @@ def main() -> None:
         raise SystemExit(f"{OUT}: there is a run already; remove it or keep its figures")
     began = time.perf_counter()
     llamba([*COMMAND.split(), "--prompt", "My fellow citizens,"])
-    seconds = time.perf_counter() - began
+    minutes = {"student": (time.perf_counter() - began) / 60}
     records = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(OUT / "checkpoints")  # 4 GB with AdamW's means
+    torch.set_num_threads(2)
+    teacher, tokenizer = load_model("smollm2")
+    training, held_out = TEXT.documents()
+    blocks = {length: pack(held_out, tokenizer, length, max_blocks=16 * 256 // length) for length in (256, 1024)}
+    rows = [measured("student", teacher, load_model(str(OUT))[0], blocks),
+            measured("window, untrained", teacher, with_mixers(teacher, Window, LAYERS), blocks)]
+    for stage in WINDOW_STAGES:
+        window, began = with_mixers(teacher, Window, LAYERS), time.perf_counter()
+        distill(teacher, window, Batches(pack(training, tokenizer, 256), 4), [stage])
+        minutes[f"window, {stage.lr:g}"] = (time.perf_counter() - began) / 60
+        rows.append(measured(f"window, distilled at {stage.lr:g}", teacher, window, blocks))
     tokens = {stage: sum(record["tokens"] for record in records if record.get("stage") == stage)
-              for stage in ("orientation", "alignment", "distillation")}
-    save("smollm2_hybrid", "make smollm2", arguments=COMMAND, minutes=seconds / 60, tokens=tokens,
+              for stage in ("alignment", "distillation")}
+    save("smollm2_hybrid", "make smollm2", arguments=COMMAND, minutes=minutes, tokens=tokens,
+         window_tokens=WINDOW_STAGES[0].steps * 4 * 256, rows=rows,
          evaluations=[record for record in records if "evaluation" in record])
-    print(f"{seconds / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

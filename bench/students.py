@@ -16,6 +16,7 @@ import hashlib
 import json
 import shlex
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,13 +49,15 @@ WINDOW, SINKS = 40, 4  # its convolution's included; keys that turn need 64 more
 
 
 class WindowAttention(Attention):
-    """Attention to the first SINKS tokens and the last WINDOW: a cache of fixed size."""
+    """Attention to the first tokens and the last ones: a cache of fixed size."""
+
+    window, sinks = WINDOW, SINKS
 
     def forward(self, u: Tensor, state=None) -> Tensor:
         q, k, v = self.project(u, 0, None)
         place = torch.arange(u.shape[1], device=u.device)
         distance = place[:, None] - place
-        seen = (distance >= 0) & ((distance < WINDOW) | (place < SINKS))
+        seen = (distance >= 0) & ((distance < self.window) | (place < self.sinks))
         y = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
         return self.o_proj(rearrange(y, "b h l d -> b l (h d)"))
 
@@ -75,10 +78,11 @@ class Silence(nn.Module):
         return torch.zeros_like(u)
 
 
-def with_mixers(teacher: Llama, kind: type) -> Llama:
-    """A copy of the teacher with another kind of mixer, which keeps the attention's weights."""
+def with_mixers(teacher: Llama, kind: type, layers: Sequence[int] | None = None) -> Llama:
+    """A copy of the teacher with another kind of mixer in some layers, or all; it keeps the attention's weights."""
     model = Llama(teacher.config)
-    for block in model.backbone.layers:
+    for index in range(len(model.backbone.layers)) if layers is None else layers:
+        block = model.backbone.layers[index]
         block.mixer = Silence() if kind is Silence else block.mixer
         block.mixer.__class__ = kind
     model.load_state_dict(teacher.state_dict(), strict=kind is not Silence)
