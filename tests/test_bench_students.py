@@ -6,11 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from small import llama_config
+
 from bench import students
+from bench.keep_attention import KEPT, choices
 from bench.report import SHOWN
+from bench.smollm2_hybrid import Window
 from bench.students import BUDGETS, SINKS, WINDOW, Row, RunningMean, Silence, WindowAttention, rows, with_mixers
 from llamba_ref.cli import Distill
 from llamba_ref.conventions import relative_error
+from llamba_ref.llama import Attention, Llama
+from llamba_ref.llamba import Llamba
 from llamba_ref.models import load_model
 
 
@@ -30,6 +36,29 @@ def test_the_window_keeps_as_many_numbers_as_the_student(teacher, rotation):
     token = 2 * teacher.config.num_key_value_heads * teacher.config.head_dim
     for block in student.backbone.layers:
         assert 0 <= sum(part.numel() for part in block.mixer.init_state(1)) - (WINDOW + SINKS) * token < token
+
+
+def test_the_window_of_the_real_teacher_keeps_as_many_numbers_as_a_mixer():
+    shape = llama_config(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64)  # SmolLM2-135M's
+    mixer = Llamba.from_teacher(Llama(shape), start="published", d_state=64).backbone.layers[0].mixer
+    numbers = sum(part.numel() for part in mixer.init_state(1))
+    assert 0 <= numbers - (Window.window + Window.sinks) * 2 * 3 * 64 < 2 * 3 * 64
+
+
+def test_mixers_of_some_layers(teacher):
+    model = with_mixers(teacher, WindowAttention, [1, 3])
+    kinds = [type(block.mixer) for block in model.backbone.layers]
+    assert kinds == [Attention, WindowAttention, Attention, WindowAttention]
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("layers, count", [(30, count) for count in KEPT] + [(4, 3)])
+def test_layers_that_keep_attention_are_as_many_as_asked_for(layers, count):
+    need = torch.randn(layers, generator=torch.Generator().manual_seed(0))
+    for rule, kept in choices(need, count).items():
+        assert len(set(kept)) == count and set(kept) <= set(range(layers)), rule
+    kept, others = choices(need, count)["most needed"], choices(need, layers - count)["least needed"]
+    assert set(kept) | set(others) == set(range(layers))
 
 
 def test_trivial_answers_are_what_they_are_called(teacher):
