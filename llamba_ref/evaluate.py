@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import exp, isfinite, log
+from random import Random
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,8 @@ from .decoder import Decoder
 from .mohawk import check_sizes_of
 
 # %% auto #0
-__all__ = ['token_nll', 'Evaluation', 'batches_in_order', 'evaluate', 'Comparison', 'compare', 'prompt_tokens', 'generate_text']
+__all__ = ['PEOPLE', 'PLACES', 'token_nll', 'Evaluation', 'batches_in_order', 'evaluate', 'Comparison', 'compare',
+           'copy_accuracy', 'first_tokens', 'fact_accuracy', 'prompt_tokens', 'generate_text']
 
 # %% ../nbs/17_evaluate.ipynb #445d4ecd
 def token_nll(
@@ -129,6 +131,71 @@ def compare(
     names = ("teacher", "student")
     evaluations = [Evaluation(nll, predicted, blocks.bytes_per_token, name) for nll, name in zip(nlls, names)]
     return Comparison(*evaluations, agreement, kl)
+
+# %% ../nbs/17_evaluate.ipynb #c339afbf
+@torch.no_grad()
+def copy_accuracy(
+    model: Decoder,  # the model
+    length: int,  # tokens of the passage that comes twice
+    rows: int = 8,  # how many passages
+    seed: int = 0,  # decides which
+) -> float:  # share of its tokens, all but the first, that the model finds most likely the second time
+    """Random tokens, uniform over the vocabulary, twice in a row: nothing but memory predicts the second copy.
+
+    Raises ValueError for passages of less than two tokens, and less than one row."""
+    check_sizes(rows=rows)
+    if length < 2:
+        raise ValueError(f"length is {length}: at least 2 tokens are needed to predict one from another")
+    generator = torch.Generator().manual_seed(seed)
+    passages = torch.randint(model.vocab_size, (rows, length), generator=generator).to(model.device)
+    guesses = [model(torch.cat([row, row], 1))[:, length:-1].argmax(-1) for row in passages.split(1)]
+    return (torch.cat(guesses) == passages[:, 1:]).double().mean().item()
+
+# %% ../nbs/17_evaluate.ipynb #ec5b0c48
+PEOPLE = ("Anne", "Charles", "Edward", "Emma", "Fanny", "Frank", "George", "Henry", "Jane", "John", "Mary", "Robert")
+PLACES = ("Bath", "Boston", "Cambridge", "Chicago", "Dublin", "Florence", "London", "Madrid", "Naples", "Oxford",
+          "Paris", "Rome", "Scotland", "Venice", "Vienna", "York")
+
+
+def first_tokens(
+    tokenizer: PreTrainedTokenizerBase,  # makes the ids
+    words: Sequence[str],  # each follows a space
+) -> list[int]:
+    """The token that each word begins with. Raises ValueError when two words begin alike."""
+    tokens = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in words]
+    if len(set(tokens)) < len(tokens):
+        alike = [word for word, token in zip(words, tokens) if tokens.count(token) > 1]
+        raise ValueError(f"this tokenizer begins {', '.join(alike)} with the same tokens: they cannot be told apart")
+    return tokens
+
+
+@torch.no_grad()
+def fact_accuracy(
+    model: Decoder,  # the model
+    tokenizer: PreTrainedTokenizerBase,  # its tokenizer
+    filler: Int[Tensor, "tokens"],  # a text, some of which stands between facts and question
+    distance: int,  # so many tokens of it
+    facts: int = 4,  # how many, one of which is asked for
+    rows: int = 32,  # how many questions
+    seed: int = 0,  # decides facts, questions, and where the filler is taken from
+) -> float:  # share of the questions that are answered with the right one of all PLACES
+    """Who is where, some text, and a question. By the first token of a place, whatever else the model would rather say.
+
+    Raises ValueError for a filler shorter than `distance`, more facts than people, and a tokenizer to which two places
+    begin alike."""
+    check_sizes(rows=rows, facts=facts)
+    if facts > len(PEOPLE) or not 0 <= distance <= len(filler):
+        there_are = f"there are {len(PEOPLE)} people and {len(filler)} tokens"
+        raise ValueError(f"facts is {facts}, distance {distance}: {there_are}")
+    places, random, right = torch.tensor(first_tokens(tokenizer, PLACES), device=model.device), Random(seed), 0
+    for _ in range(rows):
+        known = dict(zip(random.sample(PEOPLE, facts), random.sample(range(len(PLACES)), facts)))
+        who, start = random.choice(list(known)), random.randint(0, len(filler) - distance)
+        told = tokenizer(" ".join(f"{name} is in {PLACES[place]}." for name, place in known.items()))["input_ids"]
+        asked = tokenizer(f"\n{who} is in", add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([told + filler[start : start + distance].tolist() + asked], device=model.device)
+        right += model(ids)[0, -1, places].argmax().item() == known[who]
+    return right / rows
 
 # %% ../nbs/17_evaluate.ipynb #1ccd92c0
 def prompt_tokens(

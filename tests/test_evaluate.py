@@ -1,6 +1,7 @@
 """Perplexity, bits per byte, comparison of models, generation of text from prompts, the figure of a run."""
 
 import math
+import re
 import types
 
 import pytest
@@ -9,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from small import RELEASED
+from small import RELEASED, one_line
 
 from llamba_ref.conventions import relative_error
 from llamba_ref.data import TokenBlocks, train_tokenizer
-from llamba_ref.evaluate import Comparison, Evaluation, compare, evaluate, generate_text, prompt_tokens, token_nll
+from llamba_ref.evaluate import (
+    PEOPLE, PLACES, Comparison, Evaluation, compare, copy_accuracy, evaluate, fact_accuracy, first_tokens,
+    generate_text, prompt_tokens, token_nll,
+)
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba
 from llamba_ref.plots import draw_progress
@@ -169,6 +173,90 @@ def test_temperature_keeps_agreement_and_costs_divergence():
 def test_other_vocabulary():
     with pytest.raises(ValueError, match=f"student has {V + 1} token ids, teacher {V}"):
         compare(llama(), llama(vocab_size=V + 1), blocks_of(2, 4))
+
+
+# Memory
+
+
+class Reader:
+    """A model that is a function from the tokens so far to the token it finds most likely."""
+
+    device = "cpu"
+
+    def __init__(self, answer, vocab_size=V):
+        self.answer, self.vocab_size, self.read = answer, vocab_size, []
+
+    def __call__(self, ids):
+        self.read.append(ids)
+        guesses = [[self.answer(row[: t + 1].tolist()) for t in range(len(row))] for row in ids]
+        return torch.nn.functional.one_hot(torch.tensor(guesses), self.vocab_size).float()
+
+
+@pytest.mark.parametrize("length", [2, 3, 17])
+def test_copies_are_right_when_the_passage_is_remembered(length):
+    model = Reader(lambda seen: seen[-length] if len(seen) >= length else 0, 10_000)
+    assert copy_accuracy(model, length, rows=3) == 1
+    assert all(ids.shape == (1, 2 * length) and torch.equal(ids[:, :length], ids[:, length:]) for ids in model.read)
+    assert len({tuple(ids[0].tolist()) for ids in model.read}) == 3
+    late = Reader(lambda seen: seen[-length - 1] if len(seen) > length else 0, 10_000)
+    assert copy_accuracy(late, length, rows=3) == 0
+
+
+def test_the_share_of_copies_that_are_right():
+    half = Reader(lambda seen: seen[-9] if len(seen) >= 9 and len(seen) % 2 else 0, 10_000)
+    assert copy_accuracy(half, 9) == 0.5
+    assert copy_accuracy(half, 9, seed=1) == 0.5
+    assert not torch.equal(half.read[0], half.read[8])  # another seed, other tokens
+
+
+WORDS = train_tokenizer([" ".join(f"{who} is in {place}.\n{who} is in" for who in PEOPLE for place in PLACES)] * 3, 600)
+FILLER = torch.tensor(WORDS("Anne is in Charles is in Edward is in " * 20)["input_ids"])
+
+
+def told(text: str) -> dict[str, str]:
+    return dict(re.findall(r"(\w+) is in (\w+)\.", text))
+
+
+@pytest.mark.parametrize("facts, distance", [(1, 0), (4, 0), (4, 7), (12, 60)])
+def test_facts_that_are_remembered(facts, distance):
+    def answer(seen):
+        text = WORDS.decode(seen)
+        places = told(text)
+        known = places.get(text.rstrip().rpartition("\n")[2].partition(" ")[0])
+        return first_tokens(WORDS, [known])[0] if known and text.endswith(" is in") else 0
+
+    model = Reader(answer, len(WORDS))
+    assert fact_accuracy(model, WORDS, FILLER, distance, facts, rows=5) == 1
+    for ids in model.read:
+        text = WORDS.decode(ids[0])
+        assert len(told(text)) == len(set(told(text).values())) == facts
+        between = text[text.rindex(".") + 1 :].rpartition("\n")[0]
+        assert len(WORDS(between)["input_ids"]) == distance if distance == 0 else len(between) > distance
+
+
+def test_facts_are_guessed_among_places_alone():
+    first = first_tokens(WORDS, PLACES)
+    guess = Reader(lambda seen: first[0], len(WORDS))
+    elsewhere = Reader(lambda seen: 0, len(WORDS))  # all places are equally unlikely: the first one is taken
+    scores = [fact_accuracy(model, WORDS, FILLER, 3, rows=200, seed=seed)
+              for model in (guess, elsewhere) for seed in (0, 1)]
+    assert scores[:2] == scores[2:] and scores[0] != scores[1] and all(0.02 < score < 0.13 for score in scores)
+
+
+@pytest.mark.parametrize("given, message", [
+    (lambda: copy_accuracy(llama(), 1), "length is 1: at least 2 tokens"),
+    (lambda: copy_accuracy(llama(), 4, rows=0), "rows is 0"),
+    (lambda: fact_accuracy(llama(), WORDS, FILLER, 1, rows=0), "rows is 0"),
+    (lambda: fact_accuracy(llama(), WORDS, FILLER, 1, facts=0), "facts is 0"),
+    (lambda: fact_accuracy(llama(), WORDS, FILLER, 1, facts=13), "facts is 13, distance 1: there are 12 people"),
+    (lambda: fact_accuracy(llama(), WORDS, FILLER[:5], 6), "facts is 4, distance 6: there are 12 people and 5 tokens"),
+    (lambda: fact_accuracy(llama(), WORDS, FILLER, -1), "distance -1"),
+    (lambda: fact_accuracy(llama(), TOKENIZER, FILLER, 1), "begins Bath, Boston, .* with the same tokens"),
+])
+def test_memory_that_cannot_be_asked_for(given, message):
+    with pytest.raises(ValueError, match=message) as err:
+        given()
+    one_line(err)
 
 
 # Text

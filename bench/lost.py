@@ -1,0 +1,67 @@
+"""What a student loses that perplexity hardly shows: copying, and facts from a page ago (chapter 17).
+
+    python -m bench.lost        needs `make teacher` and `make smollm2` first; about a quarter of an hour on one core
+
+SmolLM2-135M-Instruct, its hybrid that `make smollm2` distilled, windows of equal memory in the same six layers and in
+all, and students before any training whose attention is kept in the layers that need it most, or at even distances.
+Filler: held-out State of the Union addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import tyro
+
+from bench.common import save
+from bench.keep_attention import choices
+from bench.smollm2_hybrid import LAYERS, OUT, TEXT, Window
+from bench.students import with_mixers
+from llamba_ref.data import pack
+from llamba_ref.decoder import Decoder
+from llamba_ref.evaluate import compare, copy_accuracy, fact_accuracy
+from llamba_ref.llama import Llama
+from llamba_ref.llamba import Llamba, attention_need
+from llamba_ref.models import load_model
+from llamba_ref.start import own_texts
+
+LENGTHS, DISTANCES, KEPT = (16, 64, 256), (0, 64, 256), (0, 2, 4, 8)
+PASSAGES, QUESTIONS = 4, 24
+
+
+def models(teacher: Llama) -> Iterator[tuple[str, Decoder]]:
+    """All that is measured, one after the other."""
+    yield "teacher", teacher
+    yield "six layers distilled", load_model(str(OUT))[0]
+    yield "six layers with a window", with_mixers(teacher, Window, LAYERS)
+    yield "all layers with a window", with_mixers(teacher, Window)
+    student = Llamba.from_teacher(teacher, chunk_size=64)
+    need = attention_need(teacher, student, own_texts(teacher))
+    mixers = [[block.mixer for block in model.backbone.layers] for model in (student, teacher)]
+    for count in KEPT:
+        rules = choices(need, count)
+        for rule in ("most needed", "evenly spaced") if count else ("most needed",):
+            for index, block in enumerate(student.backbone.layers):
+                block.mixer = mixers[index in rules[rule]][index]
+            yield (f"untrained, {count} of 30 kept, {rule}" if count else "untrained, none kept"), student
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    teacher, tokenizer = load_model("smollm2")
+    blocks = pack(TEXT.documents()[1], tokenizer, 256, max_blocks=8)
+    filler, rows = blocks.blocks.flatten(), []
+    for name, model in models(teacher):
+        row = {"name": name, "ratio": compare(teacher, model, blocks, 1).ratio,
+               "copy": {length: copy_accuracy(model, length, PASSAGES) for length in LENGTHS},
+               "facts": {distance: fact_accuracy(model, tokenizer, filler, distance, rows=QUESTIONS)
+                         for distance in DISTANCES}}
+        rows.append(row)
+        shares = [" ".join(f"{share:4.0%}" for share in row[key].values()) for key in ("copy", "facts")]
+        print(f"{name:>38}: {row['ratio']:.3f} x the teacher's, copies {shares[0]}, facts {shares[1]}", flush=True)
+    save("lost", "python -m bench.lost", passages=PASSAGES, questions=QUESTIONS, rows=rows)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)  # --help says what it does, and does not start it
