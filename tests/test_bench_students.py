@@ -1,5 +1,6 @@
 """The yardsticks of `bench.students`: equal tokens, equal memory, a seed that counts, no run of other code."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from small import llama_config
 
 from bench import students
 from bench.keep_attention import KEPT, choices
+from bench.put_back import HeadsOfBoth
 from bench.report import SHOWN
 from bench.smollm2_hybrid import Window
 from bench.students import BUDGETS, SINKS, WINDOW, Row, RunningMean, Silence, WindowAttention, rows, with_mixers
@@ -59,6 +61,20 @@ def test_layers_that_keep_attention_are_as_many_as_asked_for(layers, count):
         assert len(set(kept)) == count and set(kept) <= set(range(layers)), rule
     kept, others = choices(need, count)["most needed"], choices(need, layers - count)["least needed"]
     assert set(kept) | set(others) == set(range(layers))
+
+
+def test_heads_of_both_mixers(teacher):
+    """With no head of attention it is the mixer, with all of them attention, and heads add up."""
+    student = Distill(start="published", rotation="fixed").student(teacher)
+    u = torch.randn(2, 12, 128)
+    outputs = {}
+    for heads in ((), (0,), (1, 2, 3), (0, 1, 2, 3)):
+        mixers = [copy.deepcopy(model.backbone.layers[1].mixer) for model in (student, teacher)]
+        outputs[heads] = HeadsOfBoth(*mixers, heads)(u)
+    mixer, attention = (model.backbone.layers[1].mixer(u) for model in (student, teacher))
+    assert relative_error(outputs[()], mixer) < 1e-6 and relative_error(outputs[0, 1, 2, 3], attention) < 1e-6
+    assert relative_error(outputs[0,] + outputs[1, 2, 3], mixer + attention) < 1e-6
+    assert relative_error(outputs[0,], mixer) > 1e-2 < relative_error(outputs[1, 2, 3], mixer)
 
 
 def test_trivial_answers_are_what_they_are_called(teacher):

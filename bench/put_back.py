@@ -1,0 +1,70 @@
+"""Which layer, and which heads, a distilled hybrid needs to copy: attention put back, one at a time (chapter 17).
+
+    python -m bench.put_back        needs `make teacher` and `make smollm2` first; about three minutes on one core
+
+The hybrid of SmolLM2-135M-Instruct that `make smollm2` distilled. No weight is trained. First each of its recurrent
+layers has the teacher's attention back; then, in the layer that brings back most, each head alone, and those two
+together that bring back most alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from bench.common import save
+from bench.lost import PASSAGES
+from bench.smollm2_hybrid import LAYERS, OUT
+from llamba_ref.discrete import DiscreteMamba2
+from llamba_ref.evaluate import copy_accuracy
+from llamba_ref.llama import Attention
+from llamba_ref.models import load_model
+
+LENGTH = 64
+
+
+class HeadsOfBoth(nn.Module):
+    """A recurrent mixer, some heads of which have been replaced by those of attention."""
+
+    def __init__(self, mixer: DiscreteMamba2, attention: Attention, heads: Sequence[int]):
+        super().__init__()
+        self.mixer, self.attention = mixer, attention
+        kept = torch.zeros(attention.n_heads)
+        kept[list(heads)] = 1
+        for output, share in ((mixer.out_proj, 1 - kept), (attention.o_proj, kept)):
+            share = share.repeat_interleave(output.in_features // len(kept))
+            output.register_forward_pre_hook(lambda _, inputs, share=share: (inputs[0] * share,))
+
+    def forward(self, u: Tensor, state=None) -> Tensor:
+        return self.mixer(u) + self.attention(u)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = []
+
+    def measure(name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> float:
+        """Copies of a fresh student with attention in a layer, in all heads or some."""
+        (teacher, _), (student, _) = load_model("smollm2"), load_model(str(OUT))
+        if layer is not None:
+            block, attention = student.backbone.layers[layer], teacher.backbone.layers[layer].mixer
+            block.mixer = attention if heads is None else HeadsOfBoth(block.mixer, attention, heads)
+        share = copy_accuracy(student, LENGTH, PASSAGES)
+        print(f"{name:>24}: copies {share:.0%}", flush=True)
+        rows.append({"name": name, "layer": layer, "heads": heads, "copy": share})
+        return share
+
+    measure("nothing")
+    best = max(LAYERS, key=lambda layer: measure(f"layer {layer}", layer))
+    heads = load_model("smollm2")[0].config.num_attention_heads
+    shares = torch.tensor([measure(f"layer {best}, head {head}", best, [head]) for head in range(heads)])
+    pair = sorted(shares.topk(2).indices.tolist())
+    measure(f"layer {best}, heads {pair[0]} and {pair[1]}", best, pair)
+    save("put_back", "python -m bench.put_back", length=LENGTH, passages=PASSAGES, heads=heads * len(LAYERS), rows=rows)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)  # --help says what it does, and does not start it
