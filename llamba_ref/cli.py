@@ -267,8 +267,6 @@ class Distill(Training):
             raise ValueError(f"replace is {' '.join(map(str, self.replace))}: layers are 0 to {len(layers) - 1}")
         if self.keep_attention and self.replace:
             raise ValueError(f"keep_attention is {self.keep_attention}: replace says already which layers keep theirs")
-        if self.keep_attention > len(layers):
-            raise ValueError(f"keep_attention is {self.keep_attention}: there are {len(layers)} layers")
         kept = [layer for layer in layers if self.replace and layer not in self.replace]
         if self.keep_attention:
             kept = f"auto:{self.keep_attention}"

@@ -398,7 +398,7 @@ def test_layers_that_need_attention_keep_it(toy, tmp_path, llamba):
     (["--device", "meta"], "device is 'meta': not on this machine"),
     (["--replace", "2"], "replace is 2: layers are 0 to 1"),
     (["--replace", "0", "-1"], "replace is 0 -1: layers are 0 to 1"),
-    (["--keep-attention", "3"], "keep_attention is 3: there are 2 layers"),
+    (["--keep-attention", "3"], "keep_attention is 'auto:3': it must be layers, or 'auto:K' with K up to 2"),
     (["--keep-attention", "1", "--replace", "0"], "keep_attention is 1: replace says already which layers"),
     (["--keep-attention", "1", "--start", "published"], "start is 'published': keep_attention='auto:1' needs one from"),
     (["--steps", "0", "0", "0"], "steps is 0"),
