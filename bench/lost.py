@@ -15,16 +15,14 @@ import torch
 import tyro
 
 from bench.common import save
-from bench.keep_attention import choices
+from bench.keep_attention import choices, hybrids
 from bench.smollm2_hybrid import LAYERS, OUT, TEXT, Window
 from bench.students import with_mixers
 from llamba_ref.data import pack
 from llamba_ref.decoder import Decoder
 from llamba_ref.evaluate import compare, copy_accuracy, fact_accuracy
 from llamba_ref.llama import Llama
-from llamba_ref.llamba import Llamba, attention_need
 from llamba_ref.models import load_model
-from llamba_ref.start import own_texts
 
 LENGTHS, DISTANCES, KEPT = (16, 64, 256), (0, 64, 256), (0, 2, 4, 8)
 PASSAGES, QUESTIONS = 4, 24
@@ -36,15 +34,12 @@ def models(teacher: Llama) -> Iterator[tuple[str, Decoder]]:
     yield "six layers distilled", load_model(str(OUT))[0]
     yield "six layers with a window", with_mixers(teacher, Window, LAYERS)
     yield "all layers with a window", with_mixers(teacher, Window)
-    student = Llamba.from_teacher(teacher, chunk_size=64)
-    need = attention_need(teacher, student, own_texts(teacher))
-    mixers = [[block.mixer for block in model.backbone.layers] for model in (student, teacher)]
+    need, keeping = hybrids(teacher)
     for count in KEPT:
         rules = choices(need, count)
         for rule in ("most needed", "evenly spaced") if count else ("most needed",):
-            for index, block in enumerate(student.backbone.layers):
-                block.mixer = mixers[index in rules[rule]][index]
-            yield (f"untrained, {count} of 30 kept, {rule}" if count else "untrained, none kept"), student
+            name = f"untrained, {count} of 30 kept, {rule}" if count else "untrained, none kept"
+            yield name, keeping(rules[rule])
 
 
 def main() -> None:

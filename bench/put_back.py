@@ -9,6 +9,7 @@ together that bring back most alone.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -44,22 +45,23 @@ class HeadsOfBoth(nn.Module):
 
 def main() -> None:
     torch.set_num_threads(1)
+    (teacher, _), (student, _) = load_model("smollm2"), load_model(str(OUT))
     rows = []
 
     def measure(name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> float:
-        """Copies of a fresh student with attention in a layer, in all heads or some."""
-        (teacher, _), (student, _) = load_model("smollm2"), load_model(str(OUT))
+        """Copies of the student with attention in a layer, in all heads or some."""
+        model = copy.deepcopy(student)
         if layer is not None:
-            block, attention = student.backbone.layers[layer], teacher.backbone.layers[layer].mixer
+            block, attention = model.backbone.layers[layer], copy.deepcopy(teacher.backbone.layers[layer].mixer)
             block.mixer = attention if heads is None else HeadsOfBoth(block.mixer, attention, heads)
-        share = copy_accuracy(student, LENGTH, PASSAGES)
+        share = copy_accuracy(model, LENGTH, PASSAGES)
         print(f"{name:>24}: copies {share:.0%}", flush=True)
         rows.append({"name": name, "layer": layer, "heads": heads, "copy": share})
         return share
 
     measure("nothing")
     best = max(LAYERS, key=lambda layer: measure(f"layer {layer}", layer))
-    heads = load_model("smollm2")[0].config.num_attention_heads
+    heads = teacher.config.num_attention_heads
     shares = torch.tensor([measure(f"layer {best}, head {head}", best, [head]) for head in range(heads)])
     pair = sorted(shares.topk(2).indices.tolist())
     measure(f"layer {best}, heads {pair[0]} and {pair[1]}", best, pair)

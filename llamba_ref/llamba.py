@@ -225,6 +225,7 @@ class Llamba(LanguageModel):
         if not isinstance(teacher, Llama):
             raise ValueError(f"teacher is a {type(teacher).__name__}: it must be a llamba_ref.llama.Llama")
         check_option("start", start, ("teacher", "published"))
+        pure = None  # asked which layers need attention, and then its mixers are the hybrid's
         if isinstance(keep_attention, str):
             count = auto_count(keep_attention, start, teacher.config.num_hidden_layers)
             options = {"start": start, "rotation": rotation, "d_state": d_state, "chunk_size": chunk_size}
@@ -241,6 +242,9 @@ class Llamba(LanguageModel):
             student = cls(config).to(teacher.backbone.embedding.weight.dtype)
         kept = {k: v for k, v in teacher.state_dict().items() if ".mixer." not in k or int(k.split(".")[2]) in layers}
         student.load_state_dict(student.state_dict() | kept, strict=True)
-        if watch:
+        if pure is not None:
+            for block, started in zip(student.backbone.layers, pure.backbone.layers):
+                block.mixer = block.mixer if isinstance(block.mixer, Attention) else started.mixer
+        elif watch:
             start_from_teacher(student, teacher, texts)
         return student
