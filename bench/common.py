@@ -99,6 +99,31 @@ def best_rate_runs(
         return best + list(pool.map(run, *zip(*((one["name"], one["lr"], seed) for one in best for seed in seeds[1:]))))
 
 
+def beyond(trials: dict[float, float], first: Sequence[float], factor: float = 16) -> float | None:
+    """The rate to try next, given the scores of some: double or half the best one, until it lies between two others or
+    is `factor` off the first ones."""
+    best = min(trials, key=trials.get)
+    if best == max(trials):
+        return best * 2 if best < factor * max(first) else None
+    return best / 2 if best == min(trials) and best > min(first) / factor else None
+
+
+def search(
+    pool: ProcessPoolExecutor,  # makes runs side by side
+    run: Callable[[str, float, int], dict],  # trains one model; its record has "score", of which lower is better
+    models: Sequence[str],  # names of models
+    first: Sequence[float],  # learning rates that are tried in any case, neighbours two apart by a factor of 2
+    seed: int,
+) -> list[dict]:  # the records of all runs
+    """Look for the learning rate that suits each model best on one seed."""
+    found, wanted = [], [(name, rate, seed) for name in models for rate in first]
+    while wanted:
+        found += pool.map(run, *zip(*wanted))
+        trials = {name: {one["lr"]: one["score"] for one in found if one["name"] == name} for name in models}
+        wanted = [(name, rate, seed) for name in models if (rate := beyond(trials[name], first))]
+    return found
+
+
 def first_run(name: str, model: str) -> tuple[str, float, int]:
     """Model, learning rate and seed of the first run of a model in a saved result, to train it again."""
     return next((one["name"], one["lr"], one["seed"]) for one in load_result(name)["runs"] if one["name"] == model)

@@ -1,10 +1,11 @@
 """Which layers of a hybrid should keep their attention: those that need it most, against layers at even distances.
 
-    python -m bench.keep_attention        needs `make teacher` first; about ten minutes on one core
+    python -m bench.keep_attention        needs `make teacher` first; about a quarter of an hour on one core
 
 The student of SmolLM2-135M-Instruct, 30 layers, before any training. Its layers are ranked on texts that the teacher
-writes itself, as `keep_attention="auto:K"` does, and the hybrids are compared with the teacher on State of the Union
-addresses. At even distances: the last layer and every (30 / K)th before it, as the published hybrids have it.
+writes itself and that are told twice, as `keep_attention="auto:K"` does, and on the same texts told once. The hybrids
+are compared with the teacher on State of the Union addresses, and asked to copy. At even distances: the last layer and
+every (30 / K)th before it, as the published hybrids have it.
 """
 
 from __future__ import annotations
@@ -17,28 +18,30 @@ import tyro
 from bench.common import save
 from llamba_ref.cli import Text
 from llamba_ref.data import pack
-from llamba_ref.evaluate import compare
+from llamba_ref.evaluate import compare, copy_accuracy
 from llamba_ref.llama import Llama
 from llamba_ref.llamba import Llamba, attention_need
 from llamba_ref.models import load_model
 from llamba_ref.start import own_texts
 
 KEPT, BLOCKS = (0, 1, 2, 4, 8, 15, 22), 8
+LENGTH, PASSAGES = 64, 4  # to be copied
 
 
 def choices(need: torch.Tensor, count: int) -> dict[str, list[int]]:
-    """Layers that keep their attention, `count` of them, by every rule."""
+    """Layers that keep their attention, `count` of them, by the rules for which one measurement is enough."""
     layers = len(need)
     even = [round((index + 1) * layers / count) - 1 for index in range(count)]
     return {"most needed": need.topk(count).indices.tolist(), "evenly spaced": even,
             "least needed": (-need).topk(count).indices.tolist()}
 
 
-def hybrids(teacher: Llama) -> tuple[torch.Tensor, Callable[[Sequence[int]], Llamba]]:
-    """How much each layer needs its attention, and what makes the untrained hybrid that keeps it in some: always the
-    same model, with other mixers."""
-    student = Llamba.from_teacher(teacher, chunk_size=64)
-    need = attention_need(teacher, student, own_texts(teacher))
+def hybrids(teacher: Llama) -> tuple[dict[int, torch.Tensor], Callable[[Sequence[int]], Llamba]]:
+    """How much each layer needs its attention, on texts told once and twice, and what makes the untrained hybrid that
+    keeps it in some: always the same model, with other mixers."""
+    texts = own_texts(teacher)
+    student = Llamba.from_teacher(teacher, texts=texts, chunk_size=64)
+    need = {times: attention_need(teacher, student, torch.cat([texts] * times, 1)) for times in (1, 2)}
     mixers = [[block.mixer for block in model.backbone.layers] for model in (student, teacher)]
 
     def keeping(layers: Sequence[int]) -> Llamba:
@@ -57,14 +60,17 @@ def main() -> None:
     need, keeping = hybrids(teacher)
     rows = []
     for count in KEPT:
-        for rule, kept in choices(need, count).items():
+        rules = choices(need[2], count) | {"most needed, texts told once": need[1].topk(count).indices.tolist()}
+        for rule, kept in rules.items() if count else [("none kept", [])]:
             found = compare(teacher, keeping(kept), blocks, 1)
+            copied = copy_accuracy(keeping(kept), LENGTH, PASSAGES)
             rows.append({"rule": rule, "kept": sorted(kept), "ratio": found.ratio, "kl": found.kl,
-                         "agreement": found.agreement})
-            print(f"{count:>2} layers, {rule:>13}: {found.ratio:.3f} x the teacher's perplexity, KL {found.kl:.3f}",
+                         "agreement": found.agreement, "copy": copied})
+            print(f"{count:>2} layers, {rule:>29}: {found.ratio:.3f} x the teacher's perplexity, copies {copied:.0%}",
                   flush=True)
     save("keep_attention", "python -m bench.keep_attention", length=corpus.length, blocks=len(blocks),
-         need=need.tolist(), rows=rows)
+         need={times: one.tolist() for times, one in need.items()}, copied=LENGTH, passages=PASSAGES,
+         teacher_copy=copy_accuracy(teacher, LENGTH, PASSAGES), rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """What a student loses that perplexity hardly shows: copying, and facts from a page ago (chapter 17).
 
-    python -m bench.lost        needs `make teacher` and `make smollm2` first; about a quarter of an hour on one core
+    python -m bench.lost        needs `make smollm2` and `bench.put_back` first; about five minutes on one core
 
-SmolLM2-135M-Instruct, its hybrid that `make smollm2` distilled, windows of equal memory in the same six layers and in
-all, and students before any training whose attention is kept in the layers that need it most, or at even distances.
-Filler: held-out State of the Union addresses.
+SmolLM2-135M-Instruct, its hybrid that `make smollm2` distilled, the same with the two heads of attention back that
+`bench.put_back` found to need it most, and windows of equal memory in the same six layers and in all. No weight is
+trained. Filler: held-out State of the Union addresses.
 """
 
 from __future__ import annotations
@@ -15,31 +15,32 @@ import torch
 import tyro
 
 from bench.common import save
-from bench.keep_attention import choices, hybrids
 from bench.smollm2_hybrid import LAYERS, OUT, TEXT, Window
 from bench.students import with_mixers
+from llamba_ref.conventions import load_result
 from llamba_ref.data import pack
 from llamba_ref.decoder import Decoder
 from llamba_ref.evaluate import compare, copy_accuracy, fact_accuracy
 from llamba_ref.llama import Llama
+from llamba_ref.llamba import keep_heads
 from llamba_ref.models import load_model
 
-LENGTHS, DISTANCES, KEPT = (16, 64, 256), (0, 64, 256), (0, 2, 4, 8)
+LENGTHS, DISTANCES = (16, 64, 256), (0, 64, 256)
 PASSAGES, QUESTIONS = 4, 24
 
 
 def models(teacher: Llama) -> Iterator[tuple[str, Decoder]]:
     """All that is measured, one after the other."""
     yield "teacher", teacher
-    yield "six layers distilled", load_model(str(OUT))[0]
+    student = load_model(str(OUT))[0]
+    yield "six layers distilled", student
+    heads = load_result("put_back")["neediest_heads"]
+    for index in {layer for layer, _ in heads}:
+        block, theirs = student.backbone.layers[index], teacher.backbone.layers[index]
+        block.mixer = keep_heads(block.mixer, theirs.mixer, [head for layer, head in heads if layer == index])
+    yield "six layers distilled, two heads put back", student
     yield "six layers with a window", with_mixers(teacher, Window, LAYERS)
     yield "all layers with a window", with_mixers(teacher, Window)
-    need, keeping = hybrids(teacher)
-    for count in KEPT:
-        rules = choices(need, count)
-        for rule in ("most needed", "evenly spaced") if count else ("most needed",):
-            name = f"untrained, {count} of 30 kept, {rule}" if count else "untrained, none kept"
-            yield name, keeping(rules[rule])
 
 
 def main() -> None:

@@ -4,7 +4,8 @@
 
 The hybrid of SmolLM2-135M-Instruct that `make smollm2` distilled. No weight is trained. First each of its recurrent
 layers has the teacher's attention back; then, in the layer that brings back most, each head alone, and those two
-together that bring back most alone.
+together that bring back most alone. Beside it the need of each layer and head by `attention_need`, on texts that the
+teacher writes itself, told once and told twice.
 """
 
 from __future__ import annotations
@@ -14,33 +15,16 @@ from collections.abc import Sequence
 
 import torch
 import tyro
-from torch import Tensor, nn
 
 from bench.common import save
 from bench.lost import PASSAGES
 from bench.smollm2_hybrid import LAYERS, OUT
-from llamba_ref.discrete import DiscreteMamba2
 from llamba_ref.evaluate import copy_accuracy
-from llamba_ref.llama import Attention
+from llamba_ref.llamba import attention_need, keep_heads
 from llamba_ref.models import load_model
+from llamba_ref.start import own_texts
 
 LENGTH = 64
-
-
-class HeadsOfBoth(nn.Module):
-    """A recurrent mixer, some heads of which have been replaced by those of attention."""
-
-    def __init__(self, mixer: DiscreteMamba2, attention: Attention, heads: Sequence[int]):
-        super().__init__()
-        self.mixer, self.attention = mixer, attention
-        kept = torch.zeros(attention.n_heads)
-        kept[list(heads)] = 1
-        for output, share in ((mixer.out_proj, 1 - kept), (attention.o_proj, kept)):
-            share = share.repeat_interleave(output.in_features // len(kept))
-            output.register_forward_pre_hook(lambda _, inputs, share=share: (inputs[0] * share,))
-
-    def forward(self, u: Tensor, state=None) -> Tensor:
-        return self.mixer(u) + self.attention(u)
 
 
 def main() -> None:
@@ -53,7 +37,7 @@ def main() -> None:
         model = copy.deepcopy(student)
         if layer is not None:
             block, attention = model.backbone.layers[layer], copy.deepcopy(teacher.backbone.layers[layer].mixer)
-            block.mixer = attention if heads is None else HeadsOfBoth(block.mixer, attention, heads)
+            block.mixer = attention if heads is None else keep_heads(block.mixer, attention, heads)
         share = copy_accuracy(model, LENGTH, PASSAGES)
         print(f"{name:>24}: copies {share:.0%}", flush=True)
         rows.append({"name": name, "layer": layer, "heads": heads, "copy": share})
@@ -65,7 +49,13 @@ def main() -> None:
     shares = torch.tensor([measure(f"layer {best}, head {head}", best, [head]) for head in range(heads)])
     pair = sorted(shares.topk(2).indices.tolist())
     measure(f"layer {best}, heads {pair[0]} and {pair[1]}", best, pair)
-    save("put_back", "python -m bench.put_back", length=LENGTH, passages=PASSAGES, heads=heads * len(LAYERS), rows=rows)
+    texts = own_texts(teacher)
+    need = {times: attention_need(teacher, student, torch.cat([texts] * times, 1)).tolist() for times in (1, 2)}
+    of_heads = attention_need(teacher, student, torch.cat([texts, texts], 1), heads=True)
+    chosen = [divmod(place, heads) for place in of_heads.flatten().topk(2).indices.tolist()]
+    print(f"need of layers {LAYERS}: {need}; the two neediest heads: {chosen}")
+    save("put_back", "python -m bench.put_back", length=LENGTH, passages=PASSAGES, heads=heads * len(LAYERS),
+         need=need, neediest_heads=chosen, rows=rows)
 
 
 if __name__ == "__main__":

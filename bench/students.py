@@ -2,11 +2,13 @@
 
     python -m bench.students        the same as `make compare`
 
-Every row that is trained has the same tokens, and its own learning rate: the best of four on seed 0, all stages scaled
-alike, then three seeds. Rows without training are measured once. A quarter of the demo's steps tells rows apart; some
-rows are trained with a sixteenth and with all of them too. Runs are kept in runs/students, so that the command goes on
-where it was stopped; after a change of the code they are made anew. Two runs at a time with one thread each: about two
-hours on two cores.
+Every row that is trained has the same tokens, and its own learning rate, all stages scaled alike: on seed 0 the rate
+is doubled or halved until the best of those tried lies between two others, or is sixteen times off the first; then come
+three seeds. Rates are chosen on one half of the held-out text, and all figures are of the other half. Rows without
+training are measured once. A quarter of the demo's steps tells rows apart; some rows are trained with a sixteenth, and
+with all of them, these with the rate of the quarter. Runs are kept in runs/students, so that the command goes on where
+it was stopped; after a change of the code they are made anew. Two runs at a time with one thread each: about an hour
+and a half on two cores.
 """
 
 from __future__ import annotations
@@ -15,10 +17,14 @@ import ast
 import hashlib
 import json
 import shlex
+import math
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
@@ -29,23 +35,32 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import llamba_ref
-from bench.common import best_rate_runs, parameters, save
+from accelerate import Accelerator
+
+from bench.common import parameters, save, search
 from llamba_ref.cli import Distill
 from llamba_ref.data import Batches, load_documents, pack, split_documents
 from llamba_ref.decoder import Decoder
-from llamba_ref.evaluate import compare
+from llamba_ref.evaluate import compare, evaluate
 from llamba_ref.llama import Attention, Llama
 from llamba_ref.llamba import Llamba
 from llamba_ref.models import load_model
-from llamba_ref.mohawk import distill
-from llamba_ref.training import Stage
+from llamba_ref.mamba2 import SSDMixer
+from llamba_ref.mohawk import OBJECTIVES, EndToEnd, LayerByLayer, alignment_loss
+from llamba_ref.training import Stage, train
 
-RATES = (2e-3, 1e-3, 5e-4, 2.5e-4)  # of stage 3 and of language modelling; stages 1 and 2 have four times as much
+RATES = (2.5e-4, 5e-4)  # tried first, of stage 3 and of language modelling; stages 1 and 2 have four times as much
 SEEDS = (0, 1, 2)
 RUNS = Path("runs/students")
 BUDGETS = {"quarter": (10, 75, 90), "sixteenth": (3, 19, 22), "full": (40, 300, 360)}  # steps of three stages together
 # Keys and values of so many tokens take as many numbers, 5632, as the state of a student whose keys stand still,
 WINDOW, SINKS = 40, 4  # its convolution's included; keys that turn need 64 more, half a token's
+
+
+def whole(state) -> None:
+    """Raise ValueError for a state: these mixers are yardsticks that read whole sequences."""
+    if state is not None:
+        raise ValueError("state was given: this mixer keeps none, read the whole sequence at once")
 
 
 class WindowAttention(Attention):
@@ -54,6 +69,7 @@ class WindowAttention(Attention):
     window, sinks = WINDOW, SINKS
 
     def forward(self, u: Tensor, state=None) -> Tensor:
+        whole(state)
         q, k, v = self.project(u, 0, None)
         place = torch.arange(u.shape[1], device=u.device)
         distance = place[:, None] - place
@@ -66,6 +82,7 @@ class RunningMean(Attention):
     """The mean of all values so far in every head."""
 
     def forward(self, u: Tensor, state=None) -> Tensor:
+        whole(state)
         v = self.v_proj(u).cumsum(1) / torch.arange(1, u.shape[1] + 1, device=u.device)[:, None]
         v = rearrange(v, "b l (h d) -> b l h d", d=self.head_dim)
         return self.o_proj(v.repeat_interleave(self.n_heads // self.n_kv_heads, 2).flatten(2))
@@ -75,7 +92,52 @@ class Silence(nn.Module):
     """Nothing."""
 
     def forward(self, u: Tensor, state=None) -> Tensor:
+        whole(state)
         return torch.zeros_like(u)
+
+
+class WindowBesideState(nn.Module):
+    """Attention in a window and a recurrent mixer, each with about half of the memory: the sum. It starts as the window
+    alone, for the mixer is silent."""
+
+    def __init__(self, attention: WindowAttention, recurrent: SSDMixer):
+        super().__init__()
+        self.attention, self.recurrent = attention, recurrent
+        nn.init.zeros_(recurrent.out_proj.weight)
+
+    def forward(self, u: Tensor, state=None) -> Tensor:
+        whole(state)
+        return self.attention(u) + self.recurrent(u)
+
+
+class HalfWindow(WindowAttention):
+    """Beside a mixer of `d_state` 16 it takes no more memory than a student whose keys turn."""
+
+    window, sinks = 18, 2
+
+
+def match_mixer(block: nn.Module, layer) -> Tensor:
+    """Stage 2 on what the mixer gives, in place of the block."""
+    return alignment_loss(block.mixer(layer.mixer_input), layer.mixer_output)
+
+
+class ReverseKL(EndToEnd):
+    """Stage 3 with the divergence the other way round: the student is to predict nothing that the teacher does not."""
+
+    def __call__(self, input_ids: Tensor, backward: Callable[[Tensor], None]) -> Tensor:
+        with torch.no_grad():
+            log_p = self.models["teacher"](input_ids).log_softmax(-1)
+        log_q = self.models["student"](input_ids).log_softmax(-1)
+        loss = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+        backward(loss)
+        return loss.detach()[None]
+
+
+LOSSES = {
+    "as published": {},
+    "mixer output": {"alignment": lambda teacher, student: LayerByLayer(teacher, student, match_mixer)},
+    "reverse KL": {"distillation": ReverseKL},
+}
 
 
 def with_mixers(teacher: Llama, kind: type, layers: Sequence[int] | None = None) -> Llama:
@@ -93,18 +155,24 @@ def with_mixers(teacher: Llama, kind: type, layers: Sequence[int] | None = None)
 class Row:
     """A student and how it is trained."""
 
-    model: Literal["student", "silence", "mean", "window", "teacher", "scratch"] = "student"
+    model: Literal["student", "silence", "mean", "window", "both", "teacher", "scratch"] = "student"
     start: str = "teacher"  # of the student
     rotation: str = "fixed"
     stages: str = "123"  # which of MOHAWK's stages; "l": language modelling in their place; "": no training
     budget: str = "quarter"
+    loss: str = "as published"  # of LOSSES
 
     def build(self, teacher: Llama, seed: int) -> Decoder:
         """The model before training."""
         torch.manual_seed(seed)
-        if self.model in ("student", "scratch"):
-            student = Distill(start=self.start, rotation=self.rotation, seed=seed).student(teacher)
-            return student if self.model == "student" else Llamba(student.config)
+        if self.model in ("student", "scratch", "both"):
+            sizes = {"d_state": 16} if self.model == "both" else {}
+            student = Distill(start=self.start, rotation=self.rotation, seed=seed, **sizes).student(teacher)
+            if self.model == "both":
+                windows = with_mixers(teacher, HalfWindow).backbone.layers
+                for block, window in zip(student.backbone.layers, windows):
+                    block.mixer = WindowBesideState(window.mixer, block.mixer)
+            return Llamba(student.config) if self.model == "scratch" else student
         kind = {"silence": Silence, "mean": RunningMean, "window": WindowAttention, "teacher": Attention}[self.model]
         return with_mixers(teacher, kind)
 
@@ -128,15 +196,19 @@ def rows() -> dict[str, Row]:
         "published start": published(stages=""),
         "start from the teacher, keys stand still": Row(rotation="none", stages=""),
         "start from the teacher, keys turn": Row(stages=""),
-        "published 1+2+3": published(), "published 2+3": published(stages="23"), "published 3": published(stages="3"),
-        "standing keys 1+2+3": Row(rotation="none"), "standing keys 3": Row(rotation="none", stages="3"),
     }
+    for stages in ("3", "13", "23", "123"):
+        table[f"published {'+'.join(stages)}"] = published(stages=stages)
+    table |= {"standing keys 3": Row(rotation="none", stages="3"), "standing keys 1+2+3": Row(rotation="none")}
     for stages in ("1", "2", "3", "12", "13", "23", "123"):
         table[f"turning keys {'+'.join(stages)}"] = Row(stages=stages)
     table |= {f"turning keys, {rotation} 3": Row(rotation=rotation, stages="3") for rotation in ("learned", "data")}
     table |= {
+        "turning keys 2+3, mixer output": Row(stages="23", loss="mixer output"),
+        "turning keys 3, reverse KL": Row(stages="3", loss="reverse KL"),
         "turning keys, language modelling": Row(stages="l"),
         "window 3": Row("window", stages="3"), "window, language modelling": Row("window", stages="l"),
+        "window beside a state 3": Row("both", stages="3"),
         "teacher, language modelling": Row("teacher", stages="l"), "from scratch": Row("scratch", stages="l"),
     }
     for name in ("published 1+2+3", "standing keys 3", "turning keys 3", "window 3", "teacher, language modelling"):
@@ -151,9 +223,12 @@ def code() -> str:
     return hashlib.sha256("".join(ast.dump(ast.parse(file.read_text())) for file in files).encode()).hexdigest()[:12]
 
 
+CODE = code()  # of what is imported, whatever becomes of the files meanwhile
+
+
 def record_of(row: Row, name: str, rate: float, seed: int) -> Path:
     """Where the record of a run is kept: another place for another row of that name, and for other code."""
-    digest = hashlib.sha256(f"{code()} {row} {row.plan(rate)}".encode()).hexdigest()[:12]
+    digest = hashlib.sha256(f"{CODE} {row} {row.plan(rate)}".encode()).hexdigest()[:12]
     return RUNS / f"{name}, {rate:g}, {seed}, {digest}.json".replace(" ", "_")
 
 
@@ -167,13 +242,22 @@ def run(name: str, rate: float, seed: int) -> dict:
     teacher, tokenizer = load_model(demo.teacher)
     training, held_out = split_documents(load_documents(demo.corpus.text), demo.corpus.held_out)
     blocks, validation = (pack(documents, tokenizer, demo.corpus.length) for documents in (training, held_out))
-    model, stages, seconds = row.build(teacher, seed), row.plan(rate), 0.0
+    choosing, reported = (replace(validation, tokens=validation.tokens[start::2]) for start in (0, 1))
+    model, stages = row.build(teacher, seed), row.plan(rate)
     if stages:
-        records = distill(teacher, model, Batches(blocks, demo.batch_size, seed), stages, progress=False)
-        seconds = sum(record["tokens"] / record["tokens_per_second"] for record in records)
-    found = compare(teacher, model, validation)
-    record = {"name": name, "lr": rate, "seed": seed, "score": found.student.perplexity, "ratio": found.ratio,
-              "agreement": found.agreement, "kl": found.kl, "parameters": parameters(model), "seconds": seconds,
+        losses = OBJECTIVES | LOSSES[row.loss]
+        objectives = {stage.objective: losses[stage.objective](teacher, model) for stage in stages}
+        begun = time.process_time()
+        try:
+            train(model, stages, Batches(blocks, demo.batch_size, seed), lambda stage: objectives[stage.objective],
+                  accelerator=Accelerator(cpu=True), progress=False)
+        except FloatingPointError:  # a rate that is too high
+            return {"name": name, "lr": rate, "seed": seed, "score": math.inf}
+        seconds = time.process_time() - begun
+    score, found = evaluate(model, choosing).nll, compare(teacher, model, reported)
+    record = {"name": name, "lr": rate, "seed": seed, "score": score, "ratio": found.ratio,
+              "agreement": found.agreement, "kl": found.kl, "parameters": parameters(model),
+              "seconds": seconds if stages else 0.0,
               "tokens": sum(stage.steps for stage in stages) * demo.batch_size * demo.corpus.length}
     RUNS.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record))
@@ -181,10 +265,10 @@ def run(name: str, rate: float, seed: int) -> dict:
 
 
 def summary(name: str, runs: list[dict]) -> dict:
-    """One row of the table: means over the seeds, the range of the ratio, and whether a rate beyond might be better."""
+    """One row of the table: means over the seeds, and the range of the ratio."""
     mean = {key: statistics.mean(one[key] for one in runs) for key in ("ratio", "agreement", "kl", "seconds")}
-    row = {"name": name, "lr": runs[0]["lr"], "tokens": runs[0]["tokens"], "seeds": len(runs), **mean,
-           "edge": runs[0]["lr"] in (min(RATES), max(RATES))}
+    row = {"name": name, "lr": runs[0]["lr"], "tokens": runs[0]["tokens"], "parameters": runs[0]["parameters"],
+           "seeds": len(runs), **mean}
     return row | {"lowest": min(one["ratio"] for one in runs), "highest": max(one["ratio"] for one in runs)}
 
 
@@ -205,14 +289,21 @@ def main(
     torch.set_num_threads(1)  # as in every run, and for the record
     table = {name: row for name, row in rows().items()
              if not row.stages or row.budget in budgets and (not names or name in names)}
-    still = [name for name, row in table.items() if not row.stages]
-    found = [run(name, 0.0, 0) for name in still]
-    found += best_rate_runs(run, [name for name in table if name not in still], RATES, seeds)
+    found = [run(name, 0.0, 0) for name, row in table.items() if not row.stages]
+    trained = [name for name, row in table.items() if row.stages]
+    base = {name: name.removesuffix(", full") for name in trained}  # whose rate it has
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        tried = search(pool, run, sorted(set(base.values())), RATES, seeds[0])
+        known = {(one["name"], one["lr"], one["seed"]): one for one in tried}
+        rates = {one["name"]: one["lr"] for one in sorted(tried, key=lambda one: one["score"], reverse=True)}
+        wanted = [(name, rates[base[name]], seed) for name in trained for seed in seeds]
+        new = [one for one in wanted if one not in known]
+        known |= dict(zip(new, pool.map(run, *zip(*new))))
+        found += [known[one] for one in wanted]
     summaries = [summary(name, [one for one in found if one["name"] == name]) for name in table]
     for row in summaries:
         print(f"{row['name']:>45}: {row['tokens'] / 1e6:.2f} M tokens, {row['ratio']:7.3f} x the teacher's "
-              f"({row['lowest']:.3f} to {row['highest']:.3f}), KL {row['kl']:.3f}, lr {row['lr']:g}"
-              f"{', the edge' * row['edge']}")
+              f"({row['lowest']:.3f} to {row['highest']:.3f}), KL {row['kl']:.3f}, lr {row['lr']:g}")
     demo = Distill()
     save("students", command(budgets, seeds, names), seeds=seeds, rates=RATES, budgets=BUDGETS, window=WINDOW,
          sinks=SINKS, batch_size=demo.batch_size, length=demo.corpus.length, d_state=demo.d_state, rows=summaries)

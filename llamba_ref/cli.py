@@ -241,6 +241,7 @@ class Distill(Training):
     teacher: Place = "tiny"  # tiny, smollm2, a directory, a .gguf file, or a hub name such as meta-llama/Llama-3.2-1B
     replace: tuple[int, ...] = ()  # layers whose attention is replaced, such as 3 7 11; none given: all of them
     keep_attention: Count = 0  # or: how many layers keep their attention, those that need it most
+    keep_heads: Count = 0  # or: how many heads do, those of all layers that need it most
     start: Literal["teacher", "published"] = "teacher"  # new mixers begin as near to attention as can be, or at random
     rotation: Literal["none", "fixed", "learned", "data"] = "fixed"  # keys turn: not at all, as the teacher's, ...
     d_state: Size = 32  # numbers a head remembers of each value channel; the released models have 64
@@ -259,17 +260,23 @@ class Distill(Training):
         stages = zip(("orientation", "alignment", "distillation"), self.steps, self.lr, (0.0, 0.1, 0.1))
         return [lr.Stage(name, steps, rate, decay) for name, steps, rate, decay in stages if steps]
 
-    def student(self, teacher: lr.Llama) -> lr.Llamba:
-        """A fresh student: the same one for the same seed. Raises ValueError for a layer that does not exist."""
+    def student(self, teacher: lr.Llama, kept: list[tuple[int, int]] | None = None) -> lr.Llamba:
+        """A fresh student: the same one for the same seed. `kept`, if known already: the heads that keep attention.
+
+        Raises ValueError for a layer that does not exist, and more than one option that says what keeps attention."""
         import torch
         layers = range(teacher.config.num_hidden_layers)
         if any(layer not in layers for layer in self.replace):
             raise ValueError(f"replace is {' '.join(map(str, self.replace))}: layers are 0 to {len(layers) - 1}")
-        if self.keep_attention and self.replace:
-            raise ValueError(f"keep_attention is {self.keep_attention}: replace says already which layers keep theirs")
-        kept = [layer for layer in layers if self.replace and layer not in self.replace]
-        if self.keep_attention:
-            kept = f"auto:{self.keep_attention}"
+        counts = {"keep_attention": self.keep_attention, "keep_heads": self.keep_heads}
+        given = [f"{name} is {count}" for name, count in counts.items() if count]
+        if len(given) + bool(self.replace) > 1:
+            known = "replace says already which layers keep theirs" if self.replace else "only one of the two can be given"
+            raise ValueError(f"{' and '.join(given)}: {known}")
+        if kept is None:
+            kept = [layer for layer in layers if self.replace and layer not in self.replace]
+            if given:
+                kept = f"auto:{self.keep_attention}" if self.keep_attention else f"heads:{self.keep_heads}"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return lr.Llamba.from_teacher(teacher, kept, start=self.start, rotation=self.rotation, d_state=self.d_state,
@@ -321,7 +328,7 @@ class Report:
         from llamba_ref.plots import draw_matrices
         self.measure(step, f"after {stage.objective}")
         if stage.objective == "orientation":
-            fresh = self.command.student(self.teacher)
+            fresh = self.command.student(self.teacher, self.student.config.kept)
             save_figure(self.run, "matrices.png", draw_matrices(self.teacher, fresh, self.student, self.blocks[:1]))
 
     def at_the_end(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,27 +5,32 @@
 # %% ../nbs/15_llamba.ipynb #b79fb4b5
 from __future__ import annotations
 
+import copy
+import operator
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from itertools import chain
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .conventions import check_option
+from .conventions import check_option, wide_dtype
 from .convert import LanguageModel, ModelConfig, check_fields
 from .decoder import Backbone, Decoder
 from .discrete import DiscreteMamba2
-from .llama import Attention, Llama, LlamaConfig, Rope
-from .rotation import Rotation, RotaryMamba2
-from .start import own_texts, start_from_teacher
+from .llama import Attention, KVCache, Llama, LlamaConfig, Rope
+from .mamba2 import MambaState, SSDMixer
+from .rotation import Rotation, RotaryMamba2, RotaryState
+from .start import own_texts, silence_heads, start_from_teacher
 
 # %% auto #0
-__all__ = ['LLAMBA_SIZES', 'SSMConfig', 'RotaryConfig', 'MLPConfig', 'AttentionConfig', 'LlambaConfig', 'student_config',
-           'attention_need', 'auto_count', 'Llamba']
+__all__ = ['LLAMBA_SIZES', 'SSMConfig', 'RotaryConfig', 'MLPConfig', 'AttentionConfig', 'some_heads', 'MixedState', 'MixedHeads',
+           'keep_heads', 'LlambaConfig', 'student_config', 'attention_need', 'neediest', 'how_many', 'Llamba']
 
 # %% ../nbs/15_llamba.ipynb #934a52f1
 @dataclass(frozen=True)
@@ -66,7 +71,9 @@ class MLPConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """The attention that a hybrid keeps: `attn_cfg` in config.json (our own entry)."""
+    """The attention that a hybrid keeps: `attn_cfg` in config.json (our own entry).
+
+    Raises ValueError for values out of range, and heads that are no row of heads of the layers beside them."""
 
     layers: tuple[int, ...]  # which layers keep it
     n_heads: int  # query heads
@@ -74,8 +81,114 @@ class AttentionConfig:
     head_dim: int  # width of a head
     rope: Rope = Rope()  # rotary positions
     bias: bool = False  # biases in the projections
+    heads: tuple[int, ...] = ()  # for each entry of `layers`, which may repeat, the head that it keeps; (): all heads
 
-    __post_init__ = check_fields
+    def __post_init__(self):
+        check_fields(self)
+        pairs = set(zip(self.layers, self.heads))
+        matched = not self.heads or len(pairs) == len(self.layers) == len(self.heads)
+        if not matched or max(self.heads, default=0) >= self.n_heads:
+            raise ValueError(f"heads is {list(self.heads)}: it must hold one of {self.n_heads} heads for each of "
+                             f"{len(self.layers)} layers, none twice")
+
+    def kept(self, layer: int) -> list[int]:
+        """The heads that a layer keeps."""
+        if not self.heads:
+            return list(range(self.n_heads)) if layer in self.layers else []
+        return sorted(head for one, head in zip(self.layers, self.heads) if one == layer)
+
+# %% ../nbs/15_llamba.ipynb #77eb7822
+@torch.no_grad()
+def some_heads(
+    attention: Attention,  # all heads
+    heads: Sequence[int],  # which of them, in ascending order
+) -> Attention:  # on the same device; keys and values once for heads that share them, where all groups are as large
+    """A copy of some heads of attention. What they add to the residual stream is their part of what attention adds.
+
+    The bias of `o_proj` belongs to no head and is left out."""
+    groups = [head // (attention.n_heads // attention.n_kv_heads) for head in heads]
+    groups = sorted(set(groups)) if len(set(Counter(groups).values())) == 1 else groups
+    weight, width, bias = attention.q_proj.weight, attention.head_dim, attention.q_proj.bias is not None
+    with torch.device("meta"):  # no random numbers are drawn
+        part = Attention(weight.shape[1], len(heads), len(groups), width, attention.rope, bias)
+    part = part.to(weight.dtype).to_empty(device=weight.device)
+    with weight.device:
+        rows = {name: (torch.tensor(which)[:, None] * width + torch.arange(width)).flatten()
+                for name, which in (("q_proj", heads), ("k_proj", groups), ("v_proj", groups))}
+    for name, chosen in rows.items():
+        for ours, theirs in zip(getattr(part, name).parameters(), getattr(attention, name).parameters()):
+            ours.copy_(theirs[chosen])
+    part.o_proj.weight.copy_(attention.o_proj.weight[:, rows["q_proj"]])
+    if part.o_proj.bias is not None:
+        part.o_proj.bias.zero_()
+    return part
+
+
+class MixedState(NamedTuple):
+    """What a `MixedHeads` remembers."""
+
+    recurrent: MambaState | RotaryState  # of its recurrent heads
+    cache: KVCache  # of its heads of attention
+
+
+class MixedHeads(nn.Module):
+    """A recurrent mixer and some heads of attention side by side: the sum of what they give."""
+
+    def __init__(
+        self,
+        recurrent: SSDMixer,  # with all heads
+        attention: Attention,  # with the heads that are kept
+        heads: Sequence[int],  # which these are
+    ):
+        super().__init__()
+        self.recurrent, self.attention, self.heads = recurrent, attention, list(heads)
+
+    def init_state(self, batch: int) -> MixedState:
+        """Zeros, and an empty cache."""
+        return MixedState(self.recurrent.init_state(batch), self.attention.init_state(batch))
+
+    def forward(
+        self,
+        u: Float[Tensor, "batch len d_model"],  # normed hidden states
+        state: MixedState | None = None,  # state to go on from
+        padding: Int[Tensor, "batch"] | None = None,  # padding on the left of each row
+    ):  # (batch, len, d_model), and the new state if one was given
+        """Both parts read the same input."""
+        if state is None:
+            return self.recurrent(u, padding=padding) + self.attention(u, padding=padding)
+        (y, recurrent), (z, cache) = self.recurrent(u, state.recurrent, padding), self.attention(u, state.cache, padding)
+        return y + z, MixedState(recurrent, cache)
+
+    def step(self, u_t: Float[Tensor, "batch d_model"], state: MixedState) -> tuple[Tensor, MixedState]:
+        """One token: (batch, d_model) in and out."""
+        (y, recurrent), (z, cache) = self.recurrent.step(u_t, state.recurrent), self.attention.step(u_t, state.cache)
+        return y + z, MixedState(recurrent, cache)
+
+    def matrix(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch heads len len"]:
+        """The matrix of each head, of whichever kind it is. Those of attention have no gradient: stage 1 of MOHAWK would
+        move them away from the teacher's, which they are."""
+        matrix = self.recurrent.matrix(u).clone()
+        with torch.no_grad():
+            kept = self.attention.matrix(u).to(matrix.dtype)
+        matrix[:, self.heads] = kept
+        return matrix
+
+
+def keep_heads(
+    recurrent: SSDMixer,  # of as many heads as attention has
+    attention: Attention,  # what it replaces
+    heads: Sequence[int],  # which of its heads are kept
+) -> MixedHeads:
+    """A copy of a mixer in which some heads are attention's; its own of these numbers start silent.
+
+    Raises ValueError for mixers with different numbers of heads, and heads that are none, twice, or do not exist."""
+    chosen, recurrent = sorted(set(heads)), copy.deepcopy(recurrent)
+    if recurrent.n_heads != attention.n_heads or not chosen or len(chosen) < len(heads) \
+            or not 0 <= chosen[0] <= chosen[-1] < attention.n_heads:
+        raise ValueError(f"heads is {list(heads)}, of {attention.n_heads} heads of attention and {recurrent.n_heads} of "
+                         "the mixer: at least one, none twice, and as many in both")
+    silence_heads(recurrent, chosen)
+    return MixedHeads(recurrent, some_heads(attention, chosen), chosen)
 
 # %% ../nbs/15_llamba.ipynb #a007e204
 class LlambaConfig(ModelConfig):
@@ -100,14 +213,24 @@ class LlambaConfig(ModelConfig):
         if self.attn_cfg is not None and max(self.attn_cfg.layers, default=0) >= self.n_layer:
             raise ValueError(f"attn_cfg: layers is {list(self.attn_cfg.layers)}: layers are 0 to {self.n_layer - 1}")
 
+    @property
+    def kept(self) -> list[tuple[int, int]]:
+        """The heads of attention that a student with these sizes keeps: (layer, head)."""
+        return [] if self.attn_cfg is None else [
+            (layer, head) for layer in range(self.n_layer) for head in self.attn_cfg.kept(layer)]
+
     def mixer(self, layer: int) -> nn.Module:
         """A new mixer for a layer."""
         a = self.attn_cfg
-        if a is not None and layer in a.layers:
-            return Attention(self.d_model, a.n_heads, a.n_kv_heads, a.head_dim, a.rope, a.bias)
+        heads = [] if a is None else a.kept(layer)
+        attention = Attention(self.d_model, a.n_heads, a.n_kv_heads, a.head_dim, a.rope, a.bias) if heads else None
+        if heads and len(heads) == a.n_heads:
+            return attention
         if self.rotary_cfg is not None:
-            return RotaryMamba2(self.d_model, **vars(self.rotary_cfg), **asdict(self.ssm_cfg))
-        return DiscreteMamba2(self.d_model, **asdict(self.ssm_cfg))
+            recurrent = RotaryMamba2(self.d_model, **vars(self.rotary_cfg), **asdict(self.ssm_cfg))
+        else:
+            recurrent = DiscreteMamba2(self.d_model, **asdict(self.ssm_cfg))
+        return keep_heads(recurrent, attention, heads) if heads else recurrent
 
 # %% ../nbs/15_llamba.ipynb #e22cce0b
 def _released(d_model: int, layers: int, heads: int, mlp: int, tied: bool) -> LlambaConfig:
@@ -125,22 +248,34 @@ LLAMBA_SIZES = {
 # %% ../nbs/15_llamba.ipynb #f6504455
 def student_config(
     c: LlamaConfig,  # the teacher's sizes
-    keep_attention: Sequence[int] = (),  # layers that keep their attention
+    keep_attention: Sequence[int | tuple[int, int]] = (),  # layers that keep attention, or heads: (layer, head)
     *,
     d_state: int = 64,  # width N of a key
     chunk_size: int = 128,  # length of a chunk in `ssd`
     bias: bool = False,  # biases in the projections of the mixers
     rotation: Rotation = "none",  # who decides how far keys turn, see `RotaryMamba2`; "none": they stand still
 ) -> LlambaConfig:
-    """The sizes of a student. Raises ValueError for no such layer, heads that do not divide the width, other words."""
+    """The sizes of a student. Raises ValueError for no such layer or head, heads that do not divide the width, other
+    words."""
     check_option("rotation", rotation, get_args(Rotation))
-    layers, heads = tuple(sorted(set(keep_attention))), c.num_attention_heads
-    if not set(layers) <= set(range(c.num_hidden_layers)):
-        raise ValueError(f"keep_attention is {list(keep_attention)}: layers are 0 to {c.num_hidden_layers - 1}")
+    heads = c.num_attention_heads
+    try:
+        pairs = [[one] if isinstance(one, Sequence) else [(one, head) for head in range(heads)] for one in keep_attention]
+        kept = sorted({(operator.index(layer), operator.index(head)) for layer, head in chain(*pairs)})
+    except (TypeError, ValueError) as err:
+        raise ValueError(f"keep_attention is {list(keep_attention)}: it must hold layers, or pairs of a layer and a head"
+                         ) from err
+    if any(layer not in range(c.num_hidden_layers) or head not in range(heads) for layer, head in kept):
+        raise ValueError(f"keep_attention is {list(keep_attention)}: layers are 0 to {c.num_hidden_layers - 1}, heads 0 "
+                         f"to {heads - 1}")
+    layers, chosen = zip(*kept) if kept else ((), ())
+    if len(kept) == len(set(layers)) * heads:  # whole layers
+        layers, chosen = tuple(sorted(set(layers))), ()
     if c.hidden_size % heads:
         raise ValueError(f"the teacher's num_attention_heads is {heads}: it must divide hidden_size, {c.hidden_size}, "
                          "for a student has one head a query head")
-    attention = AttentionConfig(layers, heads, c.num_key_value_heads, c.head_dim, c.rope, c.attention_bias)
+    sizes = heads, c.num_key_value_heads, c.head_dim, c.rope, c.attention_bias
+    attention = AttentionConfig(layers, *sizes, chosen)
     return LlambaConfig(
         vocab_size=c.vocab_size, d_model=c.hidden_size, n_layer=c.num_hidden_layers,
         ssm_cfg=SSMConfig(d_state, heads, heads, chunk_size=chunk_size, bias=bias),
@@ -157,40 +292,64 @@ def attention_need(
     teacher: Llama,  # whose predictions count
     student: Decoder,  # of the same depth and vocabulary; at the end as it was
     texts: Int[Tensor, "batch len"],  # on which the two predict
-) -> Float[Tensor, "layers"]:  # in nats; 0 for a layer that has attention
-    """By how much the mean KL divergence from teacher to student falls when one layer has its attention back.
+    *,
+    heads: bool = False,  # of each head, in place of each layer
+) -> Float[Tensor, "layers *heads"]:  # in nats; 0 for a layer that has attention
+    """By how much the mean KL divergence from teacher to student falls when one layer, or head, is attention again.
 
-    Raises ValueError for models that differ in depth."""
+    Raises ValueError for models that differ in depth, and heads of a layer that keeps some already."""
     if (ours := len(student.backbone.layers)) != (theirs := len(teacher.backbone.layers)):
         raise ValueError(f"student has {ours} layers, teacher {theirs}: they must be the same")
-    log_p = teacher(texts).log_softmax(-1)
+    blocks, inputs = student.backbone.layers, [layer.input for layer in student.walk(texts)]
+    log_p = teacher(texts)
+    log_p = log_p.to(wide_dtype(log_p)).log_softmax(-1)
 
-    def divergence():
-        return F.kl_div(student(texts).log_softmax(-1), log_p, reduction="sum", log_target=True) / texts.numel()
+    def divergence(first: int, mixer: nn.Module) -> Tensor:
+        """With another mixer in a layer; below it nothing changes."""
+        own, blocks[first].mixer, x = blocks[first].mixer, mixer, inputs[first]
+        try:
+            for block in blocks[first:]:
+                x = block(x)
+        finally:
+            blocks[first].mixer = own
+        log_q = student.head(x).to(log_p.dtype).log_softmax(-1)
+        return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / texts.numel()
 
-    before, need = divergence(), log_p.new_zeros(ours)
-    for index, (block, theirs) in enumerate(zip(student.backbone.layers, teacher.backbone.layers)):
-        if not isinstance(mixer := block.mixer, Attention):
-            block.mixer = theirs.mixer
-            try:
-                need[index] = before - divergence()
-            finally:
-                block.mixer = mixer
+    before = divergence(ours - 1, blocks[-1].mixer)
+    need = log_p.new_zeros(ours, *([teacher.config.num_attention_heads] if heads else []))
+    for layer, (block, theirs) in enumerate(zip(blocks, teacher.backbone.layers)):
+        mixer, attention = block.mixer, theirs.mixer
+        if isinstance(mixer, Attention):
+            continue
+        if heads and not isinstance(mixer, SSDMixer):
+            raise ValueError(f"layer {layer} of the student has a {type(mixer).__name__}: its heads cannot be ranked")
+        tries = (keep_heads(mixer, attention, [h]) for h in range(attention.n_heads)) if heads else [attention]
+        need[layer] = torch.stack([before - divergence(layer, one) for one in tries]).squeeze(0)
     return need
 
 
-def auto_count(
-    keep_attention: str,  # "auto:K"
+def neediest(
+    need: Float[Tensor, "layers *heads"],  # from `attention_need`
+    count: int,  # how many
+) -> list:  # layers, or (layer, head)
+    """The layers, or heads, that need attention most."""
+    places = need.flatten().topk(count).indices.tolist()
+    return places if need.dim() == 1 else [divmod(place, need.shape[1]) for place in places]
+
+
+def how_many(
+    keep_attention: str,  # "auto:K" or "heads:K"
+    c: LlamaConfig,  # the teacher's sizes
     start: str,  # of the mixers
-    layers: int,  # of the teacher
-) -> int:
-    """The K of "auto:K". Raises ValueError for another word, more than there are, and mixers that start at random."""
-    found = re.fullmatch(r"auto:(\d+)", keep_attention)
-    if found is None or int(found[1]) > layers:
-        raise ValueError(f"keep_attention is {keep_attention!r}: it must be layers, or 'auto:K' with K up to {layers}")
+) -> tuple[bool, int]:  # whether heads are meant, K
+    """What such a word asks for. Raises ValueError for another word, more than there are, and a start at random."""
+    found, layers, heads = re.fullmatch(r"(auto|heads):(\d+)", keep_attention), c.num_hidden_layers, c.num_attention_heads
+    if found is None or int(found[2]) > layers * (heads if found[1] == "heads" else 1):
+        raise ValueError(f"keep_attention is {keep_attention!r}: it must be layers, or (layer, head) pairs, or 'auto:K' "
+                         f"with K up to {layers}, or 'heads:K' with K up to {layers * heads}")
     if start != "teacher":
         raise ValueError(f"start is {start!r}: keep_attention={keep_attention!r} needs one from the teacher")
-    return int(found[1])
+    return found[1] == "heads", int(found[2])
 
 # %% ../nbs/15_llamba.ipynb #bb11be47
 class Llamba(LanguageModel):
@@ -209,7 +368,8 @@ class Llamba(LanguageModel):
     def from_teacher(
         cls,
         teacher: Llama,  # the Transformer to be replaced
-        keep_attention: Sequence[int] | str = (),  # layers of a hybrid that keep attention; "auto:K": the K neediest
+        # what keeps its attention in a hybrid: layers, or (layer, head); "auto:K", "heads:K": the K that need it most
+        keep_attention: Sequence[int | tuple[int, int]] | str = (),
         *,
         start: Literal["teacher", "published"] = "teacher",  # of the mixers: from attention, or at random as published
         rotation: Rotation = "fixed",  # who decides how far keys turn, see `RotaryMamba2`; "none": they stand still
@@ -225,26 +385,29 @@ class Llamba(LanguageModel):
         if not isinstance(teacher, Llama):
             raise ValueError(f"teacher is a {type(teacher).__name__}: it must be a llamba_ref.llama.Llama")
         check_option("start", start, ("teacher", "published"))
-        pure = None  # asked which layers need attention, and then its mixers are the hybrid's
+        options = {"d_state": d_state, "chunk_size": chunk_size, "rotation": rotation}
+        recurrent = None  # the mixers of a student without attention, which is asked where it needs some
         if isinstance(keep_attention, str):
-            count = auto_count(keep_attention, start, teacher.config.num_hidden_layers)
-            options = {"start": start, "rotation": rotation, "d_state": d_state, "chunk_size": chunk_size}
+            heads, count = how_many(keep_attention, teacher.config, start)
             texts = own_texts(teacher) if texts is None else texts
-            pure = cls.from_teacher(teacher, texts=texts, **options)
-            keep_attention = attention_need(teacher, pure, texts.to(teacher.device)).topk(count).indices.tolist()
-        sizes = {"d_state": d_state, "chunk_size": chunk_size, "bias": start == "teacher", "rotation": rotation}
-        config = student_config(teacher.config, keep_attention, **sizes)
-        layers = () if config.attn_cfg is None else config.attn_cfg.layers
-        watch = start == "teacher" and len(layers) < config.n_layer
+            pure = cls.from_teacher(teacher, texts=texts, start=start, **options)
+            twice = torch.cat([texts, texts], 1).to(teacher.device)
+            keep_attention = neediest(attention_need(teacher, pure, twice, heads=heads), count)
+            recurrent = [block.mixer for block in pure.backbone.layers]
+        config = student_config(teacher.config, keep_attention, bias=start == "teacher", **options)
+        watch = start == "teacher" and len(config.kept) < config.n_layer * teacher.config.num_attention_heads
         if watch and teacher.device.type == "meta":
             raise ValueError("start is 'teacher': this teacher is on the meta device and has no numbers to start from")
         with teacher.device:
             student = cls(config).to(teacher.backbone.embedding.weight.dtype)
-        kept = {k: v for k, v in teacher.state_dict().items() if ".mixer." not in k or int(k.split(".")[2]) in layers}
-        student.load_state_dict(student.state_dict() | kept, strict=True)
-        if pure is not None:
-            for block, started in zip(student.backbone.layers, pure.backbone.layers):
-                block.mixer = block.mixer if isinstance(block.mixer, Attention) else started.mixer
-        elif watch:
+        ours = student.state_dict()
+        kept = {name: value for name, value in teacher.state_dict().items() if ".mixer." not in name or name in ours}
+        student.load_state_dict(ours | kept, strict=True)
+        if watch and recurrent is None:
             start_from_teacher(student, teacher, texts)
+        for index, (block, layer) in enumerate(zip(student.backbone.layers, teacher.backbone.layers)):
+            if not isinstance(own := block.mixer, Attention):
+                mixer, heads = getattr(own, "recurrent", own), getattr(own, "heads", [])
+                mixer = mixer if recurrent is None else recurrent[index]
+                block.mixer = keep_heads(mixer, layer.mixer, heads) if heads else mixer
         return student

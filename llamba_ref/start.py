@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from .ssd import ssd
 
 # %% auto #0
 __all__ = ['fit_head', 'best_factors', 'matching_pairs', 'with_bias', 'keys_and_queries', 'write_rows', 'start_mixer',
-           'own_texts', 'start_from_teacher']
+           'own_texts', 'silence_heads', 'start_from_teacher']
 
 # %% ../nbs/14_start.ipynb #18889fb7
 def fit_head(
@@ -165,12 +166,17 @@ def own_texts(
     return model.generate(first, length - 1, temperature=1.0, generator=generator)
 
 
+def silence_heads(mixer: DiscreteMamba2, heads: Sequence[int]) -> None:
+    """Let some heads of a mixer add nothing, because attention stands in their place: their columns become zero."""
+    mixer.out_proj.weight.detach().unflatten(1, (mixer.n_heads, -1))[:, list(heads)] = 0
+
+
 def start_from_teacher(
     student: Decoder,  # its new mixers are given a start, in place
     teacher: Decoder,  # of as many layers
     texts: Int[Tensor, "batch len"] | None = None,  # on which its attention is watched; None: its `own_texts`
 ) -> list[Float[Tensor, "heads"]]:  # for each new mixer, how far each head's outputs are from the teacher's
-    """Start all new mixers from the attention that they replace.
+    """Start all new mixers from the attention that they replace; where some heads of it are kept, the others.
 
     Raises ValueError for texts that are no token ids, models that differ in depth, and as `start_mixer`."""
     if (ours := len(student.backbone.layers)) != (theirs := len(teacher.backbone.layers)):
@@ -181,6 +187,8 @@ def start_from_teacher(
         raise ValueError(str(err).replace("input_ids", "texts")) from err
     texts, errors = texts.to(teacher.device), []
     for block, layer in zip(student.backbone.layers, teacher.walk(texts)):
-        if not isinstance(block.mixer, Attention):
-            errors.append(start_mixer(block.mixer, layer.block.mixer, layer.mixer_input))
+        mixer, kept = getattr(block.mixer, "recurrent", block.mixer), getattr(block.mixer, "heads", [])
+        if not isinstance(mixer, Attention):
+            errors.append(start_mixer(mixer, layer.block.mixer, layer.mixer_input))
+            silence_heads(mixer, kept)
     return errors

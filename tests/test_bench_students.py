@@ -1,7 +1,7 @@
 """The yardsticks of `bench.students`: equal tokens, equal memory, a seed that counts, no run of other code."""
 
-import copy
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,17 +9,20 @@ import torch
 
 from small import llama_config
 
-from bench import students
+from bench import recall_students, students, where
 from bench.keep_attention import KEPT, choices
-from bench.put_back import HeadsOfBoth
+from bench.recall import model
 from bench.report import SHOWN
 from bench.smollm2_hybrid import Window
-from bench.students import BUDGETS, SINKS, WINDOW, Row, RunningMean, Silence, WindowAttention, rows, with_mixers
+from bench.students import (
+    BUDGETS, LOSSES, SINKS, WINDOW, HalfWindow, Row, RunningMean, Silence, WindowAttention, rows, with_mixers,
+)
 from llamba_ref.cli import Distill
 from llamba_ref.conventions import relative_error
 from llamba_ref.llama import Attention, Llama
 from llamba_ref.llamba import Llamba
 from llamba_ref.models import load_model
+from llamba_ref.mohawk import OBJECTIVES
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +66,6 @@ def test_layers_that_keep_attention_are_as_many_as_asked_for(layers, count):
     assert set(kept) | set(others) == set(range(layers))
 
 
-def test_heads_of_both_mixers(teacher):
-    """With no head of attention it is the mixer, with all of them attention, and heads add up."""
-    student = Distill(start="published", rotation="fixed").student(teacher)
-    u = torch.randn(2, 12, 128)
-    outputs = {}
-    for heads in ((), (0,), (1, 2, 3), (0, 1, 2, 3)):
-        mixers = [copy.deepcopy(model.backbone.layers[1].mixer) for model in (student, teacher)]
-        outputs[heads] = HeadsOfBoth(*mixers, heads)(u)
-    mixer, attention = (model.backbone.layers[1].mixer(u) for model in (student, teacher))
-    assert relative_error(outputs[()], mixer) < 1e-6 and relative_error(outputs[0, 1, 2, 3], attention) < 1e-6
-    assert relative_error(outputs[0,] + outputs[1, 2, 3], mixer + attention) < 1e-6
-    assert relative_error(outputs[0,], mixer) > 1e-2 < relative_error(outputs[1, 2, 3], mixer)
-
-
 def test_trivial_answers_are_what_they_are_called(teacher):
     ids = torch.arange(60)[None]
     near, far = ids[:, : WINDOW + SINKS], ids
@@ -100,11 +89,55 @@ def test_the_record_names_the_command_that_made_it():
     assert students.command(("quarter",), (0,)) == "python -m bench.students --budgets quarter --seeds 0"
 
 
-@pytest.mark.parametrize("rate, edge", [(2e-3, True), (5e-4, False), (2.5e-4, True), (0.0, False)])
-def test_a_row_tells_that_its_rate_is_at_the_edge_of_those_tried(rate, edge):
-    one = {"lr": rate, "tokens": 1, "ratio": 1.0, "agreement": 1.0, "kl": 0.0, "seconds": 1.0}
+def test_a_row_has_means_and_a_range():
+    one = {"lr": 5e-4, "tokens": 1, "ratio": 1.0, "agreement": 1.0, "kl": 0.0, "seconds": 1.0}
     assert students.summary("a", [one, one | {"ratio": 2.0}]) == {
-        **one, "name": "a", "seeds": 2, "ratio": 1.5, "lowest": 1.0, "highest": 2.0, "edge": edge}
+        **one, "name": "a", "seeds": 2, "ratio": 1.5, "lowest": 1.0, "highest": 2.0}
+
+
+@pytest.mark.parametrize("best", [8e-3, 5e-4, 2.5e-4, 3.125e-5])
+def test_the_rate_found_lies_between_two_worse_ones(best):
+    tried = []
+
+    def many(runs):
+        tried.extend(rate for _, rate, _ in runs)
+        return [{"name": name, "lr": rate, "score": abs(math.log(rate / best))} for name, rate, _ in runs]
+
+    assert students.search(["a"], 0, many) == {"a": best}
+    assert {best / 2, best, best * 2} <= set(tried) and len(tried) == len(set(tried))
+
+
+def test_a_window_beside_a_state_keeps_no_more_than_a_student_and_starts_as_the_window(teacher):
+    model = Row("both", stages="3").build(teacher, 0)
+    token = 2 * teacher.config.num_key_value_heads * teacher.config.head_dim
+    half, whole = (sum(part.numel() for part in mixer.init_state(1)) for mixer in (
+        model.backbone.layers[0].mixer.recurrent, Row().build(teacher, 0).backbone.layers[0].mixer))
+    assert 0 <= whole - half - (HalfWindow.window + HalfWindow.sinks) * token < token
+    ids = torch.arange(60)[None]
+    assert torch.equal(model(ids), with_mixers(teacher, HalfWindow)(ids))
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_every_loss_is_least_for_the_teacher_itself(teacher, loss):
+    objectives, student = OBJECTIVES | LOSSES[loss], Row().build(teacher, 0)
+    ids = torch.randint(1024, (2, 24), generator=torch.Generator().manual_seed(0))
+    for name in ("alignment", "distillation"):
+        ours = objectives[name](teacher, student)(ids, lambda part: part.backward())
+        theirs = objectives[name](teacher, student)
+        theirs.models["student"] = teacher
+        assert theirs(ids, lambda part: None).sum() < ours.sum()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("size, tokens", recall_students.STATES.items())
+def test_the_recalling_window_keeps_as_many_numbers_as_the_student(size, tokens):
+    teacher = model("Transformer")
+    student = recall_students.Recaller(d_state=size, start="published").build(teacher, 0)
+    token = 2 * teacher.config.num_key_value_heads * teacher.config.head_dim
+    assert 0 <= sum(part.numel() for part in student.backbone.layers[0].mixer.init_state(1)) - tokens * token < token
+    window = recall_students.Recaller("window", d_state=size).build(teacher, 0)
+    near = torch.arange(tokens)[None]
+    assert relative_error(window(near), teacher(near)) < 1e-5
 
 
 def test_the_readme_shows_rows_that_exist():
@@ -123,3 +156,14 @@ def test_a_run_of_other_code_or_another_row_is_not_taken(monkeypatch, tmp_path):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"found": True}))
     assert students.run("silence", 0.0, 0) == {"found": True}
+
+
+def test_kinds_of_tokens():
+    """new; a pair; then the same pair near and far."""
+    assert where.kinds([1, 2, 1, 2, 3, 4, 5, 1, 2], 3) == [0, 1, 2, 0, 0, 0, 1, 3]
+    assert where.kinds([1, 1, 1, 1], 1) == [1, 2, 2]
+
+
+def test_repeated_runs():
+    assert where.repeated([1, 2, 3, 4] * 3) == 1.0 and where.repeated(list(range(9))) == 0.0
+    assert where.repeated([1, 2, 3, 4, 9, 1, 2, 3, 4]) == 2 / 6

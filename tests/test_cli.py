@@ -380,12 +380,13 @@ def test_pretrain(toy, tmp_path, llamba):
     assert llamba(*command, "--resume")[0] == 0
 
 
-def test_layers_that_need_attention_keep_it(toy, tmp_path, llamba):
-    code, _, err = llamba(*words(toy, tmp_path / "run", "--keep-attention", 1, steps="100"))
+@pytest.mark.parametrize("option, word", [("--keep-attention", "auto:1"), ("--keep-heads", "heads:1")])
+def test_what_needs_attention_keeps_it(option, word, toy, tmp_path, llamba):
+    code, _, err = llamba(*words(toy, tmp_path / "run", option, 1, steps="111"))
     assert code == 0, err
     teacher, student = load_model(str(toy / "teacher"))[0], load_model(str(tmp_path / "run"))[0]
-    chosen = Llamba.from_teacher(teacher, "auto:1", d_state=8).config.attn_cfg.layers
-    assert student.config.attn_cfg.layers == chosen and len(chosen) == 1
+    chosen = Llamba.from_teacher(teacher, word, d_state=8).config.attn_cfg
+    assert student.config.attn_cfg == chosen and len(chosen.layers) == 1
 
 
 # Bad input: one line, exit code 1, nothing begun
@@ -398,7 +399,10 @@ def test_layers_that_need_attention_keep_it(toy, tmp_path, llamba):
     (["--device", "meta"], "device is 'meta': not on this machine"),
     (["--replace", "2"], "replace is 2: layers are 0 to 1"),
     (["--replace", "0", "-1"], "replace is 0 -1: layers are 0 to 1"),
-    (["--keep-attention", "3"], "keep_attention is 'auto:3': it must be layers, or 'auto:K' with K up to 2"),
+    (["--keep-attention", "3"], "keep_attention is 'auto:3': it must be layers, or (layer, head) pairs, or 'auto:K'"),
+    (["--keep-heads", "9"], "keep_attention is 'heads:9': it must be layers, or (layer, head) pairs, or 'auto:K'"),
+    (["--keep-heads", "1", "--replace", "0"], "keep_heads is 1: replace says already which layers"),
+    (["--keep-heads", "1", "--keep-attention", "1"], "keep_attention is 1 and keep_heads is 1: only one of the two"),
     (["--keep-attention", "1", "--replace", "0"], "keep_attention is 1: replace says already which layers"),
     (["--keep-attention", "1", "--start", "published"], "start is 'published': keep_attention='auto:1' needs one from"),
     (["--steps", "0", "0", "0"], "steps is 0"),

@@ -5,17 +5,25 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from small import RELEASED, llama_config, llamba_config, one_line
+from torch.utils._pytree import tree_leaves
 
+from llamba_ref import llamba
 from llamba_ref.conventions import relative_error
 from llamba_ref.discrete import OPEN_GATE, DiscreteMamba2
 from llamba_ref.llama import Attention, Llama, Rope
-from llamba_ref.llamba import LLAMBA_SIZES, AttentionConfig, Llamba, LlambaConfig, attention_need
+from llamba_ref.llamba import (
+    LLAMBA_SIZES, AttentionConfig, Llamba, LlambaConfig, MixedHeads, attention_need, keep_heads, some_heads,
+)
 from llamba_ref.mamba2 import MambaState
+from llamba_ref.mohawk import distill
 from llamba_ref.rotation import RotaryMamba2
+from llamba_ref.start import start_from_teacher
+from llamba_ref.training import FreshBatches, Stage
 
 VOCAB = 53  # not a multiple of 8
 LLAMA_3 = Rope(5e5, 8.0, 1.0, 4.0, 16)
@@ -39,6 +47,9 @@ def make_teacher(**changes):
         for parameter in teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return teacher
+
+
+HEADS = ((0, 1), (2, 0), (2, 2), (2, 3))  # heads of some layers: one, and three that share keys and values unevenly
 
 
 def make(keep_attention=(), dtype=torch.float64, chunk_size=128, **changes):
@@ -70,7 +81,7 @@ def read_split(model, ids, k):
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6, 7, 8, 9, 33])
-@pytest.mark.parametrize("keep", [(), (1,), (0, 2)])
+@pytest.mark.parametrize("keep", [(), (1,), (0, 2), HEADS])
 def test_prefill_and_step_are_forward_at_every_split(keep, length):
     for chunk_size in (1, 4, 128):
         for dtype in (torch.float64, torch.float32) if chunk_size == 4 else (torch.float64,):
@@ -81,7 +92,7 @@ def test_prefill_and_step_are_forward_at_every_split(keep, length):
                     assert same(read_split(model, ids, k), whole, dtype), (k, chunk_size, dtype)
 
 
-@pytest.mark.parametrize("keep", [(), (1,)])
+@pytest.mark.parametrize("keep", [(), (1,), HEADS])
 def test_chunked_prefill_is_forward(keep):
     model, ids = make(keep, chunk_size=4), torch.randint(VOCAB, (2, 23))
     with torch.no_grad():
@@ -93,12 +104,12 @@ def test_chunked_prefill_is_forward(keep):
                 logits, state = model.prefill(piece, state=state)
                 pieces.append(logits)
             assert same(torch.cat(pieces, 1), whole), sizes
-            for ours, theirs in zip(state, whole_state):
-                assert all(same(a, b) for a, b in zip(ours, theirs) if a is not None), sizes
+            assert all(same(a, b) for a, b in zip(tree_leaves(state), tree_leaves(whole_state)) if a is not None), sizes
 
 
-def test_gradients_through_steps_are_those_of_forward():
-    model, ids = make((1,)), torch.randint(VOCAB, (2, 7))
+@pytest.mark.parametrize("keep", [(1,), HEADS])
+def test_gradients_through_steps_are_those_of_forward(keep):
+    model, ids = make(keep), torch.randint(VOCAB, (2, 7))
     weights, w = list(model.parameters()), torch.randn(2, 7, VOCAB).double()
     whole = torch.autograd.grad((model(ids) * w).sum(), weights)
     for k in (0, 2, 5):
@@ -106,16 +117,15 @@ def test_gradients_through_steps_are_those_of_forward():
             assert relative_error(ours, theirs) < 1e-9
 
 
-def test_a_state_can_be_used_twice():
-    model, ids = make((1,)), torch.randint(VOCAB, (1, 6))
+@pytest.mark.parametrize("keep", [(1,), HEADS])
+def test_a_state_can_be_used_twice(keep):
+    model, ids = make(keep), torch.randint(VOCAB, (1, 6))
     _, state = model.prefill(ids)
-    before = [[t.clone() for t in layer if t is not None] for layer in state]
+    before = [t.clone() for t in tree_leaves(state) if t is not None]
     first, _ = model.step(torch.tensor([1]), state)
     model.step(torch.tensor([2]), state)
     assert torch.equal(model.step(torch.tensor([1]), state)[0], first)
-    assert all(
-        torch.equal(a, b) for old, new in zip(before, state) for a, b in zip(old, [t for t in new if t is not None])
-    )
+    assert all(torch.equal(a, b) for a, b in zip(before, [t for t in tree_leaves(state) if t is not None], strict=True))
 
 
 @pytest.mark.parametrize("lost", ["conv", "ssm"])
@@ -129,7 +139,7 @@ def test_these_tests_notice_a_lost_state(lost):
 # Padding
 
 
-@pytest.mark.parametrize("keep", [(), (1,), (0, 1, 2)])
+@pytest.mark.parametrize("keep", [(), (1,), (0, 1, 2), HEADS])
 @pytest.mark.parametrize("kind", ["left", "right", "holes"])
 def test_padding_changes_nothing(keep, kind):
     model = make(keep, chunk_size=4)
@@ -390,7 +400,7 @@ def test_a_config_with_a_size_missing_is_named():
             LlambaConfig.from_dict({k: v for k, v in OFFICIAL_1B.items() if k != name})
 
 
-@pytest.mark.parametrize("keep, tied", [((), False), ((), True), ((1,), False)])
+@pytest.mark.parametrize("keep, tied", [((), False), ((), True), ((1,), False), (HEADS, False)])
 def test_save_and_load(tmp_path, keep, tied):
     model, ids = make(keep, torch.float32, tie_word_embeddings=tied), torch.randint(VOCAB, (2, 7))
     model.save_pretrained(tmp_path / "model")
@@ -509,19 +519,140 @@ def test_the_layers_that_need_attention_most_keep_it(count):
     teacher, ids = shaken(make_teacher()), torch.randint(VOCAB, (2, 20))
     student = Llamba.from_teacher(teacher, f"auto:{count}", texts=ids, d_state=8)
     pure = Llamba.from_teacher(teacher, texts=ids, d_state=8)
-    kept = attention_need(teacher, pure, ids).topk(count).indices.tolist()
+    kept = attention_need(teacher, pure, torch.cat([ids, ids], 1)).topk(count).indices.tolist()
     kinds = [Attention if index in kept else RotaryMamba2 for index in range(3)]
     assert [type(mixer) for mixer in mixers_of(student)] == kinds
     expected = Llamba.from_teacher(teacher, kept, texts=ids, d_state=8).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in student.state_dict().items())
 
 
-@pytest.mark.parametrize("word", ["auto", "auto:", "auto:-1", "auto:4", "auto:1.5", "all", "0"])
+@pytest.mark.parametrize("word", ["auto", "auto:", "auto:-1", "auto:4", "auto:1.5", "all", "0", "heads:13", "heads"])
 def test_words_that_keep_no_attention(word):
-    message = f"keep_attention is {word!r}: it must be layers, or 'auto:K' with K up to 3"
+    message = (f"keep_attention is {word!r}: it must be layers, or (layer, head) pairs, or 'auto:K' with K up to 3, or "
+               "'heads:K' with K up to 12")
     with pytest.raises(ValueError, match=re.escape(message)) as err:
         Llamba.from_teacher(make_teacher(), word)
     one_line(err)
+
+
+def test_some_heads_add_up_to_attention():
+    for changes in ({}, {"attention_bias": True}, {"num_key_value_heads": 1}, {"num_key_value_heads": 4}):
+        attention = make_teacher(**changes).double().backbone.layers[0].mixer
+        u = torch.randn(2, 9, attention.q_proj.in_features, dtype=torch.float64)
+        bias = 0 if attention.o_proj.bias is None else attention.o_proj.bias
+        for parts in ([[0, 1, 2, 3]], [[1], [0, 2, 3]], [[0, 1], [2, 3]], [[1, 3], [0, 2]], [[0], [1], [2], [3]]):
+            pieces = [some_heads(attention, heads) for heads in parts]
+            assert same(sum(piece(u) for piece in pieces) + bias, attention(u)), (changes, parts)
+            for heads, piece in zip(parts, pieces):
+                assert same(piece.matrix(u), attention.matrix(u)[:, heads])
+    assert some_heads(attention, [0, 1]).n_kv_heads == 2
+    assert some_heads(make_teacher(num_key_value_heads=1).backbone.layers[0].mixer, [0, 1, 3]).n_kv_heads == 1
+
+
+def test_kept_heads_are_the_teachers_and_the_others_the_mixers():
+    teacher = make_teacher().double()
+    attention, u = teacher.backbone.layers[0].mixer, torch.randn(2, 9, 24, dtype=torch.float64)
+    mixer = shaken(DiscreteMamba2(24, 5, n_v_heads=4, n_qk_heads=4).double())
+    weight = mixer.out_proj.weight.clone()
+    mixed = keep_heads(mixer, attention, [3, 1])
+    assert torch.equal(mixer.out_proj.weight, weight)  # as it was
+    silent = copy.deepcopy(mixer)
+    with torch.no_grad():
+        silent.out_proj.weight.unflatten(1, (4, 6))[:, [1, 3]] = 0
+    assert same(mixed(u), silent(u) + some_heads(attention, [1, 3])(u))
+    matrix = mixed.matrix(u)
+    assert torch.equal(matrix[:, [1, 3]], attention.matrix(u)[:, [1, 3]])
+    assert torch.equal(matrix[:, [0, 2]], mixer.matrix(u)[:, [0, 2]])
+
+
+@pytest.mark.parametrize("start", ["teacher", "published"])
+def test_a_student_keeps_the_heads_it_is_told_to(start):
+    teacher = shaken(make_teacher())
+    ids = torch.randint(VOCAB, (2, 12))
+    keep = [1, *HEADS]  # all of layer 1
+    student = Llamba.from_teacher(teacher, keep, start=start, texts=ids, d_state=8)
+    assert [type(mixer) for mixer in mixers_of(student)] == [MixedHeads, Attention, MixedHeads]
+    assert [mixers_of(student)[i].heads for i in (0, 2)] == [[1], [0, 2, 3]]
+    for index, heads in ((0, [1]), (2, [0, 2, 3])):
+        theirs = some_heads(teacher.backbone.layers[index].mixer, heads).state_dict()
+        ours = mixers_of(student)[index].attention.state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+        assert (mixers_of(student)[index].recurrent.out_proj.weight.unflatten(1, (4, 6))[:, heads] == 0).all()
+    everything = [(layer, head) for layer in range(3) for head in range(4)]
+    whole = Llamba.from_teacher(teacher, everything, start=start)
+    assert torch.equal(whole(ids), teacher(ids))
+    assert whole.config == Llamba.from_teacher(teacher, range(3), start=start).config
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 12])
+def test_the_heads_that_need_attention_most_keep_it(count):
+    teacher, ids = shaken(make_teacher()).double(), torch.randint(VOCAB, (2, 12))
+    pure = Llamba.from_teacher(teacher, texts=ids, d_state=8)
+    twice = torch.cat([ids, ids], 1)
+    need = attention_need(teacher, pure, twice, heads=True)
+    assert need.shape == (3, 4)
+
+    def divergence(model):
+        p, q = teacher(twice).softmax(-1), model(twice).softmax(-1)
+        return (p * (p / q).log()).sum(-1).mean()
+
+    for layer, head in ((0, 0), (1, 3), (2, 2)):
+        one = Llamba.from_teacher(teacher, [(layer, head)], texts=ids, d_state=8)
+        torch.testing.assert_close(need[layer, head], divergence(pure) - divergence(one), rtol=1e-7, atol=1e-10)
+    chosen = [divmod(place, 4) for place in need.flatten().topk(count).indices.tolist()]
+    student = Llamba.from_teacher(teacher, f"heads:{count}", texts=ids, d_state=8)
+    expected = Llamba.from_teacher(teacher, chosen, texts=ids, d_state=8)
+    assert student.config == expected.config
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in student.state_dict().items())
+
+
+def test_stage_1_leaves_kept_heads_alone():
+    teacher = shaken(make_teacher())
+    student, ids = Llamba.from_teacher(teacher, HEADS, **RELEASED, d_state=8), torch.randint(VOCAB, (2, 12))
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    data, stages = FreshBatches(lambda step, generator: ids), [Stage("orientation", 3, 1e-2)]
+    distill(teacher, student, data, stages, progress=False)
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert any(".recurrent." in name for name in changed) and not any(".attention." in name for name in changed)
+
+
+def test_a_hybrid_can_be_started_again():
+    teacher, ids = shaken(make_teacher()), torch.randint(VOCAB, (2, 12))
+    student = Llamba.from_teacher(teacher, HEADS, texts=ids, d_state=8)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    start_from_teacher(student, teacher, ids)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_bad_heads():
+    mixer, attention = DiscreteMamba2(24, 5, n_v_heads=4, n_qk_heads=4), make_teacher().backbone.layers[0].mixer
+    for heads in ([], [1, 1], [4], [-1]):
+        with pytest.raises(ValueError, match=re.escape(f"heads is {heads}, of 4 heads of attention and 4 of the")):
+            keep_heads(mixer, attention, heads)
+    with pytest.raises(ValueError, match="of 4 heads of attention and 8 of the mixer"):
+        keep_heads(DiscreteMamba2(24, 5, n_v_heads=8, n_qk_heads=8), attention, [0])
+    config = Llamba.from_teacher(make_teacher(), HEADS, **RELEASED).config
+    with pytest.raises(ValueError, match="of 4 heads of attention and 2 of the mixer"):
+        Llamba(replace(config, ssm_cfg=replace(config.ssm_cfg, n_v_heads=2, n_qk_heads=2)))
+    hybrid = Llamba.from_teacher(make_teacher(), HEADS, **RELEASED)
+    with pytest.raises(ValueError, match="layer 0 of the student has a MixedHeads: its heads cannot be ranked"):
+        attention_need(make_teacher(), hybrid, torch.zeros(1, 4, dtype=torch.long), heads=True)
+
+
+def test_a_wrong_word_is_told_before_anything_is_done(monkeypatch):
+    monkeypatch.setattr(llamba, "start_from_teacher", lambda *_: 1 / 0)
+    for word in ("auto:4", "heads:13", "most"):
+        with pytest.raises(ValueError, match="keep_attention is"):
+            Llamba.from_teacher(make_teacher(), word)
+
+
+def test_need_of_any_mixer_and_random_numbers_left_alone():
+    teacher, student = make_teacher(), Llamba.from_teacher(make_teacher(), HEADS, **RELEASED)
+    need = attention_need(teacher, student, torch.randint(VOCAB, (2, 9)))
+    assert need[[0, 2]].abs().min() > 0  # of layers that keep some heads, too
+    pure, state = Llamba.from_teacher(teacher, **RELEASED), torch.random.get_rng_state()
+    attention_need(teacher, pure, torch.zeros(1, 4, dtype=torch.long), heads=True)
+    assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_need_cannot_be_asked_of_a_random_start_or_another_depth():
@@ -586,7 +717,7 @@ def test_autocast_runs():
 # Generation and state
 
 
-@pytest.mark.parametrize("keep", [(), (1,)])
+@pytest.mark.parametrize("keep", [(), (1,), HEADS])
 def test_greedy_generation(keep):
     model, ids = make(keep), torch.randint(VOCAB, (2, 3))
     out = model.generate(ids, 6)
@@ -595,7 +726,7 @@ def test_greedy_generation(keep):
         assert torch.equal(model(out[:, :t])[:, -1].argmax(-1), out[:, t])
 
 
-@pytest.mark.parametrize("keep", [(), (1,)])
+@pytest.mark.parametrize("keep", [(), (1,), HEADS])
 def test_a_padded_batch_generates_what_single_prompts_do(keep):
     model = make(keep)
     prompts = [torch.randint(VOCAB, (length,)) for length in (1, 3, 8)]
@@ -656,8 +787,15 @@ def test_bad_sizes_of_a_mixer(sizes, message):
 def test_bad_teachers():
     with pytest.raises(ValueError, match=r"keep_attention is \[1, 3\]: layers are 0 to 2"):
         Llamba.from_teacher(make_teacher(), [1, 3])
-    with pytest.raises(ValueError, match=r"keep_attention is \[-1\]"):
-        Llamba.from_teacher(make_teacher(), [-1])
+    for wrong in ([-1], [(3, 0)], [(0, 4)], [(0, -1)]):
+        with pytest.raises(ValueError, match=re.escape(f"keep_attention is {wrong}: layers are 0 to 2, heads 0 to 3")):
+            Llamba.from_teacher(make_teacher(), wrong)
+    for wrong in ([1.5], [(0, 1, 2)], [(0,)], [None], [(0, 0.5)]):
+        with pytest.raises(ValueError, match=re.escape(f"keep_attention is {wrong}: it must hold layers, or pairs")):
+            Llamba.from_teacher(make_teacher(), wrong)
+    first, *others = [Llamba.from_teacher(make_teacher(), one, **RELEASED).config for one in ([1], [np.int64(1)], {1})]
+    assert others == [first, first]
+    assert Llamba.from_teacher(make_teacher(), [[0, 1]], **RELEASED).config.kept == [(0, 1)]  # as JSON has a pair
     with pytest.raises(ValueError, match="num_attention_heads is 5: it must divide hidden_size, 24"):
         Llamba.from_teacher(make_teacher(num_attention_heads=5, num_key_value_heads=5))
     with pytest.raises(ValueError, match="teacher is a Linear"):
@@ -692,3 +830,7 @@ def test_bad_input_of_a_model():
         model(ids, torch.ones(1, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="attn_cfg: layers"):
         replace(model.config, attn_cfg=AttentionConfig((7,), 4, 2, 8))
+    for layers, heads in (((0,), (4,)), ((0, 1), (1,)), ((0, 0), (1, 1)), ((), (1,))):
+        message = f"heads is {list(heads)}: it must hold one of 4 heads for each of {len(layers)} layers, none twice"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            AttentionConfig(layers, 4, 2, 8, heads=heads)
