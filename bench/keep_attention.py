@@ -3,9 +3,9 @@
     python -m bench.keep_attention        needs `make teacher` first; about a quarter of an hour on one core
 
 The student of SmolLM2-135M-Instruct, 30 layers, before any training. Its layers are ranked on texts that the teacher
-writes itself and that are told twice, as `keep_attention="auto:K"` does, and on the same texts told once. The hybrids
-are compared with the teacher on State of the Union addresses, and asked to copy. At even distances: the last layer and
-every (30 / K)th before it, as the published hybrids have it.
+writes itself, told twice, and on the same texts told once, as `keep_attention="auto:K"` does. The hybrids are compared
+with the teacher on State of the Union addresses, and asked to copy. At even distances: the last layer and every
+(30 / K)th before it, as the published hybrids have it.
 """
 
 from __future__ import annotations

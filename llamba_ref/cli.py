@@ -271,8 +271,8 @@ class Distill(Training):
         counts = {"keep_attention": self.keep_attention, "keep_heads": self.keep_heads}
         given = [f"{name} is {count}" for name, count in counts.items() if count]
         if len(given) + bool(self.replace) > 1:
-            known = "replace says already which layers keep theirs" if self.replace else "only one of the two can be given"
-            raise ValueError(f"{' and '.join(given)}: {known}")
+            why = "replace says already which layers keep theirs" if self.replace else "only one of them can be given"
+            raise ValueError(f"{' and '.join(given)}: {why}")
         if kept is None:
             kept = [layer for layer in layers if self.replace and layer not in self.replace]
             if given:

@@ -97,7 +97,7 @@ class AttentionConfig:
             return list(range(self.n_heads)) if layer in self.layers else []
         return sorted(head for one, head in zip(self.layers, self.heads) if one == layer)
 
-# %% ../nbs/15_llamba.ipynb #77eb7822
+# %% ../nbs/15_llamba.ipynb #05281fa2
 @torch.no_grad()
 def some_heads(
     attention: Attention,  # all heads
@@ -156,17 +156,19 @@ class MixedHeads(nn.Module):
         """Both parts read the same input."""
         if state is None:
             return self.recurrent(u, padding=padding) + self.attention(u, padding=padding)
-        (y, recurrent), (z, cache) = self.recurrent(u, state.recurrent, padding), self.attention(u, state.cache, padding)
+        y, recurrent = self.recurrent(u, state.recurrent, padding)
+        z, cache = self.attention(u, state.cache, padding)
         return y + z, MixedState(recurrent, cache)
 
     def step(self, u_t: Float[Tensor, "batch d_model"], state: MixedState) -> tuple[Tensor, MixedState]:
         """One token: (batch, d_model) in and out."""
-        (y, recurrent), (z, cache) = self.recurrent.step(u_t, state.recurrent), self.attention.step(u_t, state.cache)
+        y, recurrent = self.recurrent.step(u_t, state.recurrent)
+        z, cache = self.attention.step(u_t, state.cache)
         return y + z, MixedState(recurrent, cache)
 
     def matrix(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch heads len len"]:
-        """The matrix of each head, of whichever kind it is. Those of attention have no gradient: stage 1 of MOHAWK would
-        move them away from the teacher's, which they are."""
+        """The matrix of each head, of whichever kind it is. Those of attention have no gradient: stage 1 of MOHAWK
+        would move them away from the teacher's, which they are."""
         matrix = self.recurrent.matrix(u).clone()
         with torch.no_grad():
             kept = self.attention.matrix(u).to(matrix.dtype)
@@ -183,10 +185,10 @@ def keep_heads(
 
     Raises ValueError for mixers with different numbers of heads, and heads that are none, twice, or do not exist."""
     chosen, recurrent = sorted(set(heads)), copy.deepcopy(recurrent)
-    if recurrent.n_heads != attention.n_heads or not chosen or len(chosen) < len(heads) \
-            or not 0 <= chosen[0] <= chosen[-1] < attention.n_heads:
-        raise ValueError(f"heads is {list(heads)}, of {attention.n_heads} heads of attention and {recurrent.n_heads} of "
-                         "the mixer: at least one, none twice, and as many in both")
+    ours, theirs = recurrent.n_heads, attention.n_heads
+    if ours != theirs or not chosen or len(chosen) < len(heads) or not 0 <= chosen[0] <= chosen[-1] < theirs:
+        raise ValueError(f"heads is {list(heads)}, of {theirs} heads of attention and {ours} of the mixer: at least "
+                         "one, none twice, and as many in both")
     silence_heads(recurrent, chosen)
     return MixedHeads(recurrent, some_heads(attention, chosen), chosen)
 
@@ -260,14 +262,14 @@ def student_config(
     check_option("rotation", rotation, get_args(Rotation))
     heads = c.num_attention_heads
     try:
-        pairs = [[one] if isinstance(one, Sequence) else [(one, head) for head in range(heads)] for one in keep_attention]
+        pairs = [[one] if isinstance(one, Sequence) else [(one, h) for h in range(heads)] for one in keep_attention]
         kept = sorted({(operator.index(layer), operator.index(head)) for layer, head in chain(*pairs)})
     except (TypeError, ValueError) as err:
-        raise ValueError(f"keep_attention is {list(keep_attention)}: it must hold layers, or pairs of a layer and a head"
-                         ) from err
+        raise ValueError(f"keep_attention is {list(keep_attention)}: it must hold layers, or pairs of a layer and a "
+                         "head") from err
     if any(layer not in range(c.num_hidden_layers) or head not in range(heads) for layer, head in kept):
-        raise ValueError(f"keep_attention is {list(keep_attention)}: layers are 0 to {c.num_hidden_layers - 1}, heads 0 "
-                         f"to {heads - 1}")
+        raise ValueError(f"keep_attention is {list(keep_attention)}: layers are 0 to {c.num_hidden_layers - 1}, heads "
+                         f"0 to {heads - 1}")
     layers, chosen = zip(*kept) if kept else ((), ())
     if len(kept) == len(set(layers)) * heads:  # whole layers
         layers, chosen = tuple(sorted(set(layers))), ()
@@ -343,10 +345,11 @@ def how_many(
     start: str,  # of the mixers
 ) -> tuple[bool, int]:  # whether heads are meant, K
     """What such a word asks for. Raises ValueError for another word, more than there are, and a start at random."""
-    found, layers, heads = re.fullmatch(r"(auto|heads):(\d+)", keep_attention), c.num_hidden_layers, c.num_attention_heads
+    found = re.fullmatch(r"(auto|heads):(\d+)", keep_attention)
+    layers, heads = c.num_hidden_layers, c.num_attention_heads
     if found is None or int(found[2]) > layers * (heads if found[1] == "heads" else 1):
-        raise ValueError(f"keep_attention is {keep_attention!r}: it must be layers, or (layer, head) pairs, or 'auto:K' "
-                         f"with K up to {layers}, or 'heads:K' with K up to {layers * heads}")
+        raise ValueError(f"keep_attention is {keep_attention!r}: it must be layers, or (layer, head) pairs, or "
+                         f"'auto:K' with K up to {layers}, or 'heads:K' with K up to {layers * heads}")
     if start != "teacher":
         raise ValueError(f"start is {start!r}: keep_attention={keep_attention!r} needs one from the teacher")
     return found[1] == "heads", int(found[2])
@@ -391,8 +394,7 @@ class Llamba(LanguageModel):
             heads, count = how_many(keep_attention, teacher.config, start)
             texts = own_texts(teacher) if texts is None else texts
             pure = cls.from_teacher(teacher, texts=texts, start=start, **options)
-            twice = torch.cat([texts, texts], 1).to(teacher.device)
-            keep_attention = neediest(attention_need(teacher, pure, twice, heads=heads), count)
+            keep_attention = neediest(attention_need(teacher, pure, texts.to(teacher.device), heads=heads), count)
             recurrent = [block.mixer for block in pure.backbone.layers]
         config = student_config(teacher.config, keep_attention, bias=start == "teacher", **options)
         watch = start == "teacher" and len(config.kept) < config.n_layer * teacher.config.num_attention_heads

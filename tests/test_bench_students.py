@@ -10,12 +10,13 @@ import torch
 from small import llama_config
 
 from bench import recall_students, students, where
+from bench.common import search
 from bench.keep_attention import KEPT, choices
 from bench.recall import model
 from bench.report import SHOWN
 from bench.smollm2_hybrid import Window
 from bench.students import (
-    BUDGETS, LOSSES, SINKS, WINDOW, HalfWindow, Row, RunningMean, Silence, WindowAttention, rows, with_mixers,
+    BUDGETS, LOSSES, RATES, SINKS, WINDOW, HalfWindow, Row, RunningMean, Silence, WindowAttention, rows, with_mixers,
 )
 from llamba_ref.cli import Distill
 from llamba_ref.conventions import relative_error
@@ -90,21 +91,30 @@ def test_the_record_names_the_command_that_made_it():
 
 
 def test_a_row_has_means_and_a_range():
-    one = {"lr": 5e-4, "tokens": 1, "ratio": 1.0, "agreement": 1.0, "kl": 0.0, "seconds": 1.0}
+    one = {"lr": 5e-4, "tokens": 1, "parameters": 3, "ratio": 1.0, "agreement": 1.0, "kl": 0.0, "seconds": 1.0}
     assert students.summary("a", [one, one | {"ratio": 2.0}]) == {
         **one, "name": "a", "seeds": 2, "ratio": 1.5, "lowest": 1.0, "highest": 2.0}
 
 
-@pytest.mark.parametrize("best", [8e-3, 5e-4, 2.5e-4, 3.125e-5])
-def test_the_rate_found_lies_between_two_worse_ones(best):
-    tried = []
+class Alone:
+    """A pool that makes one run after the other."""
 
-    def many(runs):
-        tried.extend(rate for _, rate, _ in runs)
-        return [{"name": name, "lr": rate, "score": abs(math.log(rate / best))} for name, rate, _ in runs]
+    map = map
 
-    assert students.search(["a"], 0, many) == {"a": best}
-    assert {best / 2, best, best * 2} <= set(tried) and len(tried) == len(set(tried))
+
+@pytest.mark.parametrize("best, found", [(8e-3, 8e-3), (1, 8e-3), (5e-4, 5e-4), (2.5e-4, 2.5e-4), (1e-9, 1.5625e-5)])
+def test_the_rate_found_lies_between_two_worse_ones_or_far_off(best, found):
+    tried = search(Alone, lambda name, rate, seed: {
+        "name": name, "lr": rate, "score": abs(math.log(rate / best)) if rate < 0.1 else math.inf}, ["a"], RATES, 0)
+    rates = {one["lr"]: one["score"] for one in tried}
+    assert len(tried) == len(rates) and min(rates, key=rates.get) == found
+    assert {found / 2, found * 2} <= set(rates) or found in (16 * max(RATES), min(RATES) / 16)
+
+
+def test_a_rate_that_diverges_is_not_taken():
+    tried = search(Alone, lambda name, rate, seed: {
+        "name": name, "lr": rate, "score": math.inf if rate > 3e-4 else rate}, ["a"], RATES, 0)
+    assert min(tried, key=lambda one: one["score"])["lr"] == min(RATES) / 16
 
 
 def test_a_window_beside_a_state_keeps_no_more_than_a_student_and_starts_as_the_window(teacher):
@@ -149,7 +159,7 @@ def test_a_run_of_other_code_or_another_row_is_not_taken(monkeypatch, tmp_path):
     row = Row("silence", stages="")
     files = {students.record_of(row, "silence", 0.0, 0)}
     files.add(students.record_of(replace(row, model="mean"), "silence", 0.0, 0))
-    monkeypatch.setattr(students, "code", lambda: "other")
+    monkeypatch.setattr(students, "CODE", "other")
     files.add(students.record_of(row, "silence", 0.0, 0))
     assert len(files) == 3
     file = students.record_of(rows()["silence"], "silence", 0.0, 0)
@@ -167,3 +177,22 @@ def test_kinds_of_tokens():
 def test_repeated_runs():
     assert where.repeated([1, 2, 3, 4] * 3) == 1.0 and where.repeated(list(range(9))) == 0.0
     assert where.repeated([1, 2, 3, 4, 9, 1, 2, 3, 4]) == 2 / 6
+
+
+def test_yardsticks_keep_no_state(teacher):
+    for kind in (WindowAttention, RunningMean):
+        with pytest.raises(ValueError, match="state was given: this mixer keeps none"):
+            with_mixers(teacher, kind).generate(torch.zeros(1, 3, dtype=torch.long), 2)
+    for mixer in (Silence(), Row("both").build(teacher, 0).backbone.layers[0].mixer):
+        with pytest.raises(ValueError, match="state was given: this mixer keeps none"):
+            mixer(torch.zeros(1, 3, 128), ())
+
+
+def test_what_is_written_is_scored(teacher, monkeypatch):
+    monkeypatch.setattr(where, "CONTINUED", 6)
+    prompts = torch.arange(20).view(2, 10)
+    theirs = where.greedily(teacher, prompts)
+    assert torch.equal(theirs, torch.cat([teacher.generate(prompt, 6) for prompt in prompts.split(1)]))
+    found = where.written(teacher, teacher, prompts, theirs)
+    assert found["as the teacher"] == 6 and found["teacher's nats"] > 0
+    assert where.written(with_mixers(teacher, Silence), teacher, prompts, theirs)["as the teacher"] < 6

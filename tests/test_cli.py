@@ -402,7 +402,7 @@ def test_what_needs_attention_keeps_it(option, word, toy, tmp_path, llamba):
     (["--keep-attention", "3"], "keep_attention is 'auto:3': it must be layers, or (layer, head) pairs, or 'auto:K'"),
     (["--keep-heads", "9"], "keep_attention is 'heads:9': it must be layers, or (layer, head) pairs, or 'auto:K'"),
     (["--keep-heads", "1", "--replace", "0"], "keep_heads is 1: replace says already which layers"),
-    (["--keep-heads", "1", "--keep-attention", "1"], "keep_attention is 1 and keep_heads is 1: only one of the two"),
+    (["--keep-heads", "1", "--keep-attention", "1"], "keep_attention is 1 and keep_heads is 1: only one of them"),
     (["--keep-attention", "1", "--replace", "0"], "keep_attention is 1: replace says already which layers"),
     (["--keep-attention", "1", "--start", "published"], "start is 'published': keep_attention='auto:1' needs one from"),
     (["--steps", "0", "0", "0"], "steps is 0"),

@@ -519,7 +519,7 @@ def test_the_layers_that_need_attention_most_keep_it(count):
     teacher, ids = shaken(make_teacher()), torch.randint(VOCAB, (2, 20))
     student = Llamba.from_teacher(teacher, f"auto:{count}", texts=ids, d_state=8)
     pure = Llamba.from_teacher(teacher, texts=ids, d_state=8)
-    kept = attention_need(teacher, pure, torch.cat([ids, ids], 1)).topk(count).indices.tolist()
+    kept = attention_need(teacher, pure, ids).topk(count).indices.tolist()
     kinds = [Attention if index in kept else RotaryMamba2 for index in range(3)]
     assert [type(mixer) for mixer in mixers_of(student)] == kinds
     expected = Llamba.from_teacher(teacher, kept, texts=ids, d_state=8).state_dict()
@@ -588,12 +588,11 @@ def test_a_student_keeps_the_heads_it_is_told_to(start):
 def test_the_heads_that_need_attention_most_keep_it(count):
     teacher, ids = shaken(make_teacher()).double(), torch.randint(VOCAB, (2, 12))
     pure = Llamba.from_teacher(teacher, texts=ids, d_state=8)
-    twice = torch.cat([ids, ids], 1)
-    need = attention_need(teacher, pure, twice, heads=True)
+    need = attention_need(teacher, pure, ids, heads=True)
     assert need.shape == (3, 4)
 
     def divergence(model):
-        p, q = teacher(twice).softmax(-1), model(twice).softmax(-1)
+        p, q = teacher(ids).softmax(-1), model(ids).softmax(-1)
         return (p * (p / q).log()).sum(-1).mean()
 
     for layer, head in ((0, 0), (1, 3), (2, 2)):
