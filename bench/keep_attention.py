@@ -3,9 +3,9 @@
     python -m bench.keep_attention        needs `make teacher` first; about a quarter of an hour on one core
 
 The student of SmolLM2-135M-Instruct, 30 layers, before any training. Its layers are ranked on texts that the teacher
-writes itself, told twice, and on the same texts told once, as `keep_attention="auto:K"` does. The hybrids are compared
-with the teacher on State of the Union addresses, and asked to copy. At even distances: the last layer and every
-(30 / K)th before it, as the published hybrids have it.
+writes itself, told twice, and on others of the same length told once, as `keep_attention="auto:K"` does. The hybrids
+are compared with the teacher on State of the Union addresses, and asked to copy. At even distances: the last layer and
+every (30 / K)th before it, as the published hybrids have it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ KEPT, BLOCKS = (0, 1, 2, 4, 8, 15, 22), 8
 LENGTH, PASSAGES = 64, 4  # to be copied
 
 
+def told(teacher: Llama) -> dict[int, torch.Tensor]:
+    """Texts that the teacher writes, of 256 tokens: told once, and those of half the length told twice."""
+    half = own_texts(teacher, length=128)
+    return {1: own_texts(teacher, length=256), 2: torch.cat([half, half], 1)}
+
+
 def choices(need: torch.Tensor, count: int) -> dict[str, list[int]]:
     """Layers that keep their attention, `count` of them, by the rules for which one measurement is enough."""
     layers = len(need)
@@ -37,11 +43,10 @@ def choices(need: torch.Tensor, count: int) -> dict[str, list[int]]:
 
 
 def hybrids(teacher: Llama) -> tuple[dict[int, torch.Tensor], Callable[[Sequence[int]], Llamba]]:
-    """How much each layer needs its attention, on texts told once and twice, and what makes the untrained hybrid that
-    keeps it in some: always the same model, with other mixers."""
-    texts = own_texts(teacher)
-    student = Llamba.from_teacher(teacher, texts=texts, chunk_size=64)
-    need = {times: attention_need(teacher, student, torch.cat([texts] * times, 1)) for times in (1, 2)}
+    """How much each layer needs its attention, on texts of 256 tokens told once, and of 128 told twice, and what makes
+    the untrained hybrid that keeps it in some: always the same model, with other mixers."""
+    student = Llamba.from_teacher(teacher, chunk_size=64)
+    need = {times: attention_need(teacher, student, texts) for times, texts in told(teacher).items()}
     mixers = [[block.mixer for block in model.backbone.layers] for model in (student, teacher)]
 
     def keeping(layers: Sequence[int]) -> Llamba:

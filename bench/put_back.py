@@ -1,11 +1,11 @@
 """Which layer, and which heads, a distilled hybrid needs to copy: attention put back, one at a time (chapter 17).
 
-    python -m bench.put_back        needs `make teacher` and `make smollm2` first; about three minutes on one core
+    python -m bench.put_back        needs `make teacher` and `make smollm2` first; about five minutes on one core
 
 The hybrid of SmolLM2-135M-Instruct that `make smollm2` distilled. No weight is trained. First each of its recurrent
 layers has the teacher's attention back; then, in the layer that brings back most, each head alone, and those two
 together that bring back most alone. Beside it the need of each layer and head by `attention_need`, on texts that the
-teacher writes itself, told once and told twice.
+teacher writes itself, told once, or half as long and told twice.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 import tyro
 
 from bench.common import save
+from bench.keep_attention import told
 from bench.lost import PASSAGES
 from bench.smollm2_hybrid import LAYERS, OUT
 from llamba_ref.evaluate import copy_accuracy
-from llamba_ref.llamba import attention_need, keep_heads
+from llamba_ref.llamba import attention_need, keep_heads, neediest
 from llamba_ref.models import load_model
-from llamba_ref.start import own_texts
 
 LENGTH = 64
 
@@ -49,10 +49,9 @@ def main() -> None:
     shares = torch.tensor([measure(f"layer {best}, head {head}", best, [head]) for head in range(heads)])
     pair = sorted(shares.topk(2).indices.tolist())
     measure(f"layer {best}, heads {pair[0]} and {pair[1]}", best, pair)
-    texts = own_texts(teacher)
-    need = {times: attention_need(teacher, student, torch.cat([texts] * times, 1)).tolist() for times in (1, 2)}
-    of_heads = attention_need(teacher, student, torch.cat([texts, texts], 1), heads=True)
-    chosen = [divmod(place, heads) for place in of_heads.flatten().topk(2).indices.tolist()]
+    texts = told(teacher)
+    need = {times: attention_need(teacher, student, one).tolist() for times, one in texts.items()}
+    chosen = neediest(attention_need(teacher, student, texts[2], heads=True), 2)
     print(f"need of layers {LAYERS}: {need}; the two neediest heads: {chosen}")
     save("put_back", "python -m bench.put_back", length=LENGTH, passages=PASSAGES, heads=heads * len(LAYERS),
          need=need, neediest_heads=chosen, rows=rows)

@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -36,8 +36,8 @@ if TYPE_CHECKING:  # for signatures alone: when the program runs, each method im
 # %% auto #0
 __all__ = ['Count', 'Size', 'Seed', 'BatchSize', 'Place', 'Model', 'Prompt', 'Command', 'NO_MEMORY', 'Range', 'check',
            'free_cores', 'Machine', 'Text', 'Training', 'settings_of', 'describe_model', 'figures_of', 'write_results',
-           'save_figure', 'Distill', 'Report', 'Generate', 'stream_text', 'Evaluate', 'Pretrain', 'interruptible',
-           'main', 'end']
+           'save_figure', 'what_is_kept', 'Distill', 'Report', 'Generate', 'stream_text', 'Evaluate', 'Pretrain',
+           'interruptible', 'main', 'end']
 
 # %% ../nbs/98_cli.ipynb #7641ad70
 @dataclass(frozen=True)
@@ -232,6 +232,20 @@ def save_figure(run: lr.Run, name: str, figure) -> None:
     (run.path / "figures").mkdir(exist_ok=True)
     figure.savefig(run.path / "figures" / name)
 
+# %% ../nbs/98_cli.ipynb #4a94e73a
+def what_is_kept(layers: int, replace: Sequence[int], keep_attention: int, keep_heads: int) -> list[int] | str:
+    """Three options of `distill` as `from_teacher` has them. Raises ValueError for two at once, and no such layer."""
+    if any(layer not in range(layers) for layer in replace):
+        raise ValueError(f"replace is {' '.join(map(str, replace))}: layers are 0 to {layers - 1}")
+    counts = {"keep_attention": keep_attention, "keep_heads": keep_heads}
+    given = [f"{name} is {count}" for name, count in counts.items() if count]
+    if len(given) + bool(replace) > 1:
+        why = "replace says already which layers keep theirs" if replace else "only one of them can be given"
+        raise ValueError(f"{' and '.join(given)}: {why}")
+    if given:
+        return f"auto:{keep_attention}" if keep_attention else f"heads:{keep_heads}"
+    return [layer for layer in range(layers) if replace and layer not in replace]
+
 # %% ../nbs/98_cli.ipynb #72191f49
 @dataclass
 class Distill(Training):
@@ -265,18 +279,8 @@ class Distill(Training):
 
         Raises ValueError for a layer that does not exist, and more than one option that says what keeps attention."""
         import torch
-        layers = range(teacher.config.num_hidden_layers)
-        if any(layer not in layers for layer in self.replace):
-            raise ValueError(f"replace is {' '.join(map(str, self.replace))}: layers are 0 to {len(layers) - 1}")
-        counts = {"keep_attention": self.keep_attention, "keep_heads": self.keep_heads}
-        given = [f"{name} is {count}" for name, count in counts.items() if count]
-        if len(given) + bool(self.replace) > 1:
-            why = "replace says already which layers keep theirs" if self.replace else "only one of them can be given"
-            raise ValueError(f"{' and '.join(given)}: {why}")
         if kept is None:
-            kept = [layer for layer in layers if self.replace and layer not in self.replace]
-            if given:
-                kept = f"auto:{self.keep_attention}" if self.keep_attention else f"heads:{self.keep_heads}"
+            kept = what_is_kept(teacher.config.num_hidden_layers, self.replace, self.keep_attention, self.keep_heads)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return lr.Llamba.from_teacher(teacher, kept, start=self.start, rotation=self.rotation, d_state=self.d_state,

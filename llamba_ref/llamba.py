@@ -68,7 +68,7 @@ class MLPConfig:
 
     __post_init__ = check_fields
 
-
+# %% ../nbs/15_llamba.ipynb #12b3f6c6
 @dataclass(frozen=True)
 class AttentionConfig:
     """The attention that a hybrid keeps: `attn_cfg` in config.json (our own entry).
@@ -123,7 +123,7 @@ def some_heads(
         part.o_proj.bias.zero_()
     return part
 
-
+# %% ../nbs/15_llamba.ipynb #40350b9d
 class MixedState(NamedTuple):
     """What a `MixedHeads` remembers."""
 
@@ -175,7 +175,7 @@ class MixedHeads(nn.Module):
         matrix[:, self.heads] = kept
         return matrix
 
-
+# %% ../nbs/15_llamba.ipynb #ce261507
 def keep_heads(
     recurrent: SSDMixer,  # of as many heads as attention has
     attention: Attention,  # what it replaces
@@ -329,7 +329,7 @@ def attention_need(
         need[layer] = torch.stack([before - divergence(layer, one) for one in tries]).squeeze(0)
     return need
 
-
+# %% ../nbs/15_llamba.ipynb #25003ed2
 def neediest(
     need: Float[Tensor, "layers *heads"],  # from `attention_need`
     count: int,  # how many
@@ -392,9 +392,9 @@ class Llamba(LanguageModel):
         recurrent = None  # the mixers of a student without attention, which is asked where it needs some
         if isinstance(keep_attention, str):
             heads, count = how_many(keep_attention, teacher.config, start)
-            texts = own_texts(teacher) if texts is None else texts
             pure = cls.from_teacher(teacher, texts=texts, start=start, **options)
-            keep_attention = neediest(attention_need(teacher, pure, texts.to(teacher.device), heads=heads), count)
+            asked = own_texts(teacher, length=256) if texts is None else texts  # so long that heads can look far back
+            keep_attention = neediest(attention_need(teacher, pure, asked.to(teacher.device), heads=heads), count)
             recurrent = [block.mixer for block in pure.backbone.layers]
         config = student_config(teacher.config, keep_attention, bias=start == "teacher", **options)
         watch = start == "teacher" and len(config.kept) < config.n_layer * teacher.config.num_attention_heads
