@@ -91,10 +91,10 @@ class AttentionConfig:
             raise ValueError(f"heads is {list(self.heads)}: it must hold one of {self.n_heads} heads for each of "
                              f"{len(self.layers)} layers, none twice")
 
-    def kept(self, layer: int) -> list[int]:
+    def kept(self, layer: int) -> Sequence[int]:
         """The heads that a layer keeps."""
-        if not self.heads:
-            return list(range(self.n_heads)) if layer in self.layers else []
+        if not self.heads:  # a range: a file may say that there are billions
+            return range(self.n_heads if layer in self.layers else 0)
         return sorted(head for one, head in zip(self.layers, self.heads) if one == layer)
 
 # %% ../nbs/15_llamba.ipynb #05281fa2
