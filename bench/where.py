@@ -75,10 +75,8 @@ def greedily(model: Decoder, ids: Tensor) -> Tensor:
     return ids
 
 
-@torch.no_grad()
-def written(model: Decoder, teacher: Llama, prompts: Tensor, theirs: Tensor) -> dict:
-    """How a model goes on from prompts, greedily: how long as the teacher does, and what the teacher thinks of it."""
-    texts = greedily(model, prompts)
+def written(texts: Tensor, teacher: Llama, theirs: Tensor) -> dict:
+    """How a model went on from prompts: how long as the teacher did, and what the teacher thinks of it."""
     nats = predictions(teacher, texts)[0][:, -CONTINUED:]
     same = (texts == theirs)[:, -CONTINUED:].long().cumprod(1).sum(1)
     return {"as the teacher": same.double().mean().item(), "teacher's nats": nats.mean().item(),
@@ -96,12 +94,12 @@ def main() -> None:
     nats, likeliest = predictions(teacher, blocks)
     prompts = blocks.reshape(-1, LENGTH // 2)[:PROMPTS, :PROMPT]
     theirs = greedily(teacher, prompts)
-    rows = [{"name": "teacher", "written": written(teacher, teacher, prompts, theirs)}
+    rows = [{"name": "teacher", "written": written(theirs, teacher, theirs)}
             | {key: {name: {"share": chosen.double().mean().item(), "nats": nats[chosen].mean().item()}
                      for name, chosen in parts.items()} for key, parts in groups.items()}]
     for name, model in models(teacher):
         own, guesses = predictions(model, blocks)
-        row = {"name": name, "written": written(model, teacher, prompts, theirs)}
+        row = {"name": name, "written": written(greedily(model, prompts), teacher, theirs)}
         for key, parts in groups.items():
             row[key] = {part: {"ratio": (own - nats)[chosen].mean().exp().item(),
                                "agreement": (guesses == likeliest)[chosen].double().mean().item()}

@@ -193,6 +193,7 @@ def test_what_is_written_is_scored(teacher, monkeypatch):
     prompts = torch.arange(20).view(2, 10)
     theirs = where.greedily(teacher, prompts)
     assert torch.equal(theirs, torch.cat([teacher.generate(prompt, 6) for prompt in prompts.split(1)]))
-    found = where.written(teacher, teacher, prompts, theirs)
+    found = where.written(theirs, teacher, theirs)
     assert found["as the teacher"] == 6 and found["teacher's nats"] > 0
-    assert where.written(with_mixers(teacher, Silence), teacher, prompts, theirs)["as the teacher"] < 6
+    silent = where.greedily(with_mixers(teacher, Silence), prompts)
+    assert where.written(silent, teacher, theirs)["as the teacher"] < 6
