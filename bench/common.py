@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import product
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -83,45 +84,59 @@ class Curve:
             self.began = time.process_time()
 
 
-def best_rate_runs(
-    run: Callable[[str, float, int], dict],  # trains one model; its record has "score", of which lower is better
-    models: Sequence[str],  # names of models
-    rates: Sequence[float],  # learning rates to choose from, for each model by itself
-    seeds: Sequence[int],  # the first one chooses the rate
-) -> list[dict]:  # a record for each model and seed with the model's best rate
-    """Give every model the learning rate that suits it best, then run all seeds; two runs at a time."""
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        trials = list(pool.map(run, *zip(*product(models, rates, seeds[:1]))))
-        best = [
-            min((trial for trial in trials if trial["name"] == name), key=lambda trial: trial["score"])
-            for name in models
-        ]
-        return best + list(pool.map(run, *zip(*((one["name"], one["lr"], seed) for one in best for seed in seeds[1:]))))
+def attempt(run: Callable[[str, float, int], dict], name: str, rate: float, seed: int) -> dict:
+    """A run's record; a score of infinity where the rate was so high that training broke down."""
+    try:
+        return run(name, rate, seed)
+    except FloatingPointError:
+        return {"name": name, "lr": rate, "seed": seed, "score": math.inf}
 
 
-def beyond(trials: dict[float, float], first: Sequence[float], factor: float = 16) -> float | None:
+def beyond(trials: dict[float, float], first: Sequence[float], reach: float) -> float | None:
     """The rate to try next, given the scores of some: double or half the best one, until it lies between two others or
-    is `factor` off the first ones."""
+    is `reach` times off the first ones."""
     best = min(trials, key=trials.get)
     if best == max(trials):
-        return best * 2 if best < factor * max(first) else None
-    return best / 2 if best == min(trials) and best > min(first) / factor else None
+        return best * 2 if best < reach * max(first) else None
+    return best / 2 if best == min(trials) and best > min(first) / reach else None
 
 
 def search(
     pool: ProcessPoolExecutor,  # makes runs side by side
     run: Callable[[str, float, int], dict],  # trains one model; its record has "score", of which lower is better
     models: Sequence[str],  # names of models
-    first: Sequence[float],  # learning rates that are tried in any case, neighbours two apart by a factor of 2
+    first: Sequence[float],  # learning rates that are tried in any case
     seed: int,
+    reach: float = 16,  # how far from the first ones to look, a factor; 1: try only these
 ) -> list[dict]:  # the records of all runs
     """Look for the learning rate that suits each model best on one seed."""
     found, wanted = [], [(name, rate, seed) for name in models for rate in first]
     while wanted:
-        found += pool.map(run, *zip(*wanted))
+        found += pool.map(partial(attempt, run), *zip(*wanted))
         trials = {name: {one["lr"]: one["score"] for one in found if one["name"] == name} for name in models}
-        wanted = [(name, rate, seed) for name in models if (rate := beyond(trials[name], first))]
+        wanted = [(name, rate, seed) for name in models if (rate := beyond(trials[name], first, reach))]
     return found
+
+
+def best_rate_runs(
+    run: Callable[[str, float, int], dict],  # trains one model; its record has "score", of which lower is better
+    models: Sequence[str],  # names of models
+    first: Sequence[float],  # learning rates, see `search`
+    seeds: Sequence[int],  # the first one chooses the rate
+    reach: float = 16,  # see `search`
+) -> tuple[list[dict], list[dict]]:  # records for each model and seed with the model's best rate, and what was tried
+    """Give every model the learning rate that suits it best, then run all seeds; two runs at a time."""
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        tried = search(pool, run, models, first, seeds[0], reach)
+        best = [min((one for one in tried if one["name"] == name), key=lambda one: one["score"]) for name in models]
+        others = [(one["name"], one["lr"], seed) for one in best for seed in seeds[1:]]
+        return best + list(pool.map(run, *zip(*others))), trials(tried)
+
+
+def trials(tried: Sequence[dict]) -> list[dict]:
+    """What a record says of runs that were tried: learning rate and score, None where training broke down."""
+    return [{"name": one["name"], "lr": one["lr"], "score": one["score"] if math.isfinite(one["score"]) else None}
+            for one in tried]
 
 
 def first_run(name: str, model: str) -> tuple[str, float, int]:

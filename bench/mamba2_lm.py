@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from bench.common import best_rate_runs, first_run, save
-from bench.gateloop_lm import BATCH, LAYERS, LEARNING_RATES, LENGTH, VOCABULARY, WIDTH, train_on_novels
+from bench.gateloop_lm import BATCH, LAYERS, LENGTH, VOCABULARY, WIDTH, train_on_novels
 from llamba_ref.checkpoint import find_checkpoint
 from llamba_ref.data import load_tokenizer
 from llamba_ref.decoder import Decoder
@@ -24,6 +24,7 @@ from llamba_ref.mamba2 import Mamba2Config, Mamba2LM
 from llamba_ref.models import save_model
 
 STATE, HEADDIM = 16, 32
+LEARNING_RATES = (2e-3, 5e-3)
 
 
 def fit(name: str, lr: float, seed: int) -> tuple[Decoder, dict]:
@@ -45,7 +46,7 @@ def main(
         save_model(save_to, fit(*first_run("mamba2_lm", "Mamba-2"))[0].half(), load_tokenizer(find_checkpoint("tiny")))
         return
     torch.set_num_threads(1)  # as in every run, and for the record
-    runs = best_rate_runs(run, ("Mamba-2",), LEARNING_RATES, (0,))
+    runs, _ = best_rate_runs(run, ("Mamba-2",), LEARNING_RATES, (0,), reach=1)
     print(f"Mamba-2: held-out perplexity {runs[0]['score']:.2f} with lr {runs[0]['lr']:g}")
     save("mamba2_lm", "python -m bench.mamba2_lm", batch_size=BATCH, length=LENGTH, rates=LEARNING_RATES, runs=runs)
 

@@ -104,7 +104,7 @@ def run(name: str, lr: float, seed: int) -> dict:
 
 def main() -> None:
     torch.set_num_threads(1)  # as in every run, and for the record
-    runs = best_rate_runs(run, MODELS, LEARNING_RATES, SEEDS)
+    runs, _ = best_rate_runs(run, MODELS, LEARNING_RATES, SEEDS, reach=1)
     save("recall", "python -m bench.recall", pairs=PAIRS, steps=STEPS, rates=LEARNING_RATES, states=STATES, runs=runs)
 
 

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import tyro
 
-from bench.common import first_run, save, search
+from bench.common import best_rate_runs, first_run, save
 from bench.recall import PAIRS, PAIRS_IN_BATCH, STEPS, model
 from bench.students import CODE, Row, RunningMean, Silence, WindowAttention, with_mixers
 from llamba_ref.associative_recall import recall_accuracy, recall_batches, recall_sequences, recall_targets
@@ -83,6 +81,7 @@ def rows() -> dict[str, Recaller]:
         }
     table |= {"state 16, turning keys 1+2+3": Recaller(),
               "state 16, turning keys, data 3": Recaller(rotation="data", stages="3"),
+              "state 16, standing keys 3": Recaller(rotation="none", stages="3"),
               "state 16, standing keys 1+2+3": Recaller(rotation="none"),
               "state 16, published 1+2+3": Recaller(start="published", rotation="none"),
               "state 16, turning keys, answers alone": Recaller(stages="l")}
@@ -135,15 +134,12 @@ def summary(runs: Sequence[dict]) -> dict:
 def main() -> None:
     torch.set_num_threads(1)  # as in every run, and for the record
     trained = [name for name, row in rows().items() if row.stages]
-    asked = {"teacher": accuracies(teacher())}
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        tried = sorted(search(pool, run, trained, RATES, SEEDS[0]), key=lambda one: one["score"])
-        found = [next(one for one in tried if one["name"] == name) for name in trained]
-        found += pool.map(run, *zip(*((one["name"], one["lr"], seed) for one in found for seed in SEEDS[1:])))
+    teacher()  # here, once: the runs load it
+    found, trials = best_rate_runs(run, trained, RATES, SEEDS)
     found += [run(name, 0.0, 0) for name, row in rows().items() if not row.stages]
     summaries = [summary([one for one in found if one["name"] == name]) for name in rows()]
     save("recall_students", "python -m bench.recall_students", pairs=PAIRS, seeds=SEEDS, states=STATES,
-         teacher=asked["teacher"], rows=summaries)
+         teacher=accuracies(teacher()), rows=summaries, trials=trials)
 
 
 if __name__ == "__main__":

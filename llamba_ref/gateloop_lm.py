@@ -26,7 +26,7 @@ class GateLoopConfig(ModelConfig):
     n_heads: int  # heads of a mixer
     intermediate_size: int  # width of the MLPs
     d_state: int = 1  # width of a key in each head
-    gates: Literal["complex", "real", "fixed"] = "complex"  # from the input; "fixed": the same at every token
+    gates: Literal["complex", "real", "fixed", "fixed real"] = "complex"  # see `GateLoop`
     mode: Mode = "chunked"  # of `gateloop`; "scan" suits heads of width 1
     tie_embeddings: bool = True  # head and embedding share their weight
     norm_epsilon: float = 1e-5  # added under the root in RMSNorm

@@ -86,7 +86,7 @@ def test_a_random_start_depends_on_the_seed(teacher):
 
 
 def test_the_record_names_the_command_that_made_it():
-    assert students.command(("full", "quarter", "sixteenth"), (0, 1, 2)) == "make compare"
+    assert students.command(("full", "quarter", "eighth", "sixteenth"), (0, 1, 2)) == "make compare"
     assert students.command(("quarter",), (0,)) == "python -m bench.students --budgets quarter --seeds 0"
 
 

@@ -673,7 +673,7 @@ def test_empty_sequence():
 # the mixer
 
 
-OF_INPUT = ("complex", "real", "fixed")
+OF_MIXER = ("complex", "real", "fixed", "fixed real")
 
 
 def mixer(gates="complex", mode="chunked", d_model=12, n_heads=3, d_state=2, dtype=torch.float64):
@@ -684,25 +684,25 @@ def mixer(gates="complex", mode="chunked", d_model=12, n_heads=3, d_state=2, dty
     return layer
 
 
-@pytest.mark.parametrize("gates", OF_INPUT)
+@pytest.mark.parametrize("gates", OF_MIXER)
 def test_mixer_against_its_definition(gates):
     """The equations of the paper, from the weights alone."""
     layer, u = mixer(gates), torch.randn(2, 30, 12, dtype=torch.float64)
     W = layer.in_proj.weight
     q, k = (u @ W[i : i + 6].T for i in (0, 6))
     v, z = u @ W[12:24].T, u @ W[24:36].T
-    alpha, beta = layer.alpha.expand(2, 30, 6), None if gates == "real" else layer.beta.expand(2, 30, 6)
-    if gates != "fixed":
+    alpha, beta = layer.alpha.expand(2, 30, 6), None if "real" in gates else layer.beta.expand(2, 30, 6)
+    if "fixed" not in gates:
         alpha = alpha + u @ W[36:42].T
     if gates == "complex":
         beta = beta + u @ W[42:48].T
-    assert len(W) == {"complex": 48, "real": 42, "fixed": 36}[gates]
+    assert len(W) == {"complex": 48, "real": 42, "fixed": 36, "fixed real": 36}[gates]
     heads = [x if x is None else x.unflatten(-1, (3, -1)) for x in (q, k, v, torch.sigmoid(alpha).log(), beta)]
     y = definition(*heads)[0].real.flatten(2) * F.silu(z)
     assert relative_error(layer(u), y @ layer.out_proj.weight.T) < 1e-10
 
 
-@pytest.mark.parametrize("gates", OF_INPUT)
+@pytest.mark.parametrize("gates", OF_MIXER)
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
 def test_mixer_in_pieces_and_step_by_step(gates, mode):
@@ -722,20 +722,20 @@ def test_mixer_in_pieces_and_step_by_step(gates, mode):
     assert relative_error(torch.stack(steps, 1), whole) < 1e-12 and relative_error(state, last) < 1e-12
 
 
-@pytest.mark.parametrize("gates", OF_INPUT)
+@pytest.mark.parametrize("gates", OF_MIXER)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_state_of_the_mixer(gates, dtype):
     layer = mixer(gates, dtype=dtype)
     state = layer.init_state(5)
     wide = torch.promote_types(dtype, torch.float32)
     assert state.shape == (5, 3, 2, 4) and not state.any()
-    assert state.dtype == (wide if gates == "real" else wide.to_complex())
+    assert state.dtype == (wide if "real" in gates else wide.to_complex())
     y, new = layer(torch.randn(5, 7, 12, dtype=dtype), state)
     assert y.dtype == dtype and y.shape == (5, 7, 12) and new.dtype == state.dtype and new.abs().sum() > 0
     assert layer(torch.randn(5, 7, 12, dtype=dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("gates", OF_INPUT)
+@pytest.mark.parametrize("gates", OF_MIXER)
 def test_gates_of_a_narrow_mixer_are_wide(gates):
     """A gate of 0.999 in bfloat16 is 1, and its log 0."""
     layer = mixer(gates, dtype=torch.bfloat16)
@@ -746,7 +746,7 @@ def test_gates_of_a_narrow_mixer_are_wide(gates):
     assert phase is None or phase.dtype == torch.float32 and torch.equal(phase.flatten(), layer.beta.float())
 
 
-@pytest.mark.parametrize("gates", OF_INPUT)
+@pytest.mark.parametrize("gates", OF_MIXER)
 def test_mixer_is_its_matrix(gates):
     layer, u = mixer(gates), torch.randn(2, 9, 12, dtype=torch.float64)
     _, _, v, _, _, z = layer.project(u)
@@ -756,7 +756,7 @@ def test_mixer_is_its_matrix(gates):
     assert relative_error(layer.out_proj(heads * F.silu(z)), layer(u)) < 1e-12
 
 
-@pytest.mark.parametrize("gates", OF_INPUT)
+@pytest.mark.parametrize("gates", OF_MIXER)
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
 def test_padding_of_the_mixer(gates, mode):
@@ -783,7 +783,7 @@ def test_start_of_the_mixer():
     assert relative_error(layer.alpha.sort().values, before.sort().values) < 1e-6
 
 
-@pytest.mark.parametrize("gates", OF_INPUT)
+@pytest.mark.parametrize("gates", OF_MIXER)
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_reach_every_parameter(gates, mode):
     layer = mixer(gates, mode)
@@ -820,7 +820,8 @@ def test_extreme_gates_of_the_mixer_are_finite():
     (dict(d_model=12, n_heads=-3), "n_heads is -3"),
     (dict(d_model=12, n_heads=4, d_state=2.5), "d_state is 2.5"),
     (dict(d_model=12, n_heads=4, d_state=True), "d_state is True"),
-    (dict(d_model=12, n_heads=4, gates="imaginary"), "gates is 'imaginary': it must be 'complex', 'real' or 'fixed'"),
+    (dict(d_model=12, n_heads=4, gates="imaginary"),
+     "gates is 'imaginary': it must be 'complex', 'real', 'fixed' or 'fixed real'"),
     (dict(d_model=12, n_heads=4, mode="parallel"),
      "mode is 'parallel': it must be 'recurrent', 'scan', 'attention' or 'chunked'"),
 ])
@@ -845,7 +846,7 @@ def make(dtype=torch.float64, **changes) -> GateLoopLM:
     return model
 
 
-@pytest.mark.parametrize("gates", OF_INPUT)
+@pytest.mark.parametrize("gates", OF_MIXER)
 @pytest.mark.parametrize("mode", ["scan", "chunked"])
 @torch.no_grad()
 def test_prefill_and_step_are_forward_at_every_split(gates, mode):
@@ -863,7 +864,7 @@ def test_prefill_and_step_are_forward_at_every_split(gates, mode):
     assert relative_error(torch.cat([first, rest], 1), whole) < 1e-10
 
 
-@pytest.mark.parametrize("gates", OF_INPUT)
+@pytest.mark.parametrize("gates", OF_MIXER)
 @pytest.mark.parametrize("kind", ["left", "right", "holes"])
 @torch.no_grad()
 def test_padding_changes_nothing(gates, kind):
@@ -901,7 +902,7 @@ def test_a_padded_batch_generates_what_single_prompts_do():
     assert torch.equal(together[1], model.generate(ids[1:], 6)[0, 8:])
 
 
-@pytest.mark.parametrize("gates", OF_INPUT)
+@pytest.mark.parametrize("gates", OF_MIXER)
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_reach_every_parameter_of_the_model(gates, tied):
     model = make(gates=gates, tie_embeddings=tied)
@@ -931,6 +932,7 @@ def test_bfloat16_and_autocast_run():
 
 @pytest.mark.parametrize("changes", [
     {}, dict(gates="real", tie_embeddings=False), dict(gates="fixed", mode="scan", norm_epsilon=1e-6),
+    dict(gates="fixed real"),
 ])
 def test_save_and_load(tmp_path, changes):
     model, ids = make(torch.float32, **changes), torch.randint(VOCAB, (2, 7))
@@ -1007,7 +1009,7 @@ def test_the_state_does_not_grow():
 # in the rest of the package
 
 
-@pytest.mark.parametrize("gates", OF_INPUT)
+@pytest.mark.parametrize("gates", OF_MIXER)
 def test_a_student_of_mohawk(gates):
     """A Transformer whose attention is replaced by GateLoop: nothing in the distillation knows what mixer it is."""
     teacher = Llama(LlamaConfig(vocab_size=40, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
