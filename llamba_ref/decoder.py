@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from .conventions import check_sizes, wide_dtype
 
 # %% auto #0
 __all__ = ['RMSNorm', 'SwiGLU', 'Block', 'init_weights', 'Backbone', 'pack_left', 'sample', 'LayerView', 'check_ids', 'hidden',
-           'prefill', 'walk', 'generate', 'Decoder']
+           'prefill', 'walk', 'generate', 'Decoder', 'check_sizes_of']
 
 # %% ../nbs/04_decoder.ipynb #c31411b6
 class RMSNorm(nn.Module):
@@ -407,3 +408,19 @@ class Decoder(nn.Module):
             raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}: it must be (batch,), one token a sequence")
         x, state = self.backbone.step(token_ids, state)
         return self.head(x), state
+
+# %% ../nbs/04_decoder.ipynb #df93f862
+def check_sizes_of(
+    teacher: Decoder,  # whose sizes count
+    student: Decoder,  # that must have the same
+    *names: Literal["layers", "channels", "token ids"],  # which sizes
+) -> None:
+    """Raise ValueError that names the first of these sizes in which the models differ."""
+    for name in names:
+        ours, theirs = ({
+            "layers": len(model.backbone.layers),
+            "channels": model.backbone.embedding.embedding_dim,
+            "token ids": model.vocab_size,
+        }[name] for model in (student, teacher))
+        if ours != theirs:
+            raise ValueError(f"student has {ours} {name}, teacher {theirs}: they must be the same")

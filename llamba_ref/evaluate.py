@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .conventions import check_sizes, wide_dtype
 from .data import TokenBlocks
-from .decoder import Decoder
-from .mohawk import check_sizes_of
+from .decoder import Decoder, check_sizes_of
 
 # %% auto #0
 __all__ = ['PEOPLE', 'PLACES', 'token_nll', 'Evaluation', 'batches_in_order', 'evaluate', 'Comparison', 'compare',

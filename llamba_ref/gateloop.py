@@ -191,7 +191,7 @@ def _heads_and_gates(parts, alpha, beta, heads):
     return q, k, v, log_a, phase[0] if phase else None, z
 
 # %% ../nbs/03_gateloop.ipynb #9f6a3ebc
-_GATES = {"complex": 2, "real": 1, "fixed": 0, "fixed real": 0}  # kinds, and how many numbers of the input make one
+_GATES = {"complex": 2, "real": 1, "fixed": 0, "fixed real": 0}  # kinds; how many numbers of the input make a gate
 
 
 def _check_mixer(d_model, n_heads, d_state, gates, mode):
@@ -210,7 +210,7 @@ class GateLoop(nn.Module):
         self, d_model: int,  # width of the residual stream
         n_heads: int,  # heads; n_heads = d_model with d_state 1 are the paper's "max heads"
         d_state: int = 1,  # width of a key in each head
-        *, gates: str = "complex",  # "complex", "real": from the input; "fixed" (complex), "fixed real": always the same
+        *, gates: str = "complex",  # "complex", "real": from the input; "fixed" (complex), "fixed real": not
         mode: str = "chunked",  # of `gateloop`; "scan" suits heads of width 1
     ):
         super().__init__()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .conventions import check_option, wide_dtype
 from .convert import LanguageModel, ModelConfig, check_fields
-from .decoder import Backbone, Decoder
+from .decoder import Backbone, Decoder, check_sizes_of
 from .discrete import DiscreteMamba2
 from .llama import Attention, KVCache, Llama, LlamaConfig, Rope
 from .mamba2 import MambaState, SSDMixer
@@ -299,9 +299,8 @@ def attention_need(
 ) -> Float[Tensor, "layers *heads"]:  # in nats; 0 for a layer that has attention
     """By how much the mean KL divergence from teacher to student falls when one layer, or head, is attention again.
 
-    Raises ValueError for models that differ in depth, and heads of a layer that keeps some already."""
-    if (ours := len(student.backbone.layers)) != (theirs := len(teacher.backbone.layers)):
-        raise ValueError(f"student has {ours} layers, teacher {theirs}: they must be the same")
+    Raises ValueError for models that differ in depth or vocabulary, and heads of a layer that keeps some already."""
+    check_sizes_of(teacher, student, "layers", "token ids")
     blocks, inputs = student.backbone.layers, [layer.input for layer in student.walk(texts)]
     log_p = teacher(texts)
     log_p = log_p.to(wide_dtype(log_p)).log_softmax(-1)
@@ -317,8 +316,8 @@ def attention_need(
         log_q = student.head(x).to(log_p.dtype).log_softmax(-1)
         return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / texts.numel()
 
-    before = divergence(ours - 1, blocks[-1].mixer)
-    need = log_p.new_zeros(ours, *([teacher.config.num_attention_heads] if heads else []))
+    before = divergence(len(blocks) - 1, blocks[-1].mixer)
+    need = log_p.new_zeros(len(blocks), *([teacher.config.num_attention_heads] if heads else []))
     for layer, (block, theirs) in enumerate(zip(blocks, teacher.backbone.layers)):
         mixer, attention = block.mixer, theirs.mixer
         if isinstance(mixer, Attention):
@@ -384,10 +383,13 @@ class Llamba(LanguageModel):
         each of the teacher's query heads. `start="published", rotation="none"` is the student of Bick et al. 2025.
 
         Raises ValueError for a teacher that is no `Llama` or, for a start from it, has no numbers (on the meta device),
-        a layer that does not exist, heads that do not divide the width, texts that are no ids, and an unknown word."""
+        a layer that does not exist, heads that do not divide the width, texts that are no ids or
+        not needed, and an unknown word."""
         if not isinstance(teacher, Llama):
             raise ValueError(f"teacher is a {type(teacher).__name__}: it must be a llamba_ref.llama.Llama")
         check_option("start", start, ("teacher", "published"))
+        if texts is not None and start == "published":
+            raise ValueError("texts were given, and start is 'published': no attention would be watched")
         options = {"d_state": d_state, "chunk_size": chunk_size, "rotation": rotation}
         recurrent = None  # the mixers of a student without attention, which is asked where it needs some
         if isinstance(keep_attention, str):

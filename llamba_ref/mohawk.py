@@ -15,15 +15,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .conventions import Backend, check_option, checked, find_kernel, wide_dtype, wrong_widths
-from .decoder import Decoder, LayerView
+from .decoder import Decoder, LayerView, check_sizes_of
 from .llama import Attention, attention_matrix
 from .mamba2 import SSDMixer
 from .ssd import ssd_matrix
 from .training import Backward, CrossEntropy, Objective, Stage, mean_over_chunks, train
 
 # %% auto #0
-__all__ = ['OBJECTIVES', 'comparable', 'orientation_loss', 'check_sizes_of', 'LayerByLayer', 'matrix_distance', 'match_matrix',
-           'alignment_loss', 'match_output', 'distillation_loss', 'EndToEnd', 'check_separate', 'distill']
+__all__ = ['OBJECTIVES', 'comparable', 'orientation_loss', 'LayerByLayer', 'matrix_distance', 'match_matrix', 'alignment_loss',
+           'match_output', 'distillation_loss', 'EndToEnd', 'check_separate', 'distill']
 
 # %% ../nbs/16_mohawk.ipynb #4099c065
 def comparable(
@@ -50,18 +50,6 @@ def orientation_loss(
     return torch.linalg.matrix_norm(student - teacher).mean()
 
 # %% ../nbs/16_mohawk.ipynb #9424898c
-def check_sizes_of(teacher: Decoder, student: Decoder, *names: str) -> None:
-    """Raise ValueError that names the first of these sizes in which the models differ."""
-    for name in names:
-        ours, theirs = ({
-            "layers": len(model.backbone.layers),
-            "channels": model.backbone.embedding.embedding_dim,
-            "token ids": model.vocab_size,
-        }[name] for model in (student, teacher))
-        if ours != theirs:
-            raise ValueError(f"student has {ours} {name}, teacher {theirs}: they must be the same")
-
-
 class LayerByLayer:
     """Stages 1 and 2: walk the teacher, and for every layer with a new mixer let the student's layer do the same work.
 

@@ -14,7 +14,7 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .decoder import Decoder, check_ids
+from .decoder import Decoder, check_ids, check_sizes_of
 from .discrete import DiscreteMamba2
 from .llama import Attention
 from .rotation import RotaryMamba2
@@ -179,8 +179,7 @@ def start_from_teacher(
     """Start all new mixers from the attention that they replace; where some heads of it are kept, the others.
 
     Raises ValueError for texts that are no token ids, models that differ in depth, and as `start_mixer`."""
-    if (ours := len(student.backbone.layers)) != (theirs := len(teacher.backbone.layers)):
-        raise ValueError(f"student has {ours} layers, teacher {theirs}: they must be the same")
+    check_sizes_of(teacher, student, "layers")
     try:
         check_ids(texts := own_texts(teacher) if texts is None else texts, teacher.vocab_size)
     except ValueError as err:  # the argument is called texts here

@@ -570,7 +570,8 @@ def test_a_student_keeps_the_heads_it_is_told_to(start):
     teacher = shaken(make_teacher())
     ids = torch.randint(VOCAB, (2, 12))
     keep = [1, *HEADS]  # all of layer 1
-    student = Llamba.from_teacher(teacher, keep, start=start, texts=ids, d_state=8)
+    watched = {"texts": ids} if start == "teacher" else {}
+    student = Llamba.from_teacher(teacher, keep, start=start, d_state=8, **watched)
     assert [type(mixer) for mixer in mixers_of(student)] == [MixedHeads, Attention, MixedHeads]
     assert [mixers_of(student)[i].heads for i in (0, 2)] == [[1], [0, 2, 3]]
     for index, heads in ((0, [1]), (2, [0, 2, 3])):

@@ -191,6 +191,12 @@ def test_bad_texts():
         one_line(error)
 
 
+def test_texts_that_are_not_needed():
+    with pytest.raises(ValueError, match="^texts were given, and start is 'published'") as error:
+        Llamba.from_teacher(Llama(llama_config()), start="published", texts=torch.zeros(2, 9).long(), d_state=8)
+    one_line(error)
+
+
 def test_nothing_to_start():
     """A student that keeps all attention needs no texts, and no numbers of its teacher's."""
     with torch.device("meta"):
