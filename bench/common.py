@@ -84,28 +84,32 @@ class Curve:
             self.began = time.process_time()
 
 
-def attempt(run: Callable[[str, float, int], dict], name: str, rate: float, seed: int) -> dict:
+Run = Callable[[str, float, int], dict]  # name, learning rate, seed -> a record with "score", of which lower is better
+
+
+def attempt(run: Run, name: str, rate: float, seed: int) -> dict:
     """A run's record; a score of infinity where the rate was so high that training broke down."""
     try:
-        return run(name, rate, seed)
+        record = run(name, rate, seed)
     except FloatingPointError:
-        return {"name": name, "lr": rate, "seed": seed, "score": math.inf}
+        record = {"name": name, "lr": rate, "seed": seed, "score": math.inf}
+    return record if math.isfinite(record["score"]) else record | {"score": math.inf}
 
 
-def beyond(trials: dict[float, float], first: Sequence[float], reach: float) -> float | None:
+def beyond(scores: dict[float, float], first: Sequence[float], reach: float) -> float | None:
     """The rate to try next, given the scores of some: double or half the best one, until it lies between two others or
     is `reach` times off the first ones."""
-    best = min(trials, key=trials.get)
-    if best == max(trials):
-        return best * 2 if best < reach * max(first) else None
-    return best / 2 if best == min(trials) and best > min(first) / reach else None
+    best = min(scores, key=lambda rate: (scores[rate], rate))  # where all broke down: the lowest
+    if best == min(scores):
+        return best / 2 if best > min(first) / reach else None
+    return best * 2 if best == max(scores) and best < reach * max(first) else None
 
 
 def search(
     pool: ProcessPoolExecutor,  # makes runs side by side
-    run: Callable[[str, float, int], dict],  # trains one model; its record has "score", of which lower is better
+    run: Run,  # trains one model
     models: Sequence[str],  # names of models
-    first: Sequence[float],  # learning rates that are tried in any case
+    first: Sequence[float],  # two or more learning rates that are tried in any case
     seed: int,
     reach: float = 16,  # how far from the first ones to look, a factor; 1: try only these
 ) -> list[dict]:  # the records of all runs
@@ -113,30 +117,37 @@ def search(
     found, wanted = [], [(name, rate, seed) for name in models for rate in first]
     while wanted:
         found += pool.map(partial(attempt, run), *zip(*wanted))
-        trials = {name: {one["lr"]: one["score"] for one in found if one["name"] == name} for name in models}
-        wanted = [(name, rate, seed) for name in models if (rate := beyond(trials[name], first, reach))]
+        scores = {name: {one["lr"]: one["score"] for one in found if one["name"] == name} for name in models}
+        wanted = [(name, rate, seed) for name in models if (rate := beyond(scores[name], first, reach))]
     return found
 
 
 def best_rate_runs(
-    run: Callable[[str, float, int], dict],  # trains one model; its record has "score", of which lower is better
+    run: Run,  # trains one model
     models: Sequence[str],  # names of models
     first: Sequence[float],  # learning rates, see `search`
     seeds: Sequence[int],  # the first one chooses the rate
     reach: float = 16,  # see `search`
 ) -> tuple[list[dict], list[dict]]:  # records for each model and seed with the model's best rate, and what was tried
-    """Give every model the learning rate that suits it best, then run all seeds; two runs at a time."""
+    """Give every model the learning rate that suits it best, then run all seeds; two runs at a time.
+
+    A rate with which another seed breaks down does not count. Raises RuntimeError where none is left."""
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        tried = search(pool, run, models, first, seeds[0], reach)
-        best = [min((one for one in tried if one["name"] == name), key=lambda one: one["score"]) for name in models]
-        others = [(one["name"], one["lr"], seed) for one in best for seed in seeds[1:]]
-        return best + list(pool.map(run, *zip(*others))), trials(tried)
-
-
-def trials(tried: Sequence[dict]) -> list[dict]:
-    """What a record says of runs that were tried: learning rate and score, None where training broke down."""
-    return [{"name": one["name"], "lr": one["lr"], "score": one["score"] if math.isfinite(one["score"]) else None}
-            for one in tried]
+        tried = sorted(search(pool, run, models, first, seeds[0], reach), key=lambda one: one["score"])
+        usable = {name: [one for one in tried if one["name"] == name and math.isfinite(one["score"])]
+                  for name in models}
+        found, open_ = {}, list(models)
+        while open_:
+            if broken := [name for name in open_ if not usable[name]]:
+                raise RuntimeError(f"training breaks down with every learning rate: {', '.join(broken)}")
+            best = {name: usable[name].pop(0) for name in open_}
+            wanted = [(name, best[name]["lr"], seed) for name in open_ for seed in seeds[1:]]
+            others = list(pool.map(partial(attempt, run), *zip(*wanted)))
+            found |= {name: [best[name], *(one for one in others if one["name"] == name)] for name in open_}
+            open_ = [name for name in open_ if any(one["score"] == math.inf for one in found[name])]
+    trials = [{"name": one["name"], "lr": one["lr"], "score": one["score"] if math.isfinite(one["score"]) else None}
+              for one in sorted(tried, key=lambda one: (one["name"], one["lr"]))]
+    return [one for name in models for one in found[name]], trials
 
 
 def first_run(name: str, model: str) -> tuple[str, float, int]:

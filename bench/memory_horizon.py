@@ -4,7 +4,8 @@
     python -m bench.memory_horizon --save-to DIR   train the model with complex gates and seed 0 again, write it to DIR
 
 On seed 0 the learning rate of each model is doubled or halved until the best, that with the lowest final loss, lies
-between two others; it is used for the other seeds. Equal sizes: where mixers have fewer parameters, MLPs are wider.
+between two others, or is sixteen times off the first; it is used for the other seeds. Equal sizes: where mixers have
+fewer parameters, MLPs are wider.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def fit(name: str, lr: float, seed: int) -> tuple[Decoder, dict]:
               "accuracy": accuracy(net, short), "by_distance": horizon_accuracy(net, short, EDGES[:9], MODULUS),
               "long_accuracy": accuracy(net, long), "long_by_distance": horizon_accuracy(net, long, EDGES, MODULUS)}
     print(
-        f"{name:>14} lr {lr:g} seed {seed}: final loss {result['score']:.3f}, accuracy at {LENGTH} tokens "
+        f"{name:>19} lr {lr:g} seed {seed}: final loss {result['score']:.3f}, accuracy at {LENGTH} tokens "
         f"{result['accuracy']:.3f}, "
         f"at {LONG} {result['long_accuracy']:.3f}",
         flush=True,
@@ -88,7 +89,7 @@ def main(
     for name in MODELS:
         rows = [one for one in runs if one["name"] == name]
         short, long = (statistics.mean(one[key] for one in rows) for key in ("accuracy", "long_accuracy"))
-        print(f"{name:>14}: {rows[0]['parameters']:,} parameters, accuracy {short:.3f}, at {LONG} tokens {long:.3f}")
+        print(f"{name:>19}: {rows[0]['parameters']:,} parameters, accuracy {short:.3f}, at {LONG} tokens {long:.3f}")
     save(
         "memory_horizon",
         "python -m bench.memory_horizon",

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import llamba_ref
 from accelerate import Accelerator
 
-from bench.common import parameters, save, search, trials
+from bench.common import best_rate_runs, parameters, save
 from llamba_ref.cli import Distill
 from llamba_ref.data import Batches, load_documents, pack, split_documents
 from llamba_ref.decoder import Decoder
@@ -286,17 +286,13 @@ def main(
     torch.set_num_threads(1)  # as in every run, and for the record
     table = {name: row for name, row in rows().items()
              if not row.stages or row.budget in budgets and (not names or name in names)}
-    found = [run(name, 0.0, 0) for name, row in table.items() if not row.stages]
-    trained = [name for name, row in table.items() if row.stages]
-    base = {name: name.removesuffix(", full") for name in trained}  # whose rate it has
+    quarter = {name: name.removesuffix(", full") for name, row in table.items() if row.stages}  # whose rate it has
+    found, trials = best_rate_runs(run, sorted(set(quarter.values())), RATES, seeds)
+    rates = {one["name"]: one["lr"] for one in found}
+    wanted = [(name, rates[base], seed) for name, base in quarter.items() if name != base for seed in seeds]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        tried = search(pool, run, sorted(set(base.values())), RATES, seeds[0])
-        known = {(one["name"], one["lr"], one["seed"]): one for one in tried}
-        rates = {one["name"]: one["lr"] for one in sorted(tried, key=lambda one: one["score"], reverse=True)}
-        wanted = [(name, rates[base[name]], seed) for name in trained for seed in seeds]
-        new = [one for one in wanted if one not in known]
-        known |= dict(zip(new, pool.map(run, *zip(*new))))
-        found += [known[one] for one in wanted]
+        found += pool.map(run, *zip(*wanted))
+    found += [run(name, 0.0, 0) for name, row in table.items() if not row.stages]
     summaries = [summary(name, [one for one in found if one["name"] == name]) for name in table]
     for row in summaries:
         print(f"{row['name']:>45}: {row['tokens'] / 1e6:.2f} M tokens, {row['ratio']:7.3f} x the teacher's "
@@ -304,7 +300,7 @@ def main(
     demo = Distill()
     save("students", command(budgets, seeds, names), seeds=seeds, rates=RATES, budgets=BUDGETS, window=WINDOW,
          sinks=SINKS, batch_size=demo.batch_size, length=demo.corpus.length, d_state=demo.d_state, rows=summaries,
-         trials=trials(tried))
+         trials=trials)
 
 
 if __name__ == "__main__":

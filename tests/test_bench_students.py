@@ -10,7 +10,8 @@ import torch
 from small import llama_config
 
 from bench import recall_students, students, where
-from bench.common import search
+from bench import common
+from bench.common import best_rate_runs, search
 from bench.keep_attention import KEPT, choices
 from bench.recall import model
 from bench.report import SHOWN
@@ -101,6 +102,15 @@ class Alone:
 
     map = map
 
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
 
 @pytest.mark.parametrize("best, found", [(8e-3, 8e-3), (1, 8e-3), (5e-4, 5e-4), (2.5e-4, 2.5e-4), (1e-9, 1.5625e-5)])
 def test_the_rate_found_lies_between_two_worse_ones_or_far_off(best, found):
@@ -111,10 +121,32 @@ def test_the_rate_found_lies_between_two_worse_ones_or_far_off(best, found):
     assert {found / 2, found * 2} <= set(rates) or found in (16 * max(RATES), min(RATES) / 16)
 
 
-def test_a_rate_that_diverges_is_not_taken():
-    tried = search(Alone, lambda name, rate, seed: {
-        "name": name, "lr": rate, "score": math.inf if rate > 3e-4 else rate}, ["a"], RATES, 0)
-    assert min(tried, key=lambda one: one["score"])["lr"] == min(RATES) / 16
+def breaking(highest: dict[int, float]):
+    """Runs of which higher rates score better, up to one for each seed, above which they break down."""
+    def run(name, rate, seed):
+        if rate > highest[seed]:
+            raise FloatingPointError
+        return {"name": name, "lr": rate, "seed": seed, "score": math.nan if rate > highest[seed] / 2 else 1 / rate}
+    return run
+
+
+@pytest.mark.parametrize("highest", [2e-3, 7e-4, 4e-4, 2e-4, 4e-5])
+def test_a_rate_that_diverges_is_not_taken(highest):
+    """Also where all first rates do."""
+    tried = search(Alone, breaking({0: highest}), ["a"], RATES, 0)
+    best = min(tried, key=lambda one: one["score"])["lr"]
+    assert best <= highest / 2 < 2 * best and {best, 2 * best} <= {one["lr"] for one in tried}
+
+
+def test_a_rate_with_which_another_seed_diverges_is_not_taken(monkeypatch):
+    monkeypatch.setattr(common, "ProcessPoolExecutor", Alone)
+    found, trials = best_rate_runs(breaking({0: 5e-3, 1: 1.2e-3, 2: 9e-3}), ["a", "b"], RATES, (0, 1, 2))
+    assert [(one["name"], one["seed"], one["lr"]) for one in found] == [
+        (name, seed, 5e-4) for name in "ab" for seed in range(3)]
+    assert [one["score"] for one in trials if one["name"] == "b"] == [4000, 2000, 1000, 500, None]
+    with pytest.raises(RuntimeError, match="with every learning rate: b$"):
+        best_rate_runs(lambda name, rate, seed: breaking({0: 1 if name == "a" else 1e-9})(name, rate, seed), ["a", "b"],
+                       RATES, (0,))
 
 
 def test_a_window_beside_a_state_keeps_no_more_than_a_student_and_starts_as_the_window(teacher):
