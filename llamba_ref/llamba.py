@@ -73,7 +73,7 @@ class MLPConfig:
 class AttentionConfig:
     """The attention that a hybrid keeps: `attn_cfg` in config.json (our own entry).
 
-    Raises ValueError for values out of range, and heads that are no row of heads of the layers beside them."""
+    Raises ValueError for values out of range, and heads that do not go with `layers` one by one."""
 
     layers: tuple[int, ...]  # which layers keep it
     n_heads: int  # query heads

@@ -21,8 +21,8 @@ from .rotation import RotaryMamba2
 from .ssd import ssd
 
 # %% auto #0
-__all__ = ['fit_head', 'best_factors', 'matching_pairs', 'with_bias', 'keys_and_queries', 'write_rows', 'start_mixer',
-           'own_texts', 'silence_heads', 'start_from_teacher']
+__all__ = ['fit_head', 'best_factors', 'matching_pairs', 'with_bias', 'keys_and_queries', 'write_rows', 'reachable',
+           'start_mixer', 'own_texts', 'silence_heads', 'start_from_teacher']
 
 # %% ../nbs/14_start.ipynb #18889fb7
 def fit_head(
@@ -110,6 +110,16 @@ def write_rows(mixer: DiscreteMamba2, *parts: Float[Tensor, "heads _ inputs"]) -
     mixer.in_proj.weight[: len(rows)], mixer.in_proj.bias[: len(rows)] = rows[:, :-1], rows[:, -1]
 
 
+def reachable(
+    factor: Float[Tensor, "heads parts _"],
+    other: Float[Tensor, "heads parts _"],
+    drawn: Float[Tensor, "heads parts _"],
+) -> Float[Tensor, "heads parts _"]:
+    """A factor, drawn at random in the parts in which both are zero: their product stays zero, but were both of them
+    zero, so would be both gradients, and no training could ever use these parts."""
+    return torch.where((factor.any(-1) | other.any(-1))[..., None], factor, drawn)
+
+
 @torch.no_grad()
 def start_mixer(
     mixer: DiscreteMamba2,  # a new one, with biases
@@ -125,6 +135,8 @@ def start_mixer(
     if mixer.activation != "identity":
         raise ValueError(f"the mixer's activation is {mixer.activation!r}: it must be 'identity', attention has none")
     heads, width = mixer.n_heads, 2 if isinstance(mixer, RotaryMamba2) else 1
+    sizes = [mixer.d_inner, heads * mixer.d_state, len(mixer.in_proj.weight) - mixer.d_inner - heads * mixer.d_state]
+    drawn_x, drawn_B, _ = with_bias(mixer.in_proj, 1).squeeze(0).split(sizes)
     v = with_bias(attention.v_proj, attention.n_kv_heads, heads // attention.n_kv_heads)
     o = rearrange(attention.o_proj.weight.double(), "d (h p) -> h d p", h=heads)
     out, x = best_factors(o, v, mixer.d_inner // heads)
@@ -150,6 +162,10 @@ def start_mixer(
         B[h] *= root.repeat(width)[:, None]  # equal sizes: the optimiser changes all numbers by as much
         C[h] *= (weights[:-1] / root).repeat(width)[:, None]
         errors.append(error.float())
+    keys, queries, drawn = (rearrange(z, "h (w i) d -> h i (w d)", w=width)
+                            for z in (B, C, rearrange(drawn_B, "(h n) d -> h n d", h=heads)))
+    B = rearrange(reachable(keys, queries, drawn), "h i (w d) -> h (w i) d", w=width)
+    x = reachable(x, out.mT, rearrange(drawn_x, "(h p) d -> h p d", h=heads))
     write_rows(mixer, x, B, C)
     return torch.stack(errors)
 

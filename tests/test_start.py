@@ -181,6 +181,32 @@ def test_a_head_that_is_silent(rotation):
     assert student(ids).isfinite().all()
 
 
+@pytest.mark.parametrize("rotation", ["none", "fixed"])
+def test_training_reaches_all_of_a_state_wider_than_the_keys_of_the_teacher(rotation):
+    """Keys and queries of channels for which the teacher has nothing: their product is zero, not both of them."""
+    teacher = shaken(Llama(llama_config()))
+    wide = 3 * teacher.config.head_dim
+    torch.manual_seed(0)
+    student = Llamba.from_teacher(teacher, rotation=rotation, d_state=wide)
+    ids = torch.randint(teacher.vocab_size, (2, 12))
+    logits = student(ids)
+    logits.square().mean().backward()
+    for block in student.backbone.layers:
+        mixer = block.mixer
+        rows = slice(mixer.d_inner, mixer.d_inner + mixer.n_heads * wide)
+        queries = slice(rows.stop, rows.stop + mixer.n_heads * wide)
+        weight, grad = mixer.in_proj.weight, mixer.in_proj.weight.grad
+        half = wide // 2 if rotation == "fixed" else wide
+        constant = torch.arange(wide).repeat(mixer.n_heads) % half == half - 1  # only biases
+        silent = ~weight[queries].any(1) & ~constant
+        assert silent.sum() >= mixer.n_heads * (wide - teacher.config.head_dim - 2)
+        assert weight[rows].any(1)[silent].all() and grad[queries][silent].any(1).all()
+        with torch.no_grad():
+            weight[rows] *= ~silent[:, None]
+            mixer.in_proj.bias[rows] *= ~silent
+    assert torch.equal(student(ids), logits)
+
+
 def test_bad_texts():
     teacher = shaken(Llama(llama_config()))
     for texts, problem in ((torch.zeros(2, 0).long(), r"has shape \(2, 0\)"),
