@@ -20,6 +20,7 @@ SHOWN = (  # of the rows of bench.students; chapter 16 has them all
     "silence", "running mean", "window of 40 + 4 tokens", "published start", "start from the teacher, keys turn",
     "published 1+2+3", "standing keys 1+2+3", "turning keys 1+2+3", "turning keys 3",
     "turning keys, language modelling", "window 3", "teacher, language modelling", "from scratch",
+    "published 1+2+3, full", "turning keys 1+2+3, full", "window 3, full", "teacher, language modelling, full",
 )
 
 
@@ -98,19 +99,26 @@ def filled(text: str) -> str:
 
 
 def draw_stages() -> None:
-    """Held-out perplexity over the teacher's: what needs no training, and what a quarter of the demo's tokens give."""
+    """Held-out perplexity over the teacher's against tokens, for the rows that have all budgets."""
     saved = load_result("students")
-    tokens = next(row["tokens"] for row in saved["rows"] if row["name"] == "turning keys 3")
-    shown = [row for row in saved["rows"] if row["tokens"] in (0, tokens)]
-    figure, axis = plt.subplots(figsize=(9, 0.24 * len(shown) + 0.8), layout="constrained")
-    names = [row["name"] + ("" if row["tokens"] else " (no training)") for row in shown]
-    bars = axis.barh(names, [row["ratio"] for row in shown], color=["C0" if row["tokens"] else "0.7" for row in shown])
-    axis.bar_label(bars, [f"{row['ratio']:.3f}" for row in shown], padding=3, fontsize=8)
-    axis.set(xscale="log", xlim=(0.9, 120), xlabel="held-out perplexity over the teacher's")
-    axis.set_xticks([1, 2, 5, 10, 20, 50], labels=["1", "2", "5", "10", "20", "50"])
+    rows = {row["name"]: row for row in saved["rows"]}
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    styles = {"published": "s-", "standing": "o-", "turning": "o-", "window": "^-", "teacher": "^:"}
+    colours = {"published": "0.6", "standing": "0.6", "turning": "C0", "window": "C1", "teacher": "0.6"}
+    for name in saved["curves"]:
+        kind = name.split()[0].strip(",")
+        points = [rows[name + share] for share in (", sixteenth", ", eighth", "", ", full")]
+        axis.plot([point["tokens"] / 1000 for point in points], [point["ratio"] for point in points],
+                  styles[kind].replace("-", "--") if name == "turning keys 3" else styles[kind], color=colours[kind],
+                  ms=4, label=name)
+    untrained = f"window of {saved['window']} + {saved['sinks']} tokens"
+    axis.axhline(rows[untrained]["ratio"], color="C1", ls=":", label=f"{untrained}, no training")
+    axis.set(xscale="log", xlabel="tokens, thousands", ylim=(0.97, 1.12),
+             ylabel="held-out perplexity\nover the teacher's")
+    axis.set_xticks([50, 100, 200, 700], ["50", "100", "200", "700"])
     axis.minorticks_off()
-    axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     IMAGES.mkdir(parents=True, exist_ok=True)
     figure.savefig(IMAGES / "stages.png", dpi=110)
 
