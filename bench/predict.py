@@ -223,7 +223,8 @@ def predict(text: str) -> dict:
     for row in rows:
         hours = "" if row["hours"] is None else ", {:.1f} to {:.1f} hours".format(*row["hours"])
         print(f"{row['card']}: {row['blocks'] or 'no'} blocks at a time{hours}", flush=True)
-    return {"tokens": command.batch_size * command.corpus.length * sum(command.steps), "parts": parts, "rows": rows}
+    tokens = command.batch_size * command.corpus.length * sum(command.steps)
+    return {"teacher": command.teacher, "tokens": tokens, "parts": parts, "rows": rows}
 
 
 def checked() -> list[dict]:

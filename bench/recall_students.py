@@ -66,8 +66,8 @@ class Recaller(Row):
         torch.manual_seed(seed)
         if self.model == "student":
             texts = recall_sequences(16, PAIRS[-1], generator=torch.Generator().manual_seed(0))
-            return Llamba.from_teacher(teacher, start=self.start, rotation=self.rotation, texts=texts,
-                                       d_state=self.d_state, chunk_size=16)
+            return Llamba.from_teacher(teacher, start=self.start, rotation=self.rotation, d_state=self.d_state,
+                                       chunk_size=16, texts=texts if self.start == "teacher" else None)
         window = type("Window", (WindowAttention,), {"window": STATES[self.d_state], "sinks": 0})
         return with_mixers(teacher, {"silence": Silence, "mean": RunningMean, "window": window}[self.model])
 

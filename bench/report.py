@@ -65,6 +65,18 @@ def teacher_table() -> str:
     return "\n".join([*lines, "", made_by(saved)])
 
 
+def prediction_table() -> str:
+    """What the two large distillations would take on a GPU."""
+    saved = load_result("predict")
+    cards = [f"{row['card']}, {row['memory'] / 1e9:.0f} GB" for row in saved["predictions"][0]["rows"]]
+    lines = ["| predicted | tokens | " + " | ".join(cards) + " |", "| --- | --- |" + " --- |" * len(cards)]
+    for one in saved["predictions"]:
+        cells = ["{} blocks at a time, {:,.0f} to {:,.0f} hours".format(row["blocks"], *row["hours"])
+                 if row["blocks"] else "does not fit" for row in one["rows"]]
+        lines.append(f"| {one['teacher']} | {one['tokens'] / 1e6:,.0f} M | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"*`{saved['command']}`, {saved['date']}; nothing of this has run on a GPU.*"])
+
+
 def speed_table() -> str:
     """How many times the time of `ssd` other chunked implementations take on a CPU."""
     saved = load_result("ssd_cpu")
@@ -86,7 +98,8 @@ def made_by(saved: dict) -> str:
     return f"*`{saved['command']}` on {saved['device']}, {saved['date']}.*"
 
 
-TABLES = {"stages": stages_table, "memory": memory_table, "teacher": teacher_table, "speed": speed_table}
+TABLES = {"stages": stages_table, "memory": memory_table, "teacher": teacher_table, "predict": prediction_table,
+          "speed": speed_table}
 
 
 def filled(text: str) -> str:

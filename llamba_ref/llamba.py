@@ -382,9 +382,8 @@ class Llamba(LanguageModel):
         """A student with the teacher's embedding, norms, MLPs, head and kept attention, and new mixers, one head for
         each of the teacher's query heads. `start="published", rotation="none"` is the student of Bick et al. 2025.
 
-        Raises ValueError for a teacher that is no `Llama` or, for a start from it, has no numbers (on the meta device),
-        a layer that does not exist, heads that do not divide the width, texts that are no ids or
-        not needed, and an unknown word."""
+        Raises ValueError for a teacher that is no `Llama` or has no numbers to start from (on the meta device), no such
+        layer, heads that do not divide the width, texts that are no ids or not needed, and an unknown word."""
         if not isinstance(teacher, Llama):
             raise ValueError(f"teacher is a {type(teacher).__name__}: it must be a llamba_ref.llama.Llama")
         check_option("start", start, ("teacher", "published"))
@@ -411,7 +410,6 @@ class Llamba(LanguageModel):
             start_from_teacher(student, teacher, texts)
         for index, (block, layer) in enumerate(zip(student.backbone.layers, teacher.backbone.layers)):
             if not isinstance(own := block.mixer, Attention):
-                mixer, heads = getattr(own, "recurrent", own), getattr(own, "heads", [])
-                mixer = mixer if recurrent is None else recurrent[index]
-                block.mixer = keep_heads(mixer, layer.mixer, heads) if heads else mixer
+                mixer = getattr(own, "recurrent", own) if recurrent is None else recurrent[index]
+                block.mixer = keep_heads(mixer, layer.mixer, own.heads) if hasattr(own, "heads") else mixer
         return student

@@ -119,7 +119,7 @@ def reachable(
     zero, so would be both gradients, and no training could ever use these parts."""
     return torch.where((factor.any(-1) | other.any(-1))[..., None], factor, drawn)
 
-
+# %% ../nbs/14_start.ipynb #8bae105b
 @torch.no_grad()
 def start_mixer(
     mixer: DiscreteMamba2,  # a new one, with biases
