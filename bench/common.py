@@ -17,7 +17,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+import tyro
 
+from llamba_ref.cli import Distill
 from llamba_ref.conventions import load_result
 from llamba_ref.decoder import Decoder
 from llamba_ref.training import Stage
@@ -82,6 +84,11 @@ class Curve:
             point = {"step": step, "stage": stage.objective, **self.measure(step), "cpu_seconds": self.spent}
             self.points.append(point)
             self.began = time.process_time()
+
+
+def distill_options(command: str) -> Distill:
+    """The options of a `llamba distill` command."""
+    return tyro.cli(Distill, args=command.partition("distill")[2].split(), config=(tyro.conf.OmitArgPrefixes,))
 
 
 Run = Callable[[str, float, int], dict]  # name, learning rate, seed -> a record with "score", of which lower is better

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from bench.common import in_a_process, parameters, save
+from bench.common import distill_options, in_a_process, parameters, save
 from bench.stage1_memory import ENVIRONMENT, resident
 from llamba_ref.cli import Distill
 from llamba_ref.conventions import peak_bytes
@@ -180,7 +180,7 @@ def most_resident() -> int:
 def measured(objective: str, precision: str) -> int:
     """Bytes by which this process grows at most when the steps of SMALL are taken, BEYOND blocks at a time."""
     torch.set_num_threads(1)
-    command = parsed(SMALL)
+    command = distill_options(SMALL)
     stage = next(stage for stage in command.stages() if stage.objective == objective)
     for name, blocks in (("tiny", 1), ("small", BEYOND)):  # first a tiny one, so that all of PyTorch is loaded
         teacher, before = SIZES[name], resident()
@@ -190,14 +190,9 @@ def measured(objective: str, precision: str) -> int:
     return most_resident() - before
 
 
-def parsed(command: str) -> Distill:
-    """A command's options."""
-    return tyro.cli(Distill, args=command.split()[2:], config=(tyro.conf.OmitArgPrefixes,))
-
-
 def plan(text: str, parts: list[dict], name: str) -> dict:
     """How many blocks of a step a card holds at a time, and how long all steps take; None where not one fits."""
-    command, card = parsed(text), CARDS[name]
+    command, card = distill_options(text), CARDS[name]
     parts = [part for part in parts if part["precision"] == card.precision]
     fitting = [blocks for blocks in range(1, command.batch_size + 1)
                if max(memory(part, blocks) for part in parts) <= FREE * card.memory]
@@ -213,7 +208,7 @@ def plan(text: str, parts: list[dict], name: str) -> dict:
 
 def predict(text: str) -> dict:
     """All cards for one command."""
-    command = parsed(text)
+    command = distill_options(text)
     parts = [counted(command, stage, precision) for precision in ("no", "bf16") for stage in command.stages()]
     for part in parts:
         print(f"{command.teacher}, {part['stage']}, precision {part['precision']}: {part['lasting'] / 1e9:.1f} GB that "
@@ -229,7 +224,7 @@ def predict(text: str) -> dict:
 
 def checked() -> list[dict]:
     """What the line says of a small model, beside what a process that takes the steps grows by."""
-    command, rows = parsed(SMALL), []
+    command, rows = distill_options(SMALL), []
     for stage in command.stages():
         for precision in ("no", "bf16"):
             predicted = memory(counted(command, stage, precision), BEYOND)

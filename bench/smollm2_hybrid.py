@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 import tyro
 
-from bench.common import save
+from bench.common import distill_options, save
 from bench.students import WindowAttention, with_mixers
-from llamba_ref.cli import Distill, Text, settings_of
+from llamba_ref.cli import Text, settings_of
 from llamba_ref.cli import main as llamba
 from llamba_ref.data import Batches, pack
 from llamba_ref.decoder import Decoder
@@ -62,7 +62,7 @@ def minutes(records: list[dict]) -> float:
 
 
 def main() -> None:
-    command = tyro.cli(Distill, args=COMMAND.split()[1:], config=(tyro.conf.OmitArgPrefixes,))
+    command = distill_options(COMMAND)
     if not (OUT / "student").exists():
         llamba([*COMMAND.split(), "--prompt", "My fellow citizens,"])
         shutil.rmtree(OUT / "checkpoints")  # 4 GB with AdamW's means

@@ -135,8 +135,9 @@ def start_mixer(
     if mixer.activation != "identity":
         raise ValueError(f"the mixer's activation is {mixer.activation!r}: it must be 'identity', attention has none")
     heads, width = mixer.n_heads, 2 if isinstance(mixer, RotaryMamba2) else 1
-    sizes = [mixer.d_inner, heads * mixer.d_state, len(mixer.in_proj.weight) - mixer.d_inner - heads * mixer.d_state]
-    drawn_x, drawn_B, _ = with_bias(mixer.in_proj, 1).squeeze(0).split(sizes)
+    ends = mixer.d_inner, mixer.d_inner + heads * mixer.d_state  # of the rows for x and for B, as they were drawn
+    drawn_x, drawn_B, _ = (rearrange(z, "(h n) d -> h n d", h=heads)
+                           for z in with_bias(mixer.in_proj, 1)[0].tensor_split(ends))
     v = with_bias(attention.v_proj, attention.n_kv_heads, heads // attention.n_kv_heads)
     o = rearrange(attention.o_proj.weight.double(), "d (h p) -> h d p", h=heads)
     out, x = best_factors(o, v, mixer.d_inner // heads)
@@ -162,10 +163,9 @@ def start_mixer(
         B[h] *= root.repeat(width)[:, None]  # equal sizes: the optimiser changes all numbers by as much
         C[h] *= (weights[:-1] / root).repeat(width)[:, None]
         errors.append(error.float())
-    keys, queries, drawn = (rearrange(z, "h (w i) d -> h i (w d)", w=width)
-                            for z in (B, C, rearrange(drawn_B, "(h n) d -> h n d", h=heads)))
+    keys, queries, drawn = (rearrange(z, "h (w i) d -> h i (w d)", w=width) for z in (B, C, drawn_B))
     B = rearrange(reachable(keys, queries, drawn), "h i (w d) -> h (w i) d", w=width)
-    x = reachable(x, out.mT, rearrange(drawn_x, "(h p) d -> h p d", h=heads))
+    x = reachable(x, out.mT, drawn_x)
     write_rows(mixer, x, B, C)
     return torch.stack(errors)
 
