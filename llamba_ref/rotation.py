@@ -23,16 +23,16 @@ __all__ = ['Rotation', 'rotate_pairs', 'running_angle', 'RotaryState', 'RotaryMa
 # %% ../nbs/13_rotation.ipynb #5d7fe807
 def rotate_pairs(
     z: Float[Tensor, "*batch width"],  # keys or queries; width is even
-    angle: Float[Tensor, "*batch half"],  # radians, one for each pair of channels
+    angle: Float[Tensor, "*#batch half"],  # radians, one for each pair of channels
 ) -> Float[Tensor, "*batch width"]:  # the same, rotated; dtype of z
     """Rotate the pairs of channels (i, i + width / 2), as rotary positions do (Su et al. 2021)."""
     return turn_pairs(z.to(angle.dtype), angle.cos(), angle.sin()).to(z.dtype)
 
 # %% ../nbs/13_rotation.ipynb #5fb423d6
 def running_angle(
-    turn: Float[Tensor, "batch len *rest"],  # radians that each token turns by
+    turn: Float[Tensor, "#batch len *#rest"],  # radians that each token turns by
     start: Float[Tensor, "batch *rest"] | None = None,  # the angle before the first of them; None: 0
-) -> Float[Tensor, "batch len *rest"]:  # the angle at each token, from -pi to pi, float32 at least
+) -> Float[Tensor, "#batch len *#rest"]:  # the angle at each token, from -pi to pi, float32 at least
     """Sum of the turns up to and including each token, in float64, less whole circles, so that float32 can hold it."""
     angle = turn.double().cumsum(1)
     angle = angle if start is None else angle + start[:, None]
@@ -80,15 +80,14 @@ class RotaryMamba2(DiscreteMamba2):
         conv, ssm = super().init_state(batch)
         return RotaryState(conv, ssm, ssm.new_zeros(batch, self.n_groups, self.d_state // 2))
 
-    def turns(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch len groups half"]:
-        """Radians by which each token turns, float32 at least."""
-        turn = rope_frequencies(self.rope, self.d_state, u.device).to(wide_dtype(u))
-        turn = turn.expand(*u.shape[:2], self.n_groups, -1)
+    def turns(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "#batch len #groups half"]:
+        """Radians by which each token turns, float32 at least; of size 1 where all sequences or groups turn alike."""
+        turn = rope_frequencies(self.rope, self.d_state, u.device).to(wide_dtype(u))[None]
         if self.rotation == "learned":
             turn = turn * self.log_speed.to(turn.dtype).exp()
         if self.rotation == "data":
-            turn = turn * (1 + self.speed(u).to(turn.dtype)[..., None])
-        return turn
+            return turn * (1 + self.speed(u).to(turn.dtype)[..., None])
+        return turn.expand(1, u.shape[1], -1, -1)
 
     def project(
         self, u: Tensor, state: RotaryState | None, tokens: Tensor | None = None

@@ -34,7 +34,8 @@ def by_gateloop(mixer, u, mode):
     """The mixer with complex gates."""
     p, _ = DiscreteMamba2.project(mixer, u, None)
     shared = mixer.n_heads // mixer.n_groups
-    B, C, turn = (z.repeat_interleave(shared, 2) for z in (p.B, p.C, mixer.turns(u)))
+    turn = mixer.turns(u).expand(*p.B.shape[:3], -1)
+    B, C, turn = (z.repeat_interleave(shared, 2) for z in (p.B, p.C, turn))
     y = gateloop(as_complex(C), as_complex(B).conj(), p.x, p.log_a[..., None].expand_as(turn), turn, mode=mode).real
     return mixer.gate_and_project(y, p.x, p.z)
 
