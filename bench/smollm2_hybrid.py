@@ -18,12 +18,14 @@ from pathlib import Path
 
 import torch
 import tyro
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from bench.common import distill_options, save
 from bench.students import WindowAttention, with_mixers
 from llamba_ref.cli import Text, settings_of
 from llamba_ref.cli import main as llamba
-from llamba_ref.data import Batches, pack
+from llamba_ref.data import Batches, TokenBlocks, pack
 from llamba_ref.decoder import Decoder
 from llamba_ref.evaluate import compare
 from llamba_ref.llama import Llama
@@ -45,6 +47,11 @@ class Window(WindowAttention):
     """A cache of as many numbers as the state of the student's mixer: 114 tokens have 43,776, the state 44,064."""
 
     window, sinks = 110, 4
+
+
+def evaluation_blocks(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[int, TokenBlocks]:
+    """Held-out blocks as long as those of the training, and four times as long: as many tokens of each."""
+    return {length: pack(documents, tokenizer, length, max_blocks=16 * 256 // length) for length in (256, 1024)}
 
 
 def measured(name: str, teacher: Llama, model: Decoder, blocks: dict) -> dict:
@@ -70,14 +77,15 @@ def main() -> None:
         raise SystemExit(f"{OUT}: a run with other options is there; remove it or keep its figures")
     records = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "stage" in record]
-    torch.set_num_threads(2)
+    torch.set_num_threads(command.threads)
     teacher, tokenizer = load_model("smollm2")
-    training, held_out = TEXT.documents()
-    blocks = {length: pack(held_out, tokenizer, length, max_blocks=16 * 256 // length) for length in (256, 1024)}
+    training, held_out = command.corpus.documents()
+    blocks = evaluation_blocks(held_out, tokenizer)
     rows = [measured("student", teacher, load_model(str(OUT))[0], blocks),
             measured("window, untrained", teacher, with_mixers(teacher, Window, LAYERS), blocks)]
     window = with_mixers(teacher, Window, LAYERS)
-    window_steps = distill(teacher, window, Batches(pack(training, tokenizer, 256), 4), [WINDOW_STAGE])
+    data = Batches(pack(training, tokenizer, command.corpus.length), command.batch_size, command.seed)
+    window_steps = distill(teacher, window, data, [WINDOW_STAGE])
     rows.append(measured("window, distilled", teacher, window, blocks))
     tokens = {"student": sum(record["tokens"] for record in steps),
               "window": sum(record["tokens"] for record in window_steps)}
