@@ -22,7 +22,7 @@ from llamba_ref.mohawk import distill
 
 OUT, EVERY = "runs/smollm2-all", 25  # steps between two points of the curve
 COMMAND = (
-    "distill --teacher smollm2 --text sotu --d-state 64 --chunk-size 64 --batch-size 4 --steps 0 150 400 "
+    "distill --teacher smollm2 --text sotu --d-state 64 --chunk-size 64 --batch-size 4 --steps 0 60 230 "
     f"--lr 5e-4 5e-4 1e-4 --validation-blocks 16 --threads 2 --out {OUT}"
 )
 
