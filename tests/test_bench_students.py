@@ -9,7 +9,7 @@ import torch
 
 from small import llama_config
 
-from bench import recall_students, students, where
+from bench import recall_students, smollm2_all, smollm2_hybrid, students, where
 from bench import common
 from bench.common import best_rate_runs, search
 from bench.keep_attention import KEPT, choices
@@ -25,6 +25,7 @@ from llamba_ref.llama import Attention, Llama
 from llamba_ref.llamba import Llamba
 from llamba_ref.models import load_model
 from llamba_ref.mohawk import OBJECTIVES
+from llamba_ref.training import Stage
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +230,23 @@ def test_what_is_written_is_scored(teacher, monkeypatch):
     assert found["as the teacher"] == 6 and found["teacher's nats"] > 0
     silent = where.greedily(with_mixers(teacher, Silence), prompts)
     assert where.written(silent, teacher, theirs)["as the teacher"] < 6
+
+
+@pytest.mark.parametrize("bench, layers", [(smollm2_all, ()), (smollm2_hybrid, (0, 2))])
+def test_the_benches_of_the_real_teacher_run_from_their_commands(bench, layers, monkeypatch, tmp_path):
+    replaced = f"--replace {' '.join(map(str, layers))}" if layers else ""
+    command = (f"distill --teacher tiny {replaced} --d-state 32 --chunk-size 32 --batch-size 2 --steps 0 1 1 --seed 3 "
+               f"--validation-blocks 4 --save-every 0 --threads 1 --out {tmp_path / 'run'}")
+    found = {}
+    small = {"COMMAND": command, "OPTIONS": common.distill_options(command), "OUT": tmp_path / "run", "EVERY": 1,
+             "LAYERS": layers, "WINDOW_STAGE": Stage("distillation", 1, 1e-5),
+             "save": lambda name, command, **content: found.update(json.loads(json.dumps(content)))}
+    for name, value in small.items():
+        if hasattr(bench, name):
+            monkeypatch.setattr(bench, name, value)
+    bench.main()
+    assert found["arguments"] == command and len(found["rows"]) == 3
+    assert all(set(row["ratios"]) == {"256", "1024"} and min(row["ratios"].values()) > 0 for row in found["rows"])
+    student = load_model(str(tmp_path / "run"))[0]
+    assert [type(block.mixer) is Attention for block in student.backbone.layers] == [
+        bool(layers) and index not in layers for index in range(4)]
