@@ -49,10 +49,10 @@ def model(name: str, mlp: int = MLP) -> Decoder:
 
 
 def texts():
-    """Training blocks, held-out blocks and the tokenizer."""
+    """Training blocks, the halves of the held-out blocks that choose rates and are reported, and the tokenizer."""
     tokenizer = load_tokenizer(find_checkpoint("tiny"))
-    training, held_out = split_documents(load_documents("austen"))
-    return *(pack(documents, tokenizer, LENGTH) for documents in (training, held_out)), tokenizer
+    training, held_out = (pack(documents, tokenizer, LENGTH) for documents in split_documents(load_documents("austen")))
+    return training, *(replace(held_out, tokens=held_out.tokens[start::2]) for start in (0, 1)), tokenizer
 
 
 def fit(name: str, lr: float, seed: int, steps: int = STEPS) -> tuple[Decoder, dict]:
@@ -64,8 +64,7 @@ def fit(name: str, lr: float, seed: int, steps: int = STEPS) -> tuple[Decoder, d
 def train_on_novels(net: Decoder, name: str, lr: float, seed: int, steps: int = STEPS) -> tuple[Decoder, dict]:
     """Train a new model on the novels, with one thread: the model, and its curve of held-out perplexity."""
     torch.set_num_threads(1)
-    training, held_out, _ = texts()
-    choosing, reported = (replace(held_out, tokens=held_out.tokens[start::2]) for start in (0, 1))
+    training, choosing, reported, _ = texts()
     curve = Curve(
         EVERY, lambda step: {"tokens": step * BATCH * LENGTH, "perplexity": evaluate(net, reported).perplexity}
     )
@@ -92,7 +91,7 @@ def main(
     save_to: Path | None = None,  # train the model with complex gates and seed 0 again and write it there
 ) -> None:
     if save_to is not None:
-        save_model(save_to, fit(*first_run("gateloop_lm", MODELS[0]))[0].half(), texts()[2])
+        save_model(save_to, fit(*first_run("gateloop_lm", MODELS[0]))[0].half(), texts()[-1])
         return
     torch.set_num_threads(1)  # as in every run, and for the record
     runs, trials = best_rate_runs(run, MODELS, RATES, SEEDS)

@@ -1,4 +1,4 @@
-"""Put the saved measurements into README.md: tables between markers, figures in docs/images.
+"""Put the saved measurements into README.md: tables between markers, and the figure of chapter 16 in docs/images.
 
     python -m bench.report            write
     python -m bench.report --check    exit with 1 when README.md does not show what bench/results holds
@@ -6,16 +6,16 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 from llamba_ref.conventions import load_result
 
 ROOT = Path(__file__).parent.parent
-IMAGES = ROOT / "docs" / "images"
+FIGURE = ROOT / "docs" / "images" / "stages.png"
 SHOWN = (  # of the rows of bench.students; chapter 16 has them all
     "silence", "running mean", "window of 40 + 4 tokens", "published start", "start from the teacher, keys turn",
     "published 1+2+3", "standing keys 1+2+3", "turning keys 1+2+3", "turning keys 3",
@@ -111,40 +111,23 @@ def filled(text: str) -> str:
     return text
 
 
-def draw_stages() -> None:
-    """Held-out perplexity over the teacher's against tokens, for the rows that have all budgets."""
-    saved = load_result("students")
-    rows = {row["name"]: row for row in saved["rows"]}
-    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    styles = {"published": "s-", "standing": "o-", "turning": "o-", "window": "^-", "teacher": "^:"}
-    colours = {"published": "0.6", "standing": "0.6", "turning": "C0", "window": "C1", "teacher": "0.6"}
-    for name in saved["curves"]:
-        kind = name.split()[0].strip(",")
-        points = [rows[name + share] for share in (", sixteenth", ", eighth", "", ", full")]
-        axis.plot([point["tokens"] / 1000 for point in points], [point["ratio"] for point in points],
-                  styles[kind].replace("-", "--") if name == "turning keys 3" else styles[kind], color=colours[kind],
-                  ms=4, label=name)
-    untrained = f"window of {saved['window']} + {saved['sinks']} tokens"
-    axis.axhline(rows[untrained]["ratio"], color="C1", ls=":", label=f"{untrained}, no training")
-    axis.set(xscale="log", xlabel="tokens, thousands", ylim=(0.97, 1.12),
-             ylabel="held-out perplexity\nover the teacher's")
-    axis.set_xticks([50, 100, 200, 700], ["50", "100", "200", "700"])
-    axis.minorticks_off()
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    IMAGES.mkdir(parents=True, exist_ok=True)
-    figure.savefig(IMAGES / "stages.png", dpi=110)
+def chapter_figure(label: str) -> bytes:
+    """The picture that a chapter's cell of this label has saved."""
+    for chapter in (ROOT / "nbs").glob("*.ipynb"):
+        for cell in json.loads(chapter.read_text())["cells"]:
+            if f"#| label: {label}\n" in cell["source"]:
+                return base64.b64decode(next(out["data"]["image/png"] for out in cell["outputs"] if "data" in out))
+    raise SystemExit(f"no chapter has a figure {label}")
 
 
 def main() -> None:
     readme = ROOT / "README.md"
-    text = readme.read_text()
+    text, figure = readme.read_text(), chapter_figure("fig-mohawk-budgets")
     if "--check" in sys.argv[1:]:
-        sys.exit(
-            0 if filled(text) == text else "README.md does not show the saved measurements: run python -m bench.report"
-        )
+        shown = filled(text) == text and FIGURE.read_bytes() == figure
+        sys.exit(0 if shown else "README.md does not show the saved measurements: run python -m bench.report")
     readme.write_text(filled(text))
-    draw_stages()
+    FIGURE.write_bytes(figure)
     print("written: README.md, docs/images/stages.png")
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench.gateloop_lm import texts
 from llamba_ref.checkpoint import EMBEDDED, find_checkpoint
 from llamba_ref.conventions import load_result, relative_error
 from llamba_ref.data import load_documents, pack, split_documents
@@ -71,22 +71,16 @@ def test_the_gateloop_of_the_horizon_is_the_recorded_one():
     assert sum(p.numel() for p in model.parameters()) == record["parameters"]
 
 
-def reported(tokenizer):
-    """The half of the held-out blocks whose perplexity bench.gateloop_lm and bench.mamba2_lm report."""
-    held_out = pack(split_documents(load_documents("austen"))[1], tokenizer, 256)
-    return replace(held_out, tokens=held_out.tokens[1::2])
-
-
 def test_the_gateloop_language_model_is_the_recorded_one():
-    model, tokenizer = load_model("tiny-gateloop")
-    record, found = recorded("gateloop_lm"), evaluate(model, reported(tokenizer)).perplexity
+    model = load_model("tiny-gateloop")[0]
+    record, found = recorded("gateloop_lm"), evaluate(model, texts()[2]).perplexity
     assert abs(found / record["curve"][-1]["perplexity"] - 1) < 1e-3  # weights in float16
 
 
 def test_the_mamba2_language_model_is_the_recorded_one():
-    model, tokenizer = load_model("tiny-mamba2")
+    model = load_model("tiny-mamba2")[0]
     assert isinstance(model, Mamba2LM)
-    record, found = load_result("mamba2_lm")["runs"][0], evaluate(model, reported(tokenizer)).perplexity
+    record, found = load_result("mamba2_lm")["runs"][0], evaluate(model, texts()[2]).perplexity
     assert abs(found / record["curve"][-1]["perplexity"] - 1) < 1e-3  # weights in float16
     assert sum(p.numel() for p in model.parameters()) == record["parameters"]
 
