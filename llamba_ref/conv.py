@@ -77,6 +77,7 @@ def causal_conv_step(
                            "call it under torch.no_grad(), or call causal_conv")
     if kernel is not None:
         return kernel(x_t, weight, bias, window, activation == "silu")
-    y, later = causal_conv(x_t[:, None], weight, bias, window, activation=activation, backend="naive")
-    window.copy_(later)
-    return y[:, 0]
+    window.copy_(torch.cat([window[:, :, 1:], x_t[:, :, None]], 2))
+    y = (window * weight[:, 0]).sum(-1)
+    y = (y if bias is None else y + bias).to(x_t.dtype)
+    return F.silu(y) if activation == "silu" else y

@@ -12,6 +12,8 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Collection
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from importlib.resources import files
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -23,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # %% auto #0
-__all__ = ['Backend', 'relative_error', 'check_tensors', 'check_sizes', 'check_option', 'checked', 'wide_dtype',
+__all__ = ['Backend', 'relative_error', 'check_tensors', 'check_sizes', 'check_option', 'checked', 'unchecked', 'wide_dtype',
            'cumulative_rotation', 'polar_gate', 'choose_backend', 'wrong_widths', 'find_kernel', 'load_result',
            'peak_bytes', 'is_token']
 
@@ -101,6 +103,9 @@ def check_option(
         raise ValueError(f"{name} is {value!r}: it must be {', '.join(map(repr, known[:-1]))} or {known[-1]!r}")
 
 # %% ../nbs/01_conventions.ipynb #b9db5536
+_trusting = ContextVar("trusting", default=False)  # whether `unchecked` is in force
+
+
 def checked(
     same: str = "",  # names of the arguments that have one precision: "x B C"
     **divisors: str,  # groups="heads": the size of axis groups divides that of axis heads
@@ -119,6 +124,10 @@ def checked(
 
         @wraps(function)
         def checking(*args, **kwargs):
+            if not torch.compiler.is_compiling() and _trusting.get():
+                first = (args or tuple(kwargs.values()))[0]
+                if not torch.is_autocast_enabled(first.device.type):
+                    return function(*args, **kwargs)
             given = signature.bind(*args, **kwargs).arguments
             inputs = {name: (given[name], axes[name]) for name in axes if name in given}
             inputs = {name: z for name, z in inputs.items() if not (z[0] is None and name in optional)}
@@ -143,6 +152,16 @@ def checked(
         return checking
 
     return decorate
+
+# %% ../nbs/01_conventions.ipynb #d88d0ef2
+@contextmanager
+def unchecked():
+    """Inside, operators take their arguments on trust: for loops that have checked what comes in."""
+    before = _trusting.set(True)
+    try:
+        yield
+    finally:
+        _trusting.reset(before)
 
 # %% ../nbs/01_conventions.ipynb #c85c56a8
 def wide_dtype(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
@@ -14,11 +15,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from .conventions import check_sizes, wide_dtype
+from .conventions import check_sizes, unchecked, wide_dtype
 
 # %% auto #0
 __all__ = ['RMSNorm', 'SwiGLU', 'Block', 'init_weights', 'Backbone', 'pack_left', 'sample', 'LayerView', 'check_ids', 'hidden',
-           'prefill', 'walk', 'generate', 'Decoder', 'check_sizes_of']
+           'prefill', 'read', 'walk', 'generate', 'Decoder', 'check_sizes_of']
 
 # %% ../nbs/04_decoder.ipynb #c31411b6
 class RMSNorm(nn.Module):
@@ -74,9 +75,10 @@ class Block(nn.Module):
             return self.channel_mix(x + out)
         return self.channel_mix(x + out[0]), out[1]
 
-    def step(self, x_t: Float[Tensor, "batch d_model"], state):
+    def step(self, x_t: Float[Tensor, "batch d_model"], state, in_place: bool = False):
         """One token: returns the layer's output (batch, d_model) and the mixer's new state."""
-        y_t, state = self.mixer.step(self.input_layernorm(x_t), state)
+        step = getattr(self.mixer, "step_in_place", self.mixer.step) if in_place else self.mixer.step
+        y_t, state = step(self.input_layernorm(x_t), state)
         return self.channel_mix(x_t + y_t), state
 
 # %% ../nbs/04_decoder.ipynb #9c00c799
@@ -130,11 +132,13 @@ class Backbone(nn.Module):
             new_state.append(layer_state)
         return x, new_state
 
-    def step(self, token_ids: Int[Tensor, "batch"], state: list) -> tuple[Float[Tensor, "batch d_model"], list]:
+    def step(
+        self, token_ids: Int[Tensor, "batch"], state: list, in_place: bool = False
+    ) -> tuple[Float[Tensor, "batch d_model"], list]:
         """One token of each sequence: the hidden state that leaves the last block, and the new state."""
         x, new_state = self.embedding(token_ids), []
         for block, layer_state in zip(self.layers, state, strict=True):
-            x, layer_state = block.step(x, layer_state)
+            x, layer_state = block.step(x, layer_state, in_place)
             new_state.append(layer_state)
         return x, new_state
 
@@ -272,6 +276,14 @@ def hidden(
     return _unpack(model.backbone(input_ids, **padding), back)
 
 
+def _begin(model, input_ids, attention_mask, state):
+    """Checked: ids with the padding on the left, what to tell the mixers, the order that leads back, and a state."""
+    check_ids(input_ids, model.vocab_size, attention_mask)
+    if attention_mask is not None and state is not None:
+        raise ValueError("attention_mask and state cannot be given together: padding is only allowed at the start")
+    return *_pack(input_ids, attention_mask), model.init_state(len(input_ids)) if state is None else state
+
+
 def prefill(
     model: Decoder,  # the model
     input_ids: Int[Tensor, "batch len"],  # token ids
@@ -279,13 +291,30 @@ def prefill(
     state: list | None = None,  # state to go on from; None: a new sequence
 ) -> tuple[Float[Tensor, "batch len vocab"], list]:  # logits of every position, state after the last token
     """Read a prompt, or go on reading from `state`. Raises ValueError as `forward`, and for a mask with a state."""
-    check_ids(input_ids, model.vocab_size, attention_mask)
-    if attention_mask is not None and state is not None:
-        raise ValueError("attention_mask and state cannot be given together: padding is only allowed at the start")
-    input_ids, padding, back = _pack(input_ids, attention_mask)
-    state = model.init_state(len(input_ids)) if state is None else state
+    input_ids, padding, back, state = _begin(model, input_ids, attention_mask, state)
     x, state = model.backbone(input_ids, state, **padding)
     return model.head(_unpack(x, back)), state
+
+# %% ../nbs/04_decoder.ipynb #710e65b7
+def read(
+    model: Decoder,  # the model
+    input_ids: Int[Tensor, "batch len"],  # token ids
+    attention_mask: Shaped[Tensor, "batch len"] | None = None,  # 1 token, 0 padding; only at the start
+    state: list | None = None,  # state to go on from; None: a new sequence
+    *,
+    piece: int = 2048,  # tokens of each sequence that are read at a time
+) -> tuple[Float[Tensor, "batch vocab"], list]:  # logits of the token after the last one, state after the last one
+    """`prefill` for long prompts: piece by piece, so that memory besides the state does not grow with their length.
+
+    Raises ValueError as `prefill`, and for a `piece` below 1."""
+    check_sizes(piece=piece)
+    input_ids, padding, _, state = _begin(model, input_ids, attention_mask, state)
+    most = int(padding["padding"].max()) if padding else 0
+    for start in range(0, input_ids.shape[1], piece):
+        ids = input_ids[:, start : start + piece]
+        pads = {"padding": (padding["padding"] - start).clamp(0, ids.shape[1])} if start < most else {}
+        x, state = model.backbone(ids, state, **pads)  # packed to the left, every row ends with a token
+    return model.head(x[:, -1]), state
 
 # %% ../nbs/04_decoder.ipynb #7074995b
 def walk(
@@ -304,6 +333,21 @@ def walk(
         x = layer.output
         del layer, mixer_input, mixer_output
 
+# %% ../nbs/04_decoder.ipynb #ce5d45fa
+@lru_cache
+def _compiled_step():
+    """`Decoder.step` through torch.compile, once for all models: each is compiled when it is first used."""
+    return torch.compile(Decoder.step)
+
+
+def _check_length_and_stops(max_new_tokens, stop_tokens, vocab_size):
+    """Raise ValueError for a negative number of tokens, and for stop tokens that are no ids."""
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be 0 or more")
+    for stop in stop_tokens:
+        if not (isinstance(stop, int) and 0 <= stop < vocab_size):
+            raise ValueError(f"stop_tokens holds {stop!r}: ids must be integers in [0, {vocab_size})")
+
 # %% ../nbs/04_decoder.ipynb #d8640a79
 @torch.no_grad()
 def generate(
@@ -318,28 +362,24 @@ def generate(
     attention_mask: Shaped[Tensor, "batch len"] | None = None,  # for padded prompts
     streamer=None,  # object with put(ids) and end(), such as transformers.TextStreamer
     generator: torch.Generator | None = None,  # source of randomness
+    compile: bool = False,  # the step by torch.compile: some ten seconds for a new model or batch, then faster
 ) -> Int[Tensor, "batch total"]:  # the prompts as they were given, then the new tokens
     """Continue the prompts token by token, at constant cost a token for recurrent mixers.
 
     Raises ValueError as `forward` and `sample`, and for stop tokens that are no ids; FloatingPointError as `sample`."""
-    check_ids(input_ids, model.vocab_size, attention_mask)
     _check_settings(temperature, top_k, top_p)
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be 0 or more")
-    for stop in stop_tokens:
-        if not (isinstance(stop, int) and 0 <= stop < model.vocab_size):
-            raise ValueError(f"stop_tokens holds {stop!r}: ids must be integers in [0, {model.vocab_size})")
-    packed, padding, _ = _pack(input_ids, attention_mask)
-    x, state = model.backbone(packed, model.init_state(len(packed)), **padding)
-    logits, tokens = model.head(x[:, -1]), [input_ids]  # packed to the left, every row ends with a token
+    _check_length_and_stops(max_new_tokens, stop_tokens, model.vocab_size)
+    logits, state = model.read(input_ids, attention_mask)
+    tokens, step = [input_ids], partial(_compiled_step(), model) if compile else model.step
     stops = input_ids.new_tensor(list(stop_tokens))
-    done = torch.zeros(len(packed), dtype=torch.bool, device=input_ids.device)
+    done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     usable = ~done
     if streamer is not None:
         streamer.put(input_ids.cpu())
     for i in range(max_new_tokens):
         if i > 0:
-            logits, state = model.step(token, state)
+            with unchecked():  # the prompt was checked, and nobody else needs the state
+                logits, state = step(token, state, in_place=True)
         token, choice = _draw(logits, temperature, top_k, top_p, generator)
         token = torch.where(done, stops[0], token) if stop_tokens else token
         tokens.append(token[:, None].to(input_ids.dtype))
@@ -358,9 +398,10 @@ class Decoder(nn.Module):
     """A language model: backbone and head. Which model it is depends on the mixers alone.
 
     A mixer is a module with `forward(u)` -> y, `forward(u, state)` -> (y, state), `step(u_t, state)` -> (y_t, state),
-    `matrix(u)` -> (batch, heads, len, len) and `init_state(batch)`; `forward` takes `padding=` for padded batches."""
+    `matrix(u)` -> (batch, heads, len, len) and `init_state(batch)`; `forward` takes `padding=` for padded batches.
+    It may have `step_in_place(u_t, state)`, a step that overwrites the state."""
 
-    hidden, prefill, generate, walk = hidden, prefill, generate, walk  # the functions above, as methods
+    hidden, prefill, read, generate, walk = hidden, prefill, read, generate, walk  # the functions above, as methods
 
     def __init__(
         self,
@@ -401,12 +442,13 @@ class Decoder(nn.Module):
     def step(
         self,
         token_ids: Int[Tensor, "batch"],  # the next token of each sequence
-        state: list,  # from `init_state`, `prefill` or `step`; left as it is
+        state: list,  # from `init_state`, `prefill` or `step`; left as it is, unless `in_place`
+        in_place: bool = False,  # the mixers may overwrite the state, which saves memory and time; without gradients
     ) -> tuple[Float[Tensor, "batch vocab"], list]:  # logits of the token after it, new state
         """Read one token. The old state stays valid: a text can go on in several ways. ValueError for a wrong shape."""
         if token_ids.dim() != 1:
             raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}: it must be (batch,), one token a sequence")
-        x, state = self.backbone.step(token_ids, state)
+        x, state = self.backbone.step(token_ids, state, in_place)
         return self.head(x), state
 
 # %% ../nbs/04_decoder.ipynb #df93f862

@@ -194,8 +194,7 @@ class Attention(nn.Module):
 
     def init_state(self, batch: int) -> KVCache:
         """An empty cache."""
-        empty = self.k_proj.weight.new_zeros(batch, self.n_kv_heads, 0, self.head_dim)
-        return KVCache(empty, empty)
+        return KVCache(*[self.k_proj.weight.new_zeros(batch, self.n_kv_heads, 0, self.head_dim)] * 2)
 
     def project(self, u: Tensor, past: int, padding: Tensor | None):
         """Rotated queries, rotated keys and values, each (batch, heads, len, headdim)."""
@@ -210,7 +209,8 @@ class Attention(nn.Module):
         padding: Int[Tensor, "batch"] | None = None,  # padding on the left of each row of `u`
     ):  # (batch, len, d_model), and the new cache if one was given
         """Attend to everything up to and including each position."""
-        padding = state.padding if padding is None and state is not None else padding
+        before = None if state is None else state.padding  # a row may be padded over several pieces
+        padding = before if padding is None else padding if before is None else before + padding
         q, k, v = self.project(u, 0 if state is None else state.k.shape[2], padding)
         cache = None if state is None else state._replace(padding=padding).extend(k, v)
         y = causal_attention(q, *((k, v) if cache is None else cache[:2]), padding)

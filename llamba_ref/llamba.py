@@ -166,6 +166,12 @@ class MixedHeads(nn.Module):
         z, cache = self.attention.step(u_t, state.cache)
         return y + z, MixedState(recurrent, cache)
 
+    def step_in_place(self, u_t: Float[Tensor, "batch d_model"], state: MixedState) -> tuple[Tensor, MixedState]:
+        """`step` that overwrites the recurrent part of the state; without gradients."""
+        y, recurrent = self.recurrent.step_in_place(u_t, state.recurrent)
+        z, cache = self.attention.step(u_t, state.cache)
+        return y + z, MixedState(recurrent, cache)
+
     def matrix(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch heads len len"]:
         """The matrix of each head, of whichever kind it is. Those of attention have no gradient: stage 1 of MOHAWK
         would move them away from the teacher's, which they are."""

@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .conv import causal_conv
+from .conv import causal_conv, causal_conv_step
 from .conventions import check_sizes, is_token, wide_dtype
 from .convert import LanguageModel, ModelConfig
 from .decoder import Backbone
@@ -104,8 +104,7 @@ class SSDMixer(nn.Module):
         channels = d_inner + 2 * n_groups * d_state
         self.in_proj = nn.Linear(d_model, channels + d_inner + n_heads, bias=bias)
         self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels, bias=conv_bias)  # holds the weights
-        self.D = nn.Parameter(torch.ones(n_heads))
-        self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
+        self.D, self.out_proj = nn.Parameter(torch.ones(n_heads)), nn.Linear(d_inner, d_model, bias=bias)
 
     def init_state(self, batch: int) -> MambaState:
         """The state before the first token: zeros."""
@@ -120,8 +119,7 @@ class SSDMixer(nn.Module):
         padding: Int[Tensor, "batch"] | None = None,  # pads on the left of each row; then `state` must be None or zeros
     ):  # (batch, len, d_model), and the new state if one was given
         """Mix along the sequence with the chunked `ssd`."""
-        tokens = None if padding is None else is_token(padding, u.shape[1])[..., None]
-        p, carried = self.project(u, state, tokens)
+        p, carried = self.project(u, state, None if padding is None else is_token(padding, u.shape[1])[..., None])
         inputs, options = (p.written, p.log_a, p.B, p.C), {"chunk_size": self.chunk_size}
         if state is None:
             return self.gate_and_project(ssd(*inputs, **options), p.x, p.z)
@@ -130,9 +128,11 @@ class SSDMixer(nn.Module):
 
     def step(self, u_t: Float[Tensor, "batch d_model"], state: MambaState) -> tuple[Tensor, MambaState]:
         """One token: (batch, d_model) in and out. The old state stays valid, to be kept and gone on from again."""
-        p, carried = self.project(u_t[:, None], state)
-        y, ssm = ssd_step(*(z[:, 0] for z in (p.written, p.log_a, p.B, p.C)), state.ssm)
-        return self.gate_and_project(y, p.x[:, 0], p.z[:, 0]), carried._replace(ssm=ssm)
+        return _step(self, u_t, state, in_place=False)
+
+    def step_in_place(self, u_t: Float[Tensor, "batch d_model"], state: MambaState) -> tuple[Tensor, MambaState]:
+        """`step` that puts the new state where the old one was. RuntimeError where a gradient is wanted."""
+        return _step(self, u_t, state, in_place=True)
 
     def matrix_factors(self, u: Float[Tensor, "batch len d_model"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log_a, B, C and D, of which `ssd_matrix` makes the matrix."""
@@ -142,17 +142,28 @@ class SSDMixer(nn.Module):
         """The matrix that each head applies to its x: a column for each token that is written, D on the diagonal."""
         return ssd_matrix(*self.matrix_factors(u))
 
+# %% ../nbs/09_mamba2.ipynb #6778f2cb
+def _step(mixer, u_t, state, in_place):
+    """One token of a mixer, (batch, d_model) in and out, and the state after it."""
+    p, carried = mixer.project(u_t[:, None], state, in_place=in_place)
+    y, ssm = ssd_step(*(z[:, 0] for z in (p.written, p.log_a, p.B, p.C)), state.ssm, in_place=in_place)
+    return mixer.gate_and_project(y, p.x[:, 0], p.z[:, 0]), carried._replace(ssm=ssm)
+
 # %% ../nbs/09_mamba2.ipynb #d6388f69
 def convolve(
     mixer: SSDMixer,  # whose convolution it is
     xBC: Float[Tensor, "batch len channels"],  # its input
     state: MambaState | None,  # what is remembered of the tokens before; None: nothing
     tokens: Bool[Tensor, "batch len 1"] | None = None,  # False: nothing enters, and nothing is written; None: all True
+    in_place: bool = False,  # overwrite the window of the state; for one token
 ) -> tuple[Tensor, Tensor, Tensor, MambaState | None]:  # x, B and C by heads or groups, the state with a new window
     """The convolution of a mixer, and its output in three."""
     xBC = xBC if tokens is None else xBC.masked_fill(~tokens, 0)
-    window = None if state is None else state.conv
-    xBC, window = causal_conv(xBC, mixer.conv1d.weight, mixer.conv1d.bias, window, activation=mixer.activation)
+    window, weights = None if state is None else state.conv, (mixer.conv1d.weight, mixer.conv1d.bias)
+    if in_place:
+        xBC = causal_conv_step(xBC[:, 0], *weights, window, activation=mixer.activation)[:, None]
+    else:
+        xBC, window = causal_conv(xBC, *weights, window, activation=mixer.activation)
     keys = mixer.n_groups * mixer.d_state
     x, B, C = xBC.split([mixer.d_inner, keys, keys], dim=-1)
     x = x if tokens is None else x.masked_fill(~tokens, 0)  # the convolution's bias would write padding into the state
@@ -208,11 +219,11 @@ class Mamba2(SSDMixer):
         self.norm.weight.fill_(1)
 
     def project(
-        self, u: Tensor, state: MambaState | None, tokens: Tensor | None = None
+        self, u: Tensor, state: MambaState | None, tokens: Tensor | None = None, in_place: bool = False
     ) -> tuple[Projected, MambaState | None]:
         """What the recurrence needs, and the state, where there is one, with all but its `ssm` new."""
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv1d.out_channels, self.n_heads], dim=-1)
-        x, B, C, state = convolve(self, xBC, state, tokens)
+        x, B, C, state = convolve(self, xBC, state, tokens, in_place)
         wide = wide_dtype(dt)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.dt_limit)
         return Projected(x, dt, -self.A_log.to(wide).exp() * dt, B, C, z), state

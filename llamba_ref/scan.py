@@ -32,9 +32,10 @@ def recurrence_step(
     unit: Inexact[Tensor, "*#shape"],  # from `split_gate`
     residual: Inexact[Tensor, "*#shape"],  # from `split_gate`
     update: Inexact[Tensor, "*#shape"],  # what comes in
+    out: Inexact[Tensor, "*shape"] | None = None,  # where to put the result, perhaps `state` itself; None: new memory
 ) -> Inexact[Tensor, "*#shape"]:
     """One step a * state + update. Large terms are added last: unit * state + (residual * state + update)."""
-    return torch.addcmul(torch.addcmul(update, residual, state), unit, state)
+    return torch.addcmul(torch.addcmul(update, residual, state), unit, state, out=out)
 
 
 def recurrence(

@@ -133,7 +133,7 @@ def ssd(
         y, state = _in_groups(x, log_a, B, C, state, size)
     else:
         y, state = kernel(x, log_a.contiguous(), B, C, state.contiguous())
-    return (y.to(x.dtype), state) if return_state else y.to(x.dtype)
+    return (y.to(x.dtype), state.contiguous()) if return_state else y.to(x.dtype)  # steps go on in this memory
 
 # %% ../nbs/07_ssd.ipynb #9dc08f7d
 @checked(same="x_t B_t C_t", groups="heads")
@@ -151,12 +151,15 @@ def ssd_step(
 
     y_t has the dtype of x_t, the state float32 at least. Raises ValueError when an argument is not what the signature
     says, a log_a_t is positive or a state to be overwritten has too narrow a type; RuntimeError when backend="triton"
-    cannot run here."""
+    cannot run here, and for a gradient through a state that is overwritten."""
     dtype = wide_dtype(x_t, log_a_t, state)
     if in_place and state.dtype != dtype:
         raise ValueError(f"state is {state.dtype}: to be overwritten it must be {dtype}")
     inputs = (x_t, log_a_t, B_t, C_t, state)
     differentiable = torch.is_grad_enabled() and any(z.requires_grad for z in inputs)
+    if in_place and differentiable:
+        raise RuntimeError("ssd_step overwrites the state and keeps nothing for a gradient: call it under "
+                           "torch.no_grad(), or with in_place=False")
     obstacle = "kernel ssd_step has no gradient" if differentiable else None
     kernel = find_kernel("ssd.triton_step", backend, *inputs, obstacle=obstacle)
     if kernel is not None:
@@ -165,10 +168,10 @@ def ssd_step(
     x_t, y_dtype = x_t.to(dtype), x_t.dtype
     update = rearrange(x_t, "b (g r) p -> b g r p 1", **heads) * rearrange(B_t.to(dtype), "b g n -> b g 1 1 n")
     gate = split_gate(rearrange(log_a_t.to(dtype), "b (g r) -> b g r 1 1", **heads))
-    new = recurrence_step(rearrange(state.to(dtype), "b (g r) p n -> b g r p n", **heads), *gate, update)
+    grouped = rearrange(state.to(dtype), "b (g r) p n -> b g r p n", **heads)  # a view, where it has this type
+    new = recurrence_step(grouped, *gate, update, out=grouped if in_place else None)
     y_t = rearrange(new @ rearrange(C_t.to(dtype), "b g n -> b g 1 n 1"), "b g r p 1 -> b (g r) p")
-    new = rearrange(new, "b g r p n -> b (g r) p n")
-    return y_t.to(y_dtype), state.copy_(new) if in_place else new
+    return y_t.to(y_dtype), state if in_place else rearrange(new, "b g r p n -> b (g r) p n")
 
 # %% ../nbs/07_ssd.ipynb #d4c358cd
 @checked(same="B C", groups="heads")
