@@ -96,7 +96,7 @@ class WithConvolution(nn.Module):
         self,
         u: Float[Tensor, "batch len d_model"],  # normed hidden states
         state=None,  # state to go on from
-        padding: Int[Tensor, "batch"] | None = None,  # padding on the left of each row; then `state` is None or zeros
+        padding: Int[Tensor, "batch"] | None = None,  # pads on the left of each row; where any, `state` is zero
     ):  # (batch, len, d_model), and the new state if one was given
         """Convolve, then mix."""
         if padding is not None:

@@ -125,8 +125,8 @@ def checked(
         @wraps(function)
         def checking(*args, **kwargs):
             if not torch.compiler.is_compiling() and _trusting.get():
-                kind = (args or tuple(kwargs.values()))[0].device.type
-                if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+                kinds = {z.device.type for z in (*args, *kwargs.values()) if isinstance(z, Tensor)}
+                if not any(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) for kind in kinds):
                     return function(*args, **kwargs)
             given = signature.bind(*args, **kwargs).arguments
             inputs = {name: (given[name], axes[name]) for name in axes if name in given}

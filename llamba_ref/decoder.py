@@ -304,7 +304,7 @@ def read(
     *,
     piece: int = 2048,  # tokens of each sequence that are read at a time
 ) -> tuple[Float[Tensor, "batch vocab"], list]:  # logits of the token after the last one, state after the last one
-    """`prefill` for long prompts: piece by piece, so that memory besides the state does not grow with their length.
+    """`prefill` for long prompts, piece by piece: without gradients a recurrent model needs the memory of one piece.
 
     Raises ValueError as `prefill`, and for a `piece` below 1."""
     check_sizes(piece=piece)
@@ -335,9 +335,9 @@ def walk(
 
 # %% ../nbs/04_decoder.ipynb #ce5d45fa
 @lru_cache
-def _compiled_step():
-    """`Decoder.step` through torch.compile, once for all models: each is compiled when it is first used."""
-    return torch.compile(Decoder.step)
+def _compiled(step):
+    """A class's `step` through torch.compile: for each of its models it is compiled when it is first used."""
+    return torch.compile(step)
 
 
 def _check_length_and_stops(max_new_tokens, stop_tokens, vocab_size):
@@ -370,7 +370,7 @@ def generate(
     _check_settings(temperature, top_k, top_p)
     _check_length_and_stops(max_new_tokens, stop_tokens, model.vocab_size)
     logits, state = model.read(input_ids, attention_mask)
-    tokens, step = [input_ids], partial(_compiled_step(), model) if compile else model.step
+    tokens, step = [input_ids], partial(_compiled(type(model).step), model) if compile else model.step
     stops = input_ids.new_tensor(list(stop_tokens))
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     usable = ~done
@@ -443,9 +443,13 @@ class Decoder(nn.Module):
         self,
         token_ids: Int[Tensor, "batch"],  # the next token of each sequence
         state: list,  # from `init_state`, `prefill` or `step`; left as it is, unless `in_place`
-        in_place: bool = False,  # the mixers may overwrite the state, which saves memory and time; without gradients
+        in_place: bool = False,  # the mixers may overwrite the state, which saves memory and time; for no_grad
     ) -> tuple[Float[Tensor, "batch vocab"], list]:  # logits of the token after it, new state
-        """Read one token. The old state stays valid: a text can go on in several ways. ValueError for a wrong shape."""
+        """Read one token. The old state stays valid unless `in_place`: a text can go on in several ways.
+
+        Raises ValueError for a wrong shape, RuntimeError for a step in place while gradients are on."""
+        if in_place and torch.is_grad_enabled():
+            raise RuntimeError("a step in place keeps nothing for a gradient: call it under torch.no_grad()")
         if token_ids.dim() != 1:
             raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}: it must be (batch,), one token a sequence")
         x, state = self.backbone.step(token_ids, state, in_place)

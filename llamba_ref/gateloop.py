@@ -66,7 +66,7 @@ def _scan(q, k, v, state, log_a, phase, backend):
     """All states at once, complex gates as they are; shapes as in _recurrent."""
     gates = [None if z is None else z.unsqueeze(-1) for z in (log_a, phase)]
     states = linear_scan(gates[0], einsum(k, v, "b l h d, b l h p -> b l h d p"), gates[1], state, backend=backend)
-    return einsum(q, states, "b l h d, b l h d p -> b l h p"), states[:, -1]
+    return einsum(q, states, "b l h d, b l h d p -> b l h p"), states[:, -1].clone()  # a view would keep all
 
 # %% ../nbs/03_gateloop.ipynb #4fd4820e
 def _chunked(q, k, v, state, log_a, size):
@@ -243,7 +243,7 @@ class GateLoop(nn.Module):
     def forward(
         self, u: Float[Tensor, "batch len d_model"],  # normed hidden states
         state: Tensor | None = None,  # state to go on from
-        padding: Int[Tensor, "batch"] | None = None,  # pads on the left of each row; then `state` must be None or zeros
+        padding: Int[Tensor, "batch"] | None = None,  # pads on the left of each row; where any, `state` is zero
     ):  # (batch, len, d_model), and the new state if one was given
         """Mix along the sequence."""
         q, k, v, log_a, phase, z = self.project(u)

@@ -167,7 +167,7 @@ class MixedHeads(nn.Module):
         return y + z, MixedState(recurrent, cache)
 
     def step_in_place(self, u_t: Float[Tensor, "batch d_model"], state: MixedState) -> tuple[Tensor, MixedState]:
-        """`step` that overwrites the recurrent part of the state; without gradients."""
+        """`step` that overwrites the recurrent part of the old state. RuntimeError where a gradient is wanted."""
         y, recurrent = self.recurrent.step_in_place(u_t, state.recurrent)
         z, cache = self.attention.step(u_t, state.cache)
         return y + z, MixedState(recurrent, cache)

@@ -116,7 +116,7 @@ class SSDMixer(nn.Module):
         self,
         u: Float[Tensor, "batch len d_model"],  # normed hidden states
         state: MambaState | None = None,  # state to go on from
-        padding: Int[Tensor, "batch"] | None = None,  # pads on the left of each row; then `state` must be None or zeros
+        padding: Int[Tensor, "batch"] | None = None,  # pads on the left of each row; where any, `state` is zero
     ):  # (batch, len, d_model), and the new state if one was given
         """Mix along the sequence with the chunked `ssd`."""
         p, carried = self.project(u, state, None if padding is None else is_token(padding, u.shape[1])[..., None])
@@ -131,7 +131,7 @@ class SSDMixer(nn.Module):
         return _step(self, u_t, state, in_place=False)
 
     def step_in_place(self, u_t: Float[Tensor, "batch d_model"], state: MambaState) -> tuple[Tensor, MambaState]:
-        """`step` that puts the new state where the old one was. RuntimeError where a gradient is wanted."""
+        """`step` that overwrites the old state. Raises RuntimeError where a gradient is wanted."""
         return _step(self, u_t, state, in_place=True)
 
     def matrix_factors(self, u: Float[Tensor, "batch len d_model"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -155,12 +155,12 @@ def convolve(
     xBC: Float[Tensor, "batch len channels"],  # its input
     state: MambaState | None,  # what is remembered of the tokens before; None: nothing
     tokens: Bool[Tensor, "batch len 1"] | None = None,  # False: nothing enters, and nothing is written; None: all True
-    in_place: bool = False,  # overwrite the window of the state; for one token
+    in_place: bool = False,  # overwrite the window of the state, if it has the input's type; for one token
 ) -> tuple[Tensor, Tensor, Tensor, MambaState | None]:  # x, B and C by heads or groups, the state with a new window
     """The convolution of a mixer, and its output in three."""
     xBC = xBC if tokens is None else xBC.masked_fill(~tokens, 0)
     window, weights = None if state is None else state.conv, (mixer.conv1d.weight, mixer.conv1d.bias)
-    if in_place:
+    if in_place and window.dtype == xBC.dtype:  # under autocast a first window may be wider
         xBC = causal_conv_step(xBC[:, 0], *weights, window, activation=mixer.activation)[:, None]
     else:
         xBC, window = causal_conv(xBC, *weights, window, activation=mixer.activation)

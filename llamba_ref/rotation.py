@@ -99,4 +99,4 @@ class RotaryMamba2(DiscreteMamba2):
         p = p._replace(B=rotate_pairs(p.B, angle), C=rotate_pairs(p.C, angle))
         if state is None:
             return p, None
-        return p, state._replace(angle=state.angle.copy_(angle[:, -1]) if in_place else angle[:, -1])
+        return p, state._replace(angle=state.angle.copy_(angle[:, -1]) if in_place else angle[:, -1].clone())

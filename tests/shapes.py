@@ -38,8 +38,11 @@ def once_a_shape(function: Callable | type | None = None, **options) -> Callable
     if inspect.isgeneratorfunction(function) or not shaped:
         return function  # a call of a generator does nothing yet
     if inspect.isclass(function) and issubclass(function, tuple):  # jaxtyping knows no NamedTuple
-        function.__new__.__annotations__ = {**get_type_hints(function, include_extras=True), "return": object}
-        function.__new__ = jaxtyped(function.__new__, **options)
+        plain = function.__new__
+        plain.__annotations__ = {**get_type_hints(function, include_extras=True), "return": object}
+        checked = jaxtyped(plain, **options)
+        function.__new__ = wraps(plain)(
+            lambda *args, **kwargs: (plain if torch.compiler.is_compiling() else checked)(*args, **kwargs))
         return function
     if inspect.isclass(function):
         return jaxtyped(function, **options)  # the fields of a dataclass

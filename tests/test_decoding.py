@@ -1,5 +1,7 @@
 """Steps that own their state, and prompts that are read in pieces: every kind of mixer gives the same numbers."""
 
+from functools import partial
+
 import pytest
 import torch
 from small import llama_config, llamba_config, mamba2_config, shaken
@@ -12,7 +14,7 @@ from llamba_ref.decoder import Backbone, Decoder
 from llamba_ref.gateloop import GateLoop
 from llamba_ref.llama import Llama
 from llamba_ref.llamba import Llamba
-from llamba_ref.mamba2 import Mamba2LM
+from llamba_ref.mamba2 import Mamba2LM, SSDMixer
 from llamba_ref.ssd import ssd, ssd_step
 
 VOCAB = 48
@@ -84,12 +86,59 @@ def test_a_step_leaves_the_old_state_alone(model):
     assert torch.equal(model.step(torch.tensor([1, 2]), state)[0], first)
 
 
-def test_a_step_in_place_has_no_gradient():
-    """Refused, where a number that a gradient needs would be overwritten."""
-    model = student()
+def test_a_step_in_place_has_no_gradient(model):
+    """Refused before anything is overwritten."""
     _, state = model.prefill(texts(2, 7))
-    with pytest.raises(RuntimeError, match="keeps nothing for a gradient"):
+    kept = [z.clone() for z in tree_leaves(state) if z is not None]
+    with pytest.raises(RuntimeError, match="^a step in place keeps nothing for a gradient"):
         model.step(torch.tensor([1, 2]), state, in_place=True)
+    assert all(map(torch.equal, kept, [z for z in tree_leaves(state) if z is not None]))
+    for block in model.backbone.layers:
+        mixer = block.mixer
+        if isinstance(mixer, SSDMixer):
+            window, ssm = (part.clone() for part in mixer.init_state(2)[:2])
+            start = mixer.init_state(2)._replace(conv=window, ssm=ssm)
+            with pytest.raises(RuntimeError, match="keeps nothing for a gradient"):
+                mixer.step_in_place(torch.randn(2, 16, dtype=torch.float64), start)
+            assert not window.any() and not ssm.any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_steps_in_place_from_nothing(name, dtype, autocast):
+    """In every precision, also where autocast makes the first window narrower than it began."""
+    model = shaken(MODELS[name]()).to(dtype)
+    ours, theirs = model.init_state(2), model.init_state(2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for token in texts(2, 5).unbind(1):
+            logits, ours = model.step(token, ours, in_place=True)
+            expected, theirs = model.step(token, theirs)
+            assert logits.dtype == expected.dtype and relative_error(logits, expected) < 8 * torch.finfo(
+                torch.bfloat16 if autocast else dtype).eps
+
+
+@torch.no_grad()
+def test_a_state_holds_no_more_memory_than_it_shows(model):
+    """No view into what was made on the way: else a snapshot would keep a whole piece alive."""
+    _, state = model.read(texts(1, 64))
+    for z in tree_leaves(state):
+        if z is not None and not isinstance(model, Llama):  # keys and values are views of the projections
+            whole = z.untyped_storage().nbytes()
+            assert whole == z.nbytes or z.dim() == 4 and z.shape[2] == 64, (z.shape, whole)
+
+
+@pytest.mark.parametrize("name", ["llamba", "turns from the token", "some heads", "attention"])
+def test_a_compiled_step_is_one_graph(name, monkeypatch):
+    """What torch.compile traces for `generate` is whole, and writes the same text."""
+    model = shaken(MODELS[name]())
+    compile = partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr("llamba_ref.decoder._compiled", compile)
+    ids = texts(2, 5)
+    expected = model.generate(ids, 7)
+    torch._dynamo.reset()
+    assert torch.equal(model.generate(ids, 7, compile=True), expected)
 
 
 MASKS = {
@@ -172,8 +221,11 @@ def test_unchecked_ends_with_its_block():
         raise RuntimeError("stop")
     with pytest.raises(ValueError, match="^log_a reaches 1"):
         ssd(x, growing, B, B)
-    with unchecked(), unchecked():
-        pass
+    with unchecked():
+        with unchecked():
+            pass
+        ssd(x, growing, B, B)
+        ssd(x=x, log_a=growing, B=B, C=B, chunk_size=2)
     with pytest.raises(ValueError, match="^log_a reaches 1"):
         ssd(x=x, log_a=growing, B=B, C=B)
 
