@@ -398,8 +398,8 @@ class Decoder(nn.Module):
     """A language model: backbone and head. Which model it is depends on the mixers alone.
 
     A mixer is a module with `forward(u)` -> y, `forward(u, state)` -> (y, state), `step(u_t, state)` -> (y_t, state),
-    `matrix(u)` -> (batch, heads, len, len) and `init_state(batch)`; `forward` takes `padding=` for padded batches.
-    It may have `step_in_place(u_t, state)`, a step that overwrites the state."""
+    `matrix(u)` -> (batch, heads, len, len) and `init_state(batch)`; `forward` takes `padding=` for padded batches. It
+    may have `step_in_place(u_t, state)`, which overwrites the state."""
 
     hidden, prefill, read, generate, walk = hidden, prefill, read, generate, walk  # the functions above, as methods
 
@@ -445,9 +445,8 @@ class Decoder(nn.Module):
         state: list,  # from `init_state`, `prefill` or `step`; left as it is, unless `in_place`
         in_place: bool = False,  # the mixers may overwrite the state, which saves memory and time; for no_grad
     ) -> tuple[Float[Tensor, "batch vocab"], list]:  # logits of the token after it, new state
-        """Read one token. The old state stays valid unless `in_place`: a text can go on in several ways.
-
-        Raises ValueError for a wrong shape, RuntimeError for a step in place while gradients are on."""
+        """Read one token. The old state stays valid unless `in_place`: a text can go on in several ways. Raises
+        ValueError for a wrong shape, RuntimeError for a step in place while gradients are on."""
         if in_place and torch.is_grad_enabled():
             raise RuntimeError("a step in place keeps nothing for a gradient: call it under torch.no_grad()")
         if token_ids.dim() != 1:
