@@ -10,6 +10,7 @@ import base64
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from llamba_ref.conventions import load_result
@@ -50,34 +51,29 @@ def memory_table() -> str:
     return "\n".join([*lines, "", made_by(saved)])
 
 
+def compared_table(title: str, saved: dict, before: Sequence[str] = ()) -> str:
+    """A row for each model that was compared with the teacher at two lengths, after some others."""
+    short, long = saved["rows"][0]["ratios"]
+    lines = [f"| {title} | over the teacher's perplexity, blocks of {short} | blocks of {long} | same next token |",
+             "| --- | --- | --- | --- |", *before]
+    for row in saved["rows"]:
+        ratios = " | ".join(f"{row['ratios'][length]:.3f}" for length in (short, long))
+        lines.append(f"| {row['name']} | {ratios} | {row['agreement'][short]:.1%} |")
+    return "\n".join([*lines, "", made_by(saved)])
+
+
 def teacher_table() -> str:
     """The real teacher: a hybrid through its stages, and windows in the same layers."""
     saved = load_result("smollm2_hybrid")
-    short, long = saved["rows"][0]["ratios"]
-    lines = [f"| six of 30 layers | over the teacher's perplexity, blocks of {short} | blocks of {long} | "
-             "same next token |", "| --- | --- | --- | --- |"]
-    for row in saved["evaluations"][:-1]:
-        ratio = row["perplexity"] / row["teacher_perplexity"]
-        lines.append(f"| student, {row['evaluation']} | {ratio:.3f} | | {row['agreement']:.1%} |")
-    return "\n".join([*lines, *compared_rows(saved), "", made_by(saved)])
+    stages = [f"| student, {row['evaluation']} | {row['perplexity'] / row['teacher_perplexity']:.3f} | | "
+              f"{row['agreement']:.1%} |" for row in saved["evaluations"][:-1]]
+    return compared_table("six of 30 layers", saved, stages)
 
 
 def whole_table() -> str:
     """The real teacher: all layers, as far as a CPU comes."""
     saved = load_result("smollm2_all")
-    short, long = saved["rows"][0]["ratios"]
-    lines = [f"| all 30 layers, {saved['minutes']:.0f} minutes | over the teacher's perplexity, blocks of {short} | "
-             f"blocks of {long} | same next token |", "| --- | --- | --- | --- |"]
-    return "\n".join([*lines, *compared_rows(saved), "", made_by(saved)])
-
-
-def compared_rows(saved: dict) -> list[str]:
-    """A row for each model that was compared with the teacher at two lengths."""
-    lines = []
-    for row in saved["rows"]:
-        ratios = " | ".join(f"{ratio:.3f}" for ratio in row["ratios"].values())
-        lines.append(f"| {row['name']} | {ratios} | {next(iter(row['agreement'].values())):.1%} |")
-    return lines
+    return compared_table(f"all 30 layers, {saved['minutes']:.0f} minutes", saved)
 
 
 def prediction_table() -> str:

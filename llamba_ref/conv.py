@@ -19,6 +19,15 @@ from .conventions import Backend, checked, find_kernel, wrong_widths
 __all__ = ['causal_conv', 'causal_conv_step']
 
 # %% ../nbs/08_conv.ipynb #ccce23dd
+def _filtered(inputs, weight, bias, activation):
+    """Sum of inputs times taps, the earliest input first in the list and the current one last."""
+    y = inputs[-1] * weight[:, 0, -1]
+    for k, earlier in enumerate(inputs[:-1]):
+        y = y + earlier * weight[:, 0, k]
+    y = (y if bias is None else y + bias).to(inputs[-1].dtype)
+    return F.silu(y) if activation == "silu" else y
+
+
 @checked()
 def causal_conv(
     x: Float[Tensor, "batch len channels"],  # input
@@ -43,11 +52,7 @@ def causal_conv(
         y = kernel(x, weight, bias, window, activation == "silu")
     else:
         inputs = torch.cat([past, x], dim=1)
-        y = inputs[:, width:] * weight[:, 0, -1]
-        for k in range(width - 1):
-            y = y + inputs[:, k + 1 : k + 1 + x.shape[1]] * weight[:, 0, k]
-        y = (y if bias is None else y + bias).to(x.dtype)
-        y = F.silu(y) if activation == "silu" else y
+        y = _filtered([inputs[:, k + 1 : k + 1 + x.shape[1]] for k in range(width)], weight, bias, activation)
     last = rearrange(inputs[:, -width:], "b w c -> b c w").clone()  # a copy: a view would keep all of `inputs` alive
     return y, last
 
@@ -78,6 +83,4 @@ def causal_conv_step(
     if kernel is not None:
         return kernel(x_t, weight, bias, window, activation == "silu")
     window.copy_(torch.cat([window[:, :, 1:], x_t[:, :, None]], 2))
-    y = (window * weight[:, 0]).sum(-1)
-    y = (y if bias is None else y + bias).to(x_t.dtype)
-    return F.silu(y) if activation == "silu" else y
+    return _filtered(window.unbind(2), weight, bias, activation)

@@ -1,6 +1,7 @@
-"""The small models that several tests build, and the one line that an error must be."""
+"""What several tests share: small models, a counter of looks at numbers, the one line that an error must be."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamba_ref.llama import LlamaConfig
 from llamba_ref.llamba import LlambaConfig, MLPConfig, SSMConfig
@@ -39,6 +40,16 @@ def shaken(module):
             if name.endswith("dt_bias"):
                 parameter.uniform_(-3, 1)
     return module
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often a number of a tensor is looked at."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation is torch.ops.aten._local_scalar_dense.default
+        return operation(*args, **(kwargs or {}))
 
 
 def one_line(error) -> str:

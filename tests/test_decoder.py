@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import HostReads
 from torch import nn
 
 from llamba_ref.conventions import relative_error
@@ -620,16 +621,6 @@ def test_generation_stops_at_each_of_several_stop_tokens():
 def test_stop_tokens_that_are_no_ids(stops):
     with pytest.raises(ValueError, match=r"stop_tokens holds .*: ids must be integers in \[0, 19\)"):
         build().generate(tokens(1, 3), 2, stop_tokens=stops)
-
-
-class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts how often a number of a tensor is looked at."""
-
-    count = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.count += operation is torch.ops.aten._local_scalar_dense.default
-        return operation(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kind", MIXERS)

@@ -4,8 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from small import llama_config, llamba_config, mamba2_config, shaken
-from torch.utils._python_dispatch import TorchDispatchMode
+from small import HostReads, llama_config, llamba_config, mamba2_config, shaken
 from torch.utils._pytree import tree_leaves
 
 from llamba_ref.associative_recall import WithConvolution
@@ -185,20 +184,10 @@ def test_what_cannot_be_read_is_refused():
         model.read(torch.full((1, 4), 48))
 
 
-class Looks(TorchDispatchMode):
-    """Counts how often a number is fetched from a tensor, for which a GPU would have to be waited for."""
-
-    count = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.count += operation.overloadpacket is torch.ops.aten._local_scalar_dense
-        return operation(*args, **(kwargs or {}))
-
-
 def test_no_step_of_generate_looks_at_a_number(model):
     counts = []
     for new in (2, 12):
-        with Looks() as looks:
+        with HostReads() as looks:
             model.generate(texts(2, 5), new)
         counts.append(looks.count)
     assert counts[0] == counts[1] > 0  # those of the prompt
@@ -206,9 +195,9 @@ def test_no_step_of_generate_looks_at_a_number(model):
 
 def test_a_checked_step_does_look():
     arguments = torch.randn(1, 2, 3), -torch.rand(1, 2), *torch.randn(2, 1, 2, 4), torch.randn(1, 2, 3, 4)
-    with Looks() as checked:
+    with HostReads() as checked:
         ssd_step(*arguments)
-    with Looks() as trusted, unchecked():
+    with HostReads() as trusted, unchecked():
         ssd_step(*arguments)
     assert checked.count > trusted.count == 0
 
