@@ -20,7 +20,6 @@ import gc
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -40,6 +39,7 @@ from llamba_ref.conventions import peak_bytes
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba, LlambaConfig, student_config
 from llamba_ref.mohawk import OBJECTIVES
+from llamba_ref.throughput import CARDS
 from llamba_ref.training import Stage, optimizer_for
 
 SIZES = {
@@ -64,20 +64,6 @@ SMALL = "llamba distill --teacher small --length 256 --d-state 32 --chunk-size 6
 LINE, BEYOND = (4, 8), 12  # blocks at a time that give the line, and that it is tested with
 SLOWER = 3  # what a card takes at most, times what its maker promises
 FREE = 0.9  # of a card's memory: the rest for the allocator's gaps and the context
-
-
-@dataclass(frozen=True)
-class Card:
-    """A GPU as its maker describes it."""
-
-    memory: float  # bytes
-    rate: float  # operations a second, products of matrices in the type that `precision` computes with
-    bandwidth: float  # bytes a second
-    precision: str  # of the command
-
-
-CARDS = {"T4": Card(16e9, 8.1e12, 320e9, "no"), "A100": Card(40e9, 312e12, 1555e9, "bf16"),
-         "H100": Card(80e9, 989e12, 3350e9, "bf16")}
 
 
 class Moved(TorchDispatchMode):

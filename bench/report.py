@@ -1,4 +1,4 @@
-"""Put the saved measurements into README.md: tables between markers, and the figure of chapter 16 in docs/images.
+"""Put the saved measurements into README.md: tables between markers, and figures of chapters in docs/images.
 
     python -m bench.report            write
     python -m bench.report --check    exit with 1 when README.md does not show what bench/results holds
@@ -16,7 +16,8 @@ from pathlib import Path
 from llamba_ref.conventions import load_result
 
 ROOT = Path(__file__).parent.parent
-FIGURE = ROOT / "docs" / "images" / "stages.png"
+FIGURES = {ROOT / "docs" / "images" / "stages.png": "fig-mohawk-budgets",
+           ROOT / "docs" / "images" / "throughput.png": "fig-throughput-derived"}
 SHOWN = (  # of the rows of bench.students; chapter 16 has them all
     "silence", "running mean", "window of 40 + 4 tokens", "published start", "start from the teacher, keys turn",
     "published 1+2+3", "standing keys 1+2+3", "turning keys 1+2+3", "turning keys 3",
@@ -133,13 +134,14 @@ def chapter_figure(label: str) -> bytes:
 
 def main() -> None:
     readme = ROOT / "README.md"
-    text, figure = readme.read_text(), chapter_figure("fig-mohawk-budgets")
+    text, figures = readme.read_text(), {path: chapter_figure(label) for path, label in FIGURES.items()}
     if "--check" in sys.argv[1:]:
-        shown = filled(text) == text and FIGURE.read_bytes() == figure
+        shown = filled(text) == text and all(path.read_bytes() == figure for path, figure in figures.items())
         sys.exit(0 if shown else "README.md does not show the saved measurements: run python -m bench.report")
     readme.write_text(filled(text))
-    FIGURE.write_bytes(figure)
-    print("written: README.md, docs/images/stages.png")
+    for path, figure in figures.items():
+        path.write_bytes(figure)
+    print("written: README.md, " + ", ".join(str(path.relative_to(ROOT)) for path in figures))
 
 
 if __name__ == "__main__":

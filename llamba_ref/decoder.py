@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from .conventions import check_sizes, unchecked, wide_dtype
 
 # %% auto #0
-__all__ = ['RMSNorm', 'SwiGLU', 'Block', 'init_weights', 'Backbone', 'pack_left', 'sample', 'LayerView', 'check_ids', 'hidden',
-           'prefill', 'read', 'walk', 'generate', 'Decoder', 'check_sizes_of']
+__all__ = ['RMSNorm', 'SwiGLU', 'Block', 'init_weights', 'Backbone', 'pack_left', 'check_usable', 'sample', 'LayerView',
+           'check_ids', 'hidden', 'prefill', 'read', 'walk', 'check_length_and_stops', 'generate', 'Decoder',
+           'check_sizes_of']
 
 # %% ../nbs/04_decoder.ipynb #c31411b6
 class RMSNorm(nn.Module):
@@ -203,7 +204,7 @@ def _check_settings(temperature, top_k, top_p):
         raise ValueError(f"top_p is {top_p}: it must be above 0 and at most 1")
 
 
-def _check_usable(usable):
+def check_usable(usable):
     """Raise FloatingPointError that names the first row with nothing to choose from."""
     if not usable.all():
         row = int(usable.int().argmin())
@@ -223,7 +224,7 @@ def sample(
     row of logits that holds nan or +inf, or nothing but -inf."""
     _check_settings(temperature, top_k, top_p)
     token, usable = _draw(logits, temperature, top_k, top_p, generator)
-    _check_usable(usable)
+    check_usable(usable)
     return token
 
 # %% ../nbs/04_decoder.ipynb #0832d65d
@@ -340,7 +341,7 @@ def _compiled(step):
     return torch.compile(step)
 
 
-def _check_length_and_stops(max_new_tokens, stop_tokens, vocab_size):
+def check_length_and_stops(max_new_tokens, stop_tokens, vocab_size):
     """Raise ValueError for a negative number of tokens, and for stop tokens that are no ids."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: it must be 0 or more")
@@ -360,6 +361,7 @@ def generate(
     top_p: float | None = None,  # see `sample`
     stop_tokens: Sequence[int] = (),  # a sequence ends after one of these; the rest is filled with the first of them
     attention_mask: Shaped[Tensor, "batch len"] | None = None,  # for padded prompts
+    state: list | None = None,  # what lies before the prompts, see `read`; left as it is
     streamer=None,  # object with put(ids) and end(), such as transformers.TextStreamer
     generator: torch.Generator | None = None,  # source of randomness
     compile: bool = False,  # the step by torch.compile: some ten seconds for a new model or batch, then faster
@@ -368,8 +370,8 @@ def generate(
 
     Raises ValueError as `forward` and `sample`, and for stop tokens that are no ids; FloatingPointError as `sample`."""
     _check_settings(temperature, top_k, top_p)
-    _check_length_and_stops(max_new_tokens, stop_tokens, model.vocab_size)
-    logits, state = model.read(input_ids, attention_mask)
+    check_length_and_stops(max_new_tokens, stop_tokens, model.vocab_size)
+    logits, state = model.read(input_ids, attention_mask, state)
     tokens, step = [input_ids], partial(_compiled(type(model).step), model) if compile else model.step
     stops = input_ids.new_tensor(list(stop_tokens))
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -390,7 +392,7 @@ def generate(
             break
     if streamer is not None:
         streamer.end()
-    _check_usable(usable)
+    check_usable(usable)
     return torch.cat(tokens, 1)
 
 # %% ../nbs/04_decoder.ipynb #fecbc4b9

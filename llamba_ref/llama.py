@@ -124,6 +124,19 @@ class KVCache(NamedTuple):
         k.room = room, v  # v, so that a cache whose values were replaced is not taken for this one
         return self._replace(k=k, v=v)
 
+    def crop(self, length: int) -> KVCache:
+        """The cache as it was after `length` entries, in the same memory, which may be overwritten from there on: this
+        one is given up, with all others that are longer and were made from the same one.
+
+        Raises ValueError for a length that is negative or more than there is."""
+        if not 0 <= length <= self.k.shape[2]:
+            raise ValueError(f"length is {length}: the cache has {self.k.shape[2]} entries")
+        room, values = vars(self.k).pop("room", (None, None))
+        k, v = self.k[:, :, :length], self.v[:, :, :length]
+        if values is self.v:
+            k.room = room, v
+        return KVCache(k, v, None if self.padding is None else self.padding.clamp(max=length))
+
 # %% ../nbs/11_llama.ipynb #5861d210
 def causal_mask(
     queries: int,  # number of queries

@@ -218,6 +218,7 @@ def distill(
     stages: Sequence[Stage],  # usually orientation, alignment, distillation
     *,
     accelerator: Accelerator | None = None,  # device, precision, processes; None: Accelerator()
+    compile: bool = False,  # the blocks of both models by torch.compile, from now on: slow to begin with, then faster
     **options,  # run, save_every, micro_batch_size, after_stage, progress: see `train`
 ) -> list[dict]:  # a record a step
     """Distil `teacher` into `student`, stage by stage (MOHAWK, Bick et al. 2024).
@@ -229,5 +230,8 @@ def distill(
     check_separate(teacher, student)
     accelerator = accelerator or Accelerator()
     teacher.to(accelerator.device)
+    if compile:
+        for block in (*teacher.backbone.layers, *student.backbone.layers):
+            block.compile()
     objectives = {stage.objective: OBJECTIVES[stage.objective](teacher, student) for stage in stages if stage.steps}
     return train(student, stages, data, lambda stage: objectives[stage.objective], accelerator=accelerator, **options)

@@ -20,7 +20,7 @@ from .decoder import Decoder
 from .mohawk import LayerByLayer, comparable, match_matrix
 
 # %% auto #0
-__all__ = ['draw_matrices', 'draw_sizes', 'draw_progress', 'draw_perplexities']
+__all__ = ['draw_matrices', 'draw_sizes', 'draw_progress', 'draw_perplexities', 'draw_speeds']
 
 # %% ../nbs/95_plots.ipynb #22c79d16
 @torch.no_grad()
@@ -101,3 +101,26 @@ def draw_perplexities(axis: Axes, evaluations: Sequence[dict]) -> None:
     axis.set_xticks(places, [record["evaluation"].replace(" ", "\n", 1) for record in evaluations], fontsize=7)
     axis.set(title="held-out perplexity", yscale="log")
     axis.margins(x=0.2, y=0.2)
+
+# %% ../nbs/95_plots.ipynb #b1ace4f1
+def draw_speeds(
+    rows: Sequence[dict],  # with model, batch, context, tokens_per_second and peak: the rows of `llamba bench`
+) -> Figure:
+    """Tokens a second and peak memory, on logarithmic axes."""
+    values = {key: sorted({row[key] for row in rows}) for key in ("batch", "context")}
+    across = max(values, key=lambda key: len(values[key]))  # what the lines run over
+    other = "context" if across == "batch" else "batch"
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    for axis, key, title in zip(axes, ("tokens_per_second", "peak"), ("tokens a second", "peak memory, bytes")):
+        for place, name in enumerate(names):
+            for style, value in zip(("-", "--", ":", "-.") * len(values[other]), values[other]):
+                line = sorted((row[across], row[key]) for row in rows if (row["model"], row[other]) == (name, value))
+                if not line:  # memory had ended
+                    continue
+                label = f"{name}, {other} {value:,}" if len(values[other]) > 1 else name
+                axis.loglog(*zip(*line), f"o{style}", color=f"C{place % 10}", ms=3, lw=1.2, label=label)
+        axis.set(xlabel=across, title=title)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7)
+    plt.close(figure)
+    return figure

@@ -24,6 +24,7 @@ import llamba_ref as lr
 from llamba_ref import checkpoint, cli, training
 from llamba_ref.cli import Range, main
 from llamba_ref.models import load_model, save_model
+from llamba_ref.throughput import step_cost
 from llamba_ref.data import load_documents, pack, split_documents, train_tokenizer
 from llamba_ref.evaluate import compare, evaluate
 from llamba_ref.llama import Attention, Llama, LlamaConfig
@@ -133,7 +134,7 @@ def copy_of(teacher: Path, to: Path, **config) -> Path:
 # What a command says about itself
 
 
-@pytest.mark.parametrize("command", ["distill", "generate", "evaluate", "pretrain"])
+@pytest.mark.parametrize("command", ["distill", "generate", "evaluate", "bench", "pretrain"])
 def test_help_explains_every_option(command, llamba, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = llamba(command, "--help")
@@ -148,7 +149,7 @@ def test_help_explains_every_option(command, llamba, monkeypatch):
 
 def test_help_names_every_command(llamba):
     code, out, _ = llamba("--help")
-    assert code == 0 and all(command in out for command in ("distill", "generate", "evaluate", "pretrain"))
+    assert code == 0 and all(command in out for command in ("distill", "generate", "evaluate", "bench", "pretrain"))
 
 
 @pytest.mark.parametrize(
@@ -672,7 +673,8 @@ def options_of(command: type):
             yield name, plain, getattr(kind, "__metadata__", ())
 
 
-COMMANDS = {"distill": cli.Distill, "generate": cli.Generate, "evaluate": cli.Evaluate, "pretrain": cli.Pretrain}
+COMMANDS = {"distill": cli.Distill, "generate": cli.Generate, "evaluate": cli.Evaluate, "bench": cli.Bench,
+            "pretrain": cli.Pretrain}
 SHARED = {
     "text",
     "text_field",
@@ -690,7 +692,7 @@ SWEEP = [
     (command, name, value)
     for command, kind in COMMANDS.items()
     for name, plain, _ in options_of(kind)
-    if not (name in SHARED and command in ("distill", "generate"))  # of the same classes as in the other two
+    if not (name in SHARED and command in ("distill", "generate", "bench"))  # of the same classes as in the other two
     for value in {int: WHOLE, float: BROKEN, str: STRINGS}.get((get_args(plain) or (plain,))[0], ())
 ]
 
@@ -716,6 +718,7 @@ def smallest(toy) -> dict[str, list[str]]:
         "distill": ["--teacher", teacher, *text, *SIZE, "--steps", "0", "1", "0"],
         "generate": [teacher, "She", "--tokens", "2"],
         "evaluate": [teacher, *text],
+        "bench": [teacher, "--context", "3", "--new", "1"],
         "pretrain": [*text, *small, "--batch-size", "2"],
     }
 
@@ -723,11 +726,9 @@ def smallest(toy) -> dict[str, list[str]]:
 def typed(command: str, name: str, value, usual: list[str]) -> list[str]:
     """The words of a command with one option set to a value."""
     plain = {name: plain for name, plain, _ in options_of(COMMANDS[command])}[name]
-    if command in ("generate", "evaluate") and name in ("model", "prompt"):
-        return [
-            command,
-            *(str(value) if place == ("model", "prompt").index(name) else word for place, word in enumerate(usual)),
-        ]
+    if name in ("model", "models", "prompt"):
+        changed = int(name == "prompt")
+        return [command, *(str(value) if place == changed else word for place, word in enumerate(usual))]
     count = len([part for part in get_args(plain) if part is not ...]) or 1
     if str(value).startswith("-") and count == 1:
         return [command, *usual, f"--{name.replace('_', '-')}={value}"]
@@ -1295,3 +1296,72 @@ def imports_begun(process: subprocess.Popen) -> bool:
     """Whether a process has come to the libraries, of which torch is the first."""
     maps = Path(f"/proc/{process.pid}/maps")
     return not maps.exists() or "torch" in maps.read_text() or process.poll() is not None
+
+
+# llamba bench
+
+
+BENCH = ["--batch", "1", "3", "--context", "5", "9", "--new", "2"]
+
+
+def test_bench_measures_every_size_beside_transformers(toy, llamba, tmp_path):
+    code, out, _ = llamba("bench", toy / "teacher", "tiny-mamba2", *BENCH, "--json", "--memory", "2GB",
+                          "--figure", tmp_path / "speeds.png")
+    found = json.loads(out)
+    assert code == 0 and found["memory"] == 2 * 10**9 and (tmp_path / "speeds.png").stat().st_size > 5000
+    ours, theirs = str(toy / "teacher"), f"{toy / 'teacher'}, transformers, "
+    sizes = [(1, 5), (1, 9), (3, 5), (3, 9)]
+    names = [name for _ in sizes for name in (ours, f"{theirs}dynamic cache", f"{theirs}static cache")]
+    assert [row["model"] for row in found["rows"]] == names + ["tiny-mamba2"] * 4
+    assert [(row["batch"], row["context"]) for row in found["rows"]][-4:] == sizes
+    for row in found["rows"]:
+        assert 0 < row["step"] and 0 < row["first"] and row["tokens_per_second"] == row["batch"] / row["step"]
+    cost = step_cost(load_model(str(toy / "teacher"))[0])
+    assert found["rows"][0]["fit"] == cost.largest_batch(2e9, 5 + 8)
+    code, out, _ = llamba("bench", toy / "teacher", *BENCH)
+    assert code == 0 and len(out.splitlines()) == 13 and out.startswith("model ")
+
+
+def test_bench_keeps_what_it_has_when_memory_ends(toy, llamba, tmp_path):
+    options = ["--batch", "2", "65536", "--context", "20", "--new", "2", "--memory", "64MB"]
+    code, out, err = llamba("bench", toy / "teacher", *options, "--json", "--figure", tmp_path / "speeds.png")
+    assert code == 1 and err.count("llamba: error: ") == 1 and "batch 65536 and context 20 need" in err
+    assert [row["batch"] for row in json.loads(out)["rows"]] == [2, 2, 2] and (tmp_path / "speeds.png").exists()
+
+
+@pytest.mark.parametrize("text, size", [("4GiB", 2**32), ("1.5GB", 1.5e9), ("512 MiB", 2**29), ("800K", 8e5), ("9", 9)])
+def test_bytes_in_words(text, size):
+    assert cli.bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "0", "0GB", "-1GB", "4Gib", "4 G i B", "1e9", "nan", "9" * 40])
+def test_what_is_no_number_of_bytes(text, toy, message):
+    with pytest.raises(ValueError, match="^memory is "):
+        cli.bytes_of(text)
+    if text:
+        assert "memory is" in message("bench", toy / "teacher", f"--memory={text}")
+
+
+def test_bench_of_what_is_not_there(toy, message, tmp_path):
+    assert "nosuch" in message("bench", tmp_path / "nosuch")
+    assert "models is empty" in message("bench", toy / "teacher", "")
+    assert "batch is 0" in message("bench", toy / "teacher", "--batch", "4", "0")
+    assert "batch is empty" in message("bench", toy / "teacher", "--batch", "--context", "5")
+    for figure in (tmp_path / "nosuch" / "x.png", tmp_path / "x.txt", tmp_path):
+        assert "figure is" in message("bench", toy / "teacher", *BENCH, "--figure", figure)
+
+
+def test_bench_compiles(toy, llamba, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step: compile(step, backend="eager"))
+    code, out, _ = llamba("bench", toy / "teacher", "--context", "5", "--new", "2", "--compile", "--json")
+    assert code == 0 and json.loads(out)["compile"] and len(json.loads(out)["rows"]) == 3
+
+
+def test_without_a_compiler(toy, message, monkeypatch):
+    def compile(step):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in the path")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    said = message("bench", toy / "teacher", "--context", "5", "--new", "1", "--compile")
+    assert "compile needs a C++ compiler" in said

@@ -10,10 +10,12 @@ from torch.utils._pytree import tree_leaves
 from llamba_ref.associative_recall import WithConvolution
 from llamba_ref.conventions import peak_bytes, relative_error, unchecked
 from llamba_ref.decoder import Backbone, Decoder
+from llamba_ref.decoding import copy_state, fork_state, restore_state, speculate
 from llamba_ref.gateloop import GateLoop
-from llamba_ref.llama import Llama
-from llamba_ref.llamba import Llamba
+from llamba_ref.llama import KVCache, Llama
+from llamba_ref.llamba import Llamba, MixedState
 from llamba_ref.mamba2 import Mamba2LM, SSDMixer
+from llamba_ref.models import load_model
 from llamba_ref.ssd import ssd, ssd_step
 
 VOCAB = 48
@@ -226,3 +228,151 @@ def test_unchecked_operators_stay_out_of_autocast():
     with torch.autocast("cpu", torch.bfloat16), unchecked():
         assert torch.equal(ssd_step(*arguments)[0], expected)
         assert torch.equal(ssd_step(**dict(zip(("x_t", "log_a_t", "B_t", "C_t", "state"), arguments)))[0], expected)
+
+
+@torch.no_grad()
+def go_on(model, state, tokens):
+    """The logits after steps in place."""
+    for token in tokens.unbind(1):
+        logits, state = model.step(token, state, in_place=True)
+    return logits, state
+
+
+@torch.no_grad()
+def test_a_snapshot_is_out_of_reach_of_steps_in_place(model):
+    _, state = model.read(texts(2, 7))
+    snapshot, ending, other = copy_state(state), texts(2, 5), texts(2, 3)
+    expected, state = go_on(model, state, ending)
+    _, state = go_on(model, state, other)
+    assert torch.equal(go_on(model, copy_state(snapshot), ending)[0], expected)
+    places = [z.data_ptr() for z in tree_leaves(state) if z is not None]
+    state = restore_state(state, snapshot)
+    kinds = {type(z) for z in state}
+    if not kinds & {KVCache, MixedState}:  # the memory stays; a cache's cannot
+        assert [z.data_ptr() for z in tree_leaves(state) if z is not None] == places
+    assert torch.equal(go_on(model, state, ending)[0], expected)
+    assert torch.equal(go_on(model, copy_state(snapshot), ending)[0], expected)  # the snapshot is as it was
+
+
+@torch.no_grad()
+def test_a_fork_goes_on_as_each_sequence_would(model):
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    _, state = model.read(texts(2, 6), mask)
+    rows, ending = [1, 0, 1, 1], texts(4, 5)
+    found, _ = go_on(model, fork_state(state, rows), ending)
+    for row, (source, tokens) in enumerate(zip(rows, ending)):
+        alone, _ = go_on(model, fork_state(state, [source]), tokens[None])
+        assert relative_error(found[row], alone[0]) < 1e-13
+    for wrong in ([0, 2], [-1]):
+        with pytest.raises(IndexError, match="the state has 2 sequences"):
+            fork_state(state, wrong)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llamba", "attention", "hybrid", "some heads", "fixed turns"])
+def test_a_snapshot_of_something_else_is_not_restored(name):
+    """Another number of sequences, type or model, if only in the last layer; then nothing is changed."""
+    model, other = MODELS[name](), student([0])
+    (_, one), (_, two), (_, three) = model.read(texts(1, 5)), model.read(texts(2, 5)), other.read(texts(2, 5))
+    (_, wide), before = model.double().read(texts(2, 5)), [z.clone() for z in tree_leaves(two) if z is not None]
+    for snapshot in (one, wide, three, [*two[:-1], one[-1]], [*two[:-1], wide[-1]], two[:-1]):
+        with pytest.raises(ValueError):
+            restore_state(two, snapshot)
+        assert all(map(torch.equal, before, [z for z in tree_leaves(two) if z is not None]))
+
+
+@torch.no_grad()
+def test_generate_goes_on_from_a_state_and_leaves_it(model):
+    ids = texts(2, 9)
+    expected = model.generate(ids, 6)[:, 9:]
+    _, state = model.read(ids[:, :6])
+    for _ in range(2):
+        assert torch.equal(model.generate(ids[:, 6:], 6, state=state)[:, 3:], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("ahead", [1, 3, 20])
+def test_speculation_writes_the_teachers_text(name, ahead):
+    teacher = shaken(MODELS["attention"]().double())
+    model = teacher if name == "attention" else shaken(MODELS[name]().double())
+    for length in (1, 9):
+        ids = texts(1, length)
+        found = speculate(teacher, model, ids, 14, ahead)
+        assert torch.equal(found.tokens, teacher.generate(ids, 14))
+        assert sum(found.accepted) + len(found.accepted) + 1 >= 14 and 0 <= found.rate <= 1
+        assert all(0 <= a <= p <= ahead for a, p in zip(found.accepted, found.proposed))
+        if name == "attention":
+            assert found.accepted == found.proposed and found.rate == 1
+
+
+@torch.no_grad()
+def test_speculation_ends_where_the_teacher_ends():
+    """Wherever the stop token comes: in the first token, among the proposals, or as the teacher's own."""
+    teacher, model = shaken(Llama(llama_config()).double()), shaken(student().double())
+    ids = texts(1, 6)
+    whole = teacher.generate(ids, 12)
+    for stop in set(whole[0, 6:].tolist()):
+        for one in (model, teacher):
+            found = speculate(teacher, one, ids, 12, 4, stop_tokens=[stop])
+            assert torch.equal(found.tokens, teacher.generate(ids, 12, stop_tokens=[stop]))
+
+
+@torch.no_grad()
+def test_speculation_goes_back_by_any_number_of_tokens():
+    """Students that are often right: rounds of which none, some and all proposals stand."""
+    teacher, ahead = load_model("tiny")[0].double(), 3
+    for name in ("tiny-mamba2", "tiny-gateloop"):
+        model, counts = load_model(name)[0].double(), set()
+        for seed in range(4):
+            ids = torch.randint(teacher.vocab_size, (1, 12), generator=torch.Generator().manual_seed(seed))
+            found = speculate(teacher, model, ids, 40, ahead)
+            assert torch.equal(found.tokens, teacher.generate(ids, 40))
+            counts |= set(found.accepted)
+        assert counts == set(range(ahead + 1))
+
+
+@torch.no_grad()
+def test_speculation_keeps_the_type_of_ids_and_refuses_what_generate_refuses():
+    teacher, model = Llama(llama_config()), student()
+    assert speculate(teacher, model, texts(1, 3).int(), 5).tokens.dtype == torch.int32
+    with pytest.raises(ValueError, match="stop_tokens holds 9999"):
+        speculate(teacher, model, texts(1, 3), 5, stop_tokens=[9999])
+    teacher.backbone.final_layernorm.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="no token can be drawn"):
+        speculate(teacher, model, texts(1, 3), 5)
+
+
+def test_what_cannot_be_speculated():
+    teacher, model = Llama(llama_config()), student()
+    for arguments, wrong in (((teacher, model, texts(2, 3), 4), "input_ids has 2 rows"),
+                             ((model, teacher, texts(1, 3), 4), "the teacher has recurrent layers"),
+                             ((teacher, model, texts(1, 3), 0), "max_new_tokens is 0"),
+                             ((teacher, model, texts(1, 3), 4, 0), "ahead is 0")):
+        with pytest.raises(ValueError, match=wrong):
+            speculate(*arguments)
+
+
+@torch.no_grad()
+def test_a_cropped_cache_is_the_earlier_one():
+    _, (cache, *_) = Llama(llama_config()).read(texts(2, 9))
+    keys = cache.k.clone()
+    for length in (9, 6, 1, 0):
+        cache = cache.crop(length)
+        assert cache.k.shape[2] == cache.v.shape[2] == length and torch.equal(cache.k, keys[:, :, :length])
+    for length in (-1, 1):
+        with pytest.raises(ValueError, match=f"length is {length}: the cache has 0 entries"):
+            cache.crop(length)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [0, 1, 2, 4])
+def test_a_cropped_cache_goes_on_as_if_nothing_had_been(length):
+    """Also when it is cropped inside of the padding."""
+    model, ids = shaken(Llama(llama_config()).double()), texts(2, 6)
+    mask, more = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6]), texts(2, 5)
+    _, long = model.read(ids, mask)
+    found, _ = model.read(more, state=[layer.crop(length) for layer in long])
+    rows = [torch.cat([row[:length][keep[:length] > 0], rest]) for row, keep, rest in zip(ids, mask, more)]
+    for row, text in enumerate(rows):
+        assert relative_error(found[row], model.read(text[None])[0][0]) < 1e-12

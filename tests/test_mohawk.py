@@ -352,6 +352,20 @@ def test_distill_leaves_the_teacher_alone(name):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_compiled_blocks_learn_the_same(monkeypatch):
+    """Traced whole, forward and backward, in all stages."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compile(block, backend="aot_eager", fullgraph=True))
+    stages, found = [Stage(name, 2, 1e-3) for name in NAMES], []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        teacher, student = pair()
+        run(teacher, student, stages, compile=compiled)
+        found.append(weights(student))
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(*(part.values() for part in found)))
+    assert teacher.backbone.layers[0]._compiled_call_impl is not None
+
+
 def test_orientation_moves_only_the_matrix():
     """Without weight decay, values, gate and output projection are bit for bit what they were."""
     teacher, student = pair()
