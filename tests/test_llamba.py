@@ -561,7 +561,7 @@ def test_kept_heads_are_the_teachers_and_the_others_the_mixers():
         silent.out_proj.weight.unflatten(1, (4, 6))[:, [1, 3]] = 0
     assert same(mixed(u), silent(u) + some_heads(attention, [1, 3])(u))
     matrix = mixed.matrix(u)
-    assert torch.equal(matrix[:, [1, 3]], attention.matrix(u)[:, [1, 3]])
+    assert same(matrix[:, [1, 3]], attention.matrix(u)[:, [1, 3]])  # of a product with fewer columns
     assert torch.equal(matrix[:, [0, 2]], mixer.matrix(u)[:, [0, 2]])
 
 
