@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,14 +16,14 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_model
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .conventions import check_option, check_sizes, peak_bytes, unchecked
 from .decoder import Decoder
 from .llama import Attention, KVCache, Llama
 
 # %% auto #0
-__all__ = ['CARDS', 'Card', 'StepCost', 'step_cost', 'parts_of', 'Decoding', 'measure_decoding', 'TransformersLlama',
-           'as_transformers']
+__all__ = ['CARDS', 'Card', 'StepCost', 'step_cost', 'Decoding', 'measure_decoding', 'TransformersLlama', 'as_transformers']
 
 # %% ../nbs/24_throughput.ipynb #2463550e
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def step_cost(
     model: Decoder,  # any model of this book; on the "meta" device it needs no memory
 ) -> StepCost:
     """Count what a step of a model costs, from its weights and its empty state."""
-    layers = [part for layer in model.init_state(1) for part in parts_of(layer)]
+    layers = tree_leaves(model.init_state(1), is_leaf=lambda part: isinstance(part, KVCache))
     caches = [layer.k for layer in layers if isinstance(layer, KVCache)]
     states = [part for part in layers if isinstance(part, Tensor)]
     stored, embedding = sum(weight.nbytes for weight in model.parameters()), model.backbone.embedding.weight
@@ -87,15 +86,6 @@ def step_cost(
         stored, stored - hasattr(model, "lm_head") * embedding.nbytes, sum(state.nbytes for state in states),
         sum(2 * k.shape[1] * k.shape[3] * k.element_size() for k in caches),
         2 * used + 6 * sum(state.numel() * (1 + state.is_complex()) for state in states), 4 * heads)
-
-
-def parts_of(state) -> Iterator[KVCache | Tensor]:
-    """The caches and the other tensors of a mixer's state."""
-    if isinstance(state, (KVCache, Tensor)):
-        yield state
-    else:
-        for part in state:
-            yield from parts_of(part)
 
 # %% ../nbs/24_throughput.ipynb #ccd88fd0
 @dataclass(frozen=True)
