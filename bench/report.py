@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llamba_ref.conventions import load_result
+from llamba_ref.throughput import StepCost
 
 ROOT = Path(__file__).parent.parent
 FIGURES = {ROOT / "docs" / "images" / "stages.png": "fig-mohawk-budgets",
@@ -105,13 +106,31 @@ def speed_table() -> str:
     return "\n".join([*lines, "", f"*`{saved['command']}` on {saved['processor']}, {saved['date']}.*"])
 
 
+def throughput_table() -> str:
+    """Tokens a second of each kind of model, at its best."""
+    saved = load_result("throughput")
+    lines = ["| tokens a second | transformers' Llama, best cache | our Llama | Llamba | hybrid | bytes moved, Llama : "
+             "Llamba |", "| --- |" + " --- |" * 5]
+    costs = {name: StepCost(**cost) for name, cost in saved["costs"].items()}
+    for batch, context in dict.fromkeys((row["batch"], row["context"]) for row in saved["writing"]):
+        best: dict[str, float] = {}
+        for row in saved["writing"]:
+            if (row["batch"], row["context"]) == (batch, context):
+                name = row["model"].split(",")[0]
+                best[name] = max(best.get(name, 0), row["tokens_per_second"])
+        moved = costs["Llama"].moved(batch, context) / costs["Llamba"].moved(batch, context)
+        lines.append(f"| batch {batch}, context {context:,} | " + " | ".join(f"{speed:.0f}" for speed in best.values())
+                     + f" | {moved:.2f} |")
+    return "\n".join([*lines, "", f"Each with or without torch.compile, whichever is faster. {made_by(saved)}"])
+
+
 def made_by(saved: dict) -> str:
     """Where a measurement comes from."""
     return f"*`{saved['command']}` on {saved['device']}, {saved['date']}.*"
 
 
 TABLES = {"stages": stages_table, "memory": memory_table, "teacher": teacher_table, "whole": whole_table,
-          "predict": prediction_table, "speed": speed_table}
+          "throughput": throughput_table, "predict": prediction_table, "speed": speed_table}
 
 
 def filled(text: str) -> str:
