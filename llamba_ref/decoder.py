@@ -465,9 +465,9 @@ def check_sizes_of(
     """Raise ValueError that names the first of these sizes in which the models differ."""
     for name in names:
         ours, theirs = ({
-            "layers": len(model.backbone.layers),
-            "channels": model.backbone.embedding.embedding_dim,
-            "token ids": model.vocab_size,
-        }[name] for model in (student, teacher))
+            "layers": lambda model: len(model.backbone.layers),
+            "channels": lambda model: model.backbone.embedding.embedding_dim,
+            "token ids": lambda model: model.vocab_size,
+        }[name](model) for model in (student, teacher))
         if ours != theirs:
             raise ValueError(f"student has {ours} {name}, teacher {theirs}: they must be the same")
