@@ -266,6 +266,7 @@ def download_checkpoint(name: str) -> Path:
 # %% ../nbs/90_checkpoint.ipynb #5f4dcfd6
 EMBEDDED = {  # models that come with this package
     "tiny": "tiny-llama",  # a Llama trained on three novels, the teacher of the demo
+    "tiny-llamba": "tiny-llamba",  # the demo's student
     "tiny-gateloop": "tiny-gateloop",  # a GateLoop language model trained on the same novels
     "tiny-mamba2": "tiny-mamba2",  # a Mamba-2 language model trained on the same novels
     "horizon": "horizon-gateloop",  # a GateLoop trained on the Memory Horizon task

@@ -362,7 +362,7 @@ class Report:
 class Generate:
     """Continue a text with a Llama or a Llamba, token by token."""
 
-    # a directory, a run, a .gguf, .onnx or .pte file, tiny, tiny-gateloop, tiny-mamba2, smollm2, or a hub name
+    # a directory, a run, a .gguf, .onnx or .pte file, a hub name, tiny, tiny-llamba, tiny-gateloop, tiny-mamba2, smollm2
     model: Model = "tiny"
     prompt: Prompt = "It is a truth"  # how the text begins
     tokens: Count = 100  # tokens to add at most
@@ -391,7 +391,9 @@ def open_model(name: str, device: torch.device) -> tuple[lr.Decoder | EdgeModel,
     return model.to(device), tokenizer
 
 
-def stream_text(model: lr.Decoder | EdgeModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int, **choice):
+def stream_text(
+    model: lr.Decoder | EdgeModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int, **choice
+) -> None:
     """Print the prompt and a continuation, token by token."""
     import torch
     from transformers import TextStreamer
@@ -404,7 +406,7 @@ def stream_text(model: lr.Decoder | EdgeModel, tokenizer: PreTrainedTokenizerBas
 class Evaluate:
     """Perplexity and bits per byte on held-out text; with a teacher, also how well the two agree."""
 
-    # a directory, a run, a .gguf, .onnx or .pte file, tiny, tiny-gateloop, tiny-mamba2, smollm2, or a hub name
+    # a directory, a run, a .gguf, .onnx or .pte file, a hub name, tiny, tiny-llamba, tiny-gateloop, tiny-mamba2, smollm2
     model: Model = "tiny"
     teacher: Place = ""  # what to compare with; empty: nothing
     batch_size: Size = 8  # blocks at a time
@@ -531,7 +533,8 @@ def contenders_of(name: str, model: lr.Decoder) -> dict[str, lr.Decoder | Transf
 class Export:
     """Write a model for ExecuTorch or ONNX Runtime. `llamba generate FILE` and `llamba evaluate FILE` run the result."""
 
-    model: Model = "tiny-mamba2"  # a directory, a run, or tiny-mamba2; with --to onnx also a hybrid, tiny, smollm2 ...
+    # a directory, a run, tiny-llamba or tiny-mamba2; with --to onnx also hybrids, tiny, smollm2 or a name on the hub
+    model: Model = "tiny-llamba"
     to: Literal["executorch", "onnx"] = "executorch"  # what is to run it
     bits: Literal[32, 8, 4] = 8  # of weights; with 4, what can bear it least keeps 8
     # a new file, .pte or .onnx; its directory gets the tokenizer, too. Empty: edge/model.pte or edge/model.onnx
@@ -549,8 +552,8 @@ class Export:
             far = divergence_on_own_text(model.cpu().float(), load_edge(file)[0])
         if not far < FARTHEST[self.bits]:
             file.unlink()
-            raise ValueError(f"{file}: the file is {far:.2g} nats a token from the model, which is more than rounding to "
-                             f"{self.bits} bits explains; it was removed")
+            raise ValueError(f"{file}: {far:.2g} nats a token from the model, which is more than rounding to "
+                             f"{self.bits} bits explains; the file was removed")
         print(f"written to {file}: {file.stat().st_size / 1e6:.2f} MB, {max(far, 0):.1e} nats a token from the model; "
               f"beside it its tokenizer\ntry: llamba generate {file}")
 
@@ -638,7 +641,7 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 # %% ../nbs/98_cli.ipynb #9bee570c
-Command = Distill | Generate | Evaluate | Bench | Export | Pretrain  # their names, in small letters, are those of the commands
+Command = Distill | Generate | Evaluate | Bench | Export | Pretrain  # in small letters, the names of the commands
 NO_MEMORY = "out of memory|allocate memory|not enough memory|calculation overflowed|multiplication overflow"  # torch
 
 

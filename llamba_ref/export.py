@@ -110,7 +110,7 @@ def exportable(
             raise ValueError(f"layer {index} has a {kind}: Llama, Llamba, hybrids and Mamba-2 can be exported; neither "
                              "format has the complex numbers or the scan of a GateLoop")
         if to == "executorch" and not isinstance(block.mixer, SSDMixer):
-            raise ValueError(f"layer {index} has a {kind}, whose cache grows, and ExecuTorch lays out all memory "
+            raise ValueError(f"layer {index} has a cache that grows ({kind}), and ExecuTorch lays out all memory "
                              "beforehand: export to onnx")
     return Program(copy.deepcopy(model).float().cpu().eval().requires_grad_(False))
 

@@ -112,7 +112,7 @@ def _wait(device: torch.device) -> float:
 
 
 def _read(model, ids, room):
-    """The prompts in pieces, so that intermediate results of a large batch need no more memory than those of one text."""
+    """The prompts in pieces, so that intermediate results of a large batch need no more memory than of one text."""
     rooms = (room,) if isinstance(model, TransformersLlama) else ()
     return model.read(ids, *rooms, piece=max(1, 2048 // len(ids)))
 
