@@ -362,7 +362,7 @@ class Report:
 class Generate:
     """Continue a text with a Llama or a Llamba, token by token."""
 
-    # a directory, a run, a .gguf, .onnx or .pte file, a hub name, tiny, tiny-llamba, tiny-gateloop, tiny-mamba2, smollm2
+    # a directory, a run, a .gguf, .onnx or .pte file, a hub name, tiny, tiny-llamba, -gateloop, -mamba2, smollm2
     model: Model = "tiny"
     prompt: Prompt = "It is a truth"  # how the text begins
     tokens: Count = 100  # tokens to add at most
@@ -406,7 +406,7 @@ def stream_text(
 class Evaluate:
     """Perplexity and bits per byte on held-out text; with a teacher, also how well the two agree."""
 
-    # a directory, a run, a .gguf, .onnx or .pte file, a hub name, tiny, tiny-llamba, tiny-gateloop, tiny-mamba2, smollm2
+    # a directory, a run, a .gguf, .onnx or .pte file, a hub name, tiny, tiny-llamba, -gateloop, -mamba2, smollm2
     model: Model = "tiny"
     teacher: Place = ""  # what to compare with; empty: nothing
     batch_size: Size = 8  # blocks at a time
@@ -533,7 +533,7 @@ def contenders_of(name: str, model: lr.Decoder) -> dict[str, lr.Decoder | Transf
 class Export:
     """Write a model for ExecuTorch or ONNX Runtime. `llamba generate FILE` and `llamba evaluate FILE` run the result."""
 
-    # a directory, a run, tiny-llamba or tiny-mamba2; with --to onnx also hybrids, tiny, smollm2 or a name on the hub
+    # a directory, a run, a hub name, tiny-llamba or tiny-mamba2; with --to onnx also hybrids, tiny or smollm2
     model: Model = "tiny-llamba"
     to: Literal["executorch", "onnx"] = "executorch"  # what is to run it
     bits: Literal[32, 8, 4] = 8  # of weights; with 4, what can bear it least keeps 8

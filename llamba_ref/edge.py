@@ -87,12 +87,17 @@ class ExecuTorchProgram:
 
     def __call__(self, ids: Int[Tensor, "len"], state: list[Tensor]) -> tuple[Float[Tensor, "len vocab"], list]:
         """Logits of some tokens, in pieces and then one by one, and the state after them. The old one stays valid."""
-        found, whole = [], len(ids) // self.piece * self.piece
-        for piece in (*ids[:whole].split(self.piece), *ids[whole:].split(1)):
-            if len(piece):
-                run, shaped = (self.step, piece) if len(piece) == 1 else (self.prefill, piece[None])
-                logits, *state = run.execute([shaped.long().contiguous(), *state])
-                found.append(logits.reshape(len(piece), -1).clone())  # the next call writes into the same memory
+        ids, found = ids.long().contiguous(), []
+        if len(ids) == 1:
+            logits, *state = self.step.execute([ids, *state])
+            return logits, state
+        whole = len(ids) // self.piece * self.piece
+        for piece in ids[:whole].unflatten(0, (-1, self.piece)).split(1) if whole else ():
+            logits, *state = self.prefill.execute([piece, *state])
+            found.append(logits[0])
+        for token in ids[whole:].split(1) if whole < len(ids) else ():
+            logits, *state = self.step.execute([token, *state])
+            found.append(logits)
         return torch.cat(found), state
 
 # %% ../nbs/25_edge.ipynb #efd43cd1
@@ -162,8 +167,8 @@ class EdgeModel:
         self, token_ids: Int[Tensor, "batch"], state: list, in_place: bool = False
     ) -> tuple[Float[Tensor, "batch vocab"], list]:
         """One token of each sequence. A runtime makes a new state each time, so `in_place` changes nothing."""
-        logits, state = zip(*(self.program(token[None], one) for token, one in zip(token_ids, state, strict=True)))
-        return torch.cat(logits), list(state)
+        logits, state = zip(*map(self.program, token_ids.split(1), state))
+        return logits[0] if len(logits) == 1 else torch.cat(logits), list(state)
 
 
 def load_edge(
