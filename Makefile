@@ -118,8 +118,8 @@ $(VENV)/.installed-runtime: pyproject.toml constraints.txt | $(VENV)/.made
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-runtime
-	@echo "installing nbdev, JupyterLab and pytest"
-	@$(INSTALL) -e '.[dev]'
+	@echo "installing nbdev, JupyterLab, pytest, ONNX Runtime and ExecuTorch"
+	@$(INSTALL) -e '.[dev,edge]'
 	@touch $@
 
 $(VENV)/.installed-teacher: $(VENV)/.installed-runtime

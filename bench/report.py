@@ -124,13 +124,33 @@ def throughput_table() -> str:
     return "\n".join([*lines, "", f"Each with or without torch.compile, whichever is faster. {made_by(saved)}"])
 
 
+def edge_table() -> str:
+    """What a student is worth as a file."""
+    saved = load_result("edge")
+    lines = ["| model, runtime, bits | MB | KL to the model | perplexity over its | tokens a second over PyTorch's |",
+             "| --- |" + " --- |" * 4]
+    runtimes = {"onnx": "ONNX Runtime", "executorch": "ExecuTorch"}
+    for row in saved["rows"]:
+        name = f"{row['model']}, {runtimes[row['format']]}, {row['bits']}"
+        lines.append(f"| {name} | {row['bytes'] / 1e6:.2f} | {max(row['kl'], 0):.1e} | {row['ratio']:.4f} "
+                     f"| {row['faster']:.1f} |")
+    for one in saved["memory"]:
+        first, last = one["rows"][0], one["rows"][-1]
+        name = f"{one['model'].capitalize()}, {runtimes[one['format']]}, {one['bits']} bits"
+        lines.append(f"\n{name}: {first['bytes'] / 1e6:.1f} MB of memory after {first['tokens']:,} tokens, "
+                     f"{last['bytes'] / 1e6:.1f} MB after {last['tokens']:,}.")
+    alone = saved["runner"]
+    lines.append(f"\nThe C++ program: {alone['tokens_per_second']:,.0f} tokens a second in {alone['peak_mib']:.0f} MiB.")
+    return "\n".join([*lines, "", made_by(saved)])
+
+
 def made_by(saved: dict) -> str:
     """Where a measurement comes from."""
     return f"*`{saved['command']}` on {saved['device']}, {saved['date']}.*"
 
 
 TABLES = {"stages": stages_table, "memory": memory_table, "teacher": teacher_table, "whole": whole_table,
-          "throughput": throughput_table, "predict": prediction_table, "speed": speed_table}
+          "throughput": throughput_table, "edge": edge_table, "predict": prediction_table, "speed": speed_table}
 
 
 def filled(text: str) -> str:
