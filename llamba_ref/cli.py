@@ -531,7 +531,7 @@ def contenders_of(name: str, model: lr.Decoder) -> dict[str, lr.Decoder | Transf
 # %% ../nbs/98_cli.ipynb #ec785b94
 @dataclass
 class Export:
-    """Write a model for ExecuTorch or ONNX Runtime. `llamba generate FILE` and `llamba evaluate FILE` run the result."""
+    """Write a model for ExecuTorch or ONNX Runtime: a file that `llamba generate` and `llamba evaluate` run, too."""
 
     # a directory, a run, a hub name, tiny-llamba or tiny-mamba2; with --to onnx also hybrids, tiny or smollm2
     model: Model = "tiny-llamba"

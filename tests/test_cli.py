@@ -1365,3 +1365,53 @@ def test_without_a_compiler(toy, message, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile)
     said = message("bench", toy / "teacher", "--context", "5", "--new", "1", "--compile")
     assert "compile needs a C++ compiler" in said
+
+
+# llamba export
+
+
+def test_export_and_what_runs_its_file(run, toy, llamba, tmp_path):
+    file, text = tmp_path / "edge" / "student.onnx", ["--text", toy / "text.txt", *TEXT, "--json"]
+    code, out, err = llamba("export", run, "--to", "onnx", "--bits", "32", "--out", file)
+    assert code == 0 and out.startswith(f"written to {file}: ") and not err
+    assert {path.name for path in file.parent.iterdir()} == {
+        "student.onnx", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    for options in (["--temperature", "0"], ["--seed", "3", "--top-k", "5"]):
+        texts = [llamba("generate", model, "The house", "--tokens", "9", *options) for model in (file, run)]
+        assert texts[0] == texts[1] and texts[0][0] == 0 and texts[0][1].startswith("The house")
+    ours, theirs = (json.loads(llamba("evaluate", model, "--teacher", toy / "teacher", *text)[1])
+                    for model in (file, run))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert json.loads(llamba("evaluate", file, *text)[1])["tokens"] == 4 * 31
+    said = llamba("export", run, "--to", "onnx", "--out", file)
+    assert said[0] == 1 and "exists already, and nothing is overwritten" in said[2]
+
+
+def test_export_by_default_writes_beside_the_user(run, llamba, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert llamba("export", run, "--to", "onnx")[0] == 0
+    assert (tmp_path / "edge" / "model.onnx").is_file()
+
+
+def test_export_removes_a_file_that_says_something_else(run, llamba, tmp_path, monkeypatch):
+    """As if the exporter had lost a scale."""
+    from llamba_ref import export
+    graph = export.onnx_graph
+    monkeypatch.setattr(export, "onnx_graph", lambda program: graph(program.apply(
+        lambda part: part.weight.data.mul_(2) if isinstance(part, torch.nn.Linear) else None)))
+    code, out, err = llamba("export", run, "--to", "onnx", "--bits", "32", "--out", tmp_path / "m.onnx")
+    assert code == 1 and not out and "nats a token from the model" in err and not (tmp_path / "m.onnx").exists()
+
+
+def test_export_of_what_cannot_be(toy, message, tmp_path):
+    out = ["--out", tmp_path / "m.pte"]
+    assert "layer 0 has a cache that grows" in message("export", toy / "teacher", *out)
+    assert "layer 0 has a GateLoop" in message("export", "tiny-gateloop", *out)
+    assert "must end in .onnx" in message("export", "tiny-mamba2", "--to", "onnx", *out)
+    assert "no such directory" in message("export", tmp_path / "nosuch", *out)
+    (tmp_path / "broken.pte").write_text("nothing")
+    for command in ("generate", "evaluate"):
+        assert "or damaged" in message(command, tmp_path / "broken.pte")
+        assert "no such file" in message(command, tmp_path / "nosuch.onnx")
+    assert "a checkpoint is a directory" in message("bench", tmp_path / "broken.pte")
+    assert not (tmp_path / "m.pte").exists()

@@ -109,7 +109,8 @@ def test_chance_is_that_of_the_distribution(page):
     for temperature in (0.5, 1.0):
         draws = page.evaluate(
             "([l, t]) => { const n = [0, 0, 0, 0];"
-            " for (let i = 0; i < 20000; i++) n[llambaWrite.draw(l, t, Math.random)]++; return n; }", [logits.tolist(), temperature])
+            " for (let i = 0; i < 20000; i++) n[llambaWrite.draw(l, t, Math.random)]++; return n; }",
+            [logits.tolist(), temperature])
         assert (torch.tensor(draws) / 20_000 - (logits / temperature).softmax(0)).abs().max() < 0.02
     assert page.evaluate("l => llambaWrite.draw(l, 0)", logits.tolist()) == 2
 
