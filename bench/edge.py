@@ -1,6 +1,6 @@
 """What a student is worth as a file: size, agreement, speed, memory (chapter 25).
 
-    python -m bench.edge        needs `make demo` and `make edge` first, and a C++ compiler; about a quarter of an hour
+    python -m bench.edge        needs `make demo` first; about ten minutes on one core
 
 Every format and number of bits, of the demo's student and for ONNX also of its teacher: agreement with the model in
 float32 on all held-out text, tokens a second in turns with the model in PyTorch, and memory along a long text, each in
@@ -10,7 +10,6 @@ a process of its own. One thread.
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,15 +72,6 @@ def memory(file: str, lengths: tuple[int, ...]) -> list[dict]:
     return rows
 
 
-def runner(file: Path) -> dict:
-    """Tokens a second and peak memory of examples/runner.cpp, and the ids that it writes."""
-    made = file.with_name("runner")
-    subprocess.run(["sh", "examples/build.sh", made], check=True, stderr=subprocess.DEVNULL)
-    done = subprocess.run([made, file, "1000", "5", "17", "300"], check=True, capture_output=True, text=True)
-    speed, _, _, _, peak, *_ = done.stderr.strip().splitlines()[-1].split()
-    return {"tokens_per_second": float(speed), "peak_mib": float(peak), "ids": [int(i) for i in done.stdout.split()]}
-
-
 def row(model: Decoder, file: Path, name: str, blocks, ids: torch.Tensor) -> dict:
     """One file beside its model."""
     edge = load_edge(file, 1)[0]
@@ -118,15 +108,10 @@ def main() -> None:
                 along.append({"model": name, "format": to, "bits": bits,
                               "rows": in_a_process(call, dict(os.environ, OMP_NUM_THREADS="1"))})
                 print(along[-1], flush=True)
-        file = Path(directory, "student", "8.pte")
-        alone, (edge, _) = runner(file), load_edge(file, 1)
-        ours = edge.generate(torch.tensor([[5, 17, 300]]), 1000)[0, 3:].tolist()
-        alone["equal"] = sum(a == b for a, b in zip(ours, alone.pop("ids")))
-    print({key: value for key, value in alone.items()})
     state = sum(part.nbytes for layer in student.init_state(1) for part in layer)
     cache = 2 * sum(layer.k[:, :, :0].shape[1] * layer.k.shape[3] * 4 for layer in teacher.init_state(1))
     save("edge", "python -m bench.edge", packages=("executorch", "torchao", "onnx", "onnxscript", "onnxruntime"),
-         held_out=len(blocks) * (blocks.length - 1), state=state, cache=cache, rows=rows, memory=along, runner=alone)
+         held_out=len(blocks) * (blocks.length - 1), state=state, cache=cache, rows=rows, memory=along)
 
 
 if __name__ == "__main__":
