@@ -23,7 +23,7 @@ from .decoder import check_ids, generate
 from .export import SUFFIXES, optional
 
 # %% auto #0
-__all__ = ['OnnxProgram', 'ExecuTorchProgram', 'EdgeModel', 'load_edge']
+__all__ = ['OnnxProgram', 'ExecuTorchProgram', 'open_program', 'EdgeModel', 'load_edge']
 
 # %% ../nbs/25_edge.ipynb #f8745a68
 class OnnxProgram:
@@ -101,6 +101,22 @@ class ExecuTorchProgram:
         return torch.cat(found), state
 
 # %% ../nbs/25_edge.ipynb #efd43cd1
+def open_program(file: Path, threads: int) -> OnnxProgram | ExecuTorchProgram:
+    """An exported file in its runtime. Raises FileNotFoundError, ImportError where the runtime is missing, ValueError
+    for a file that is none or is damaged."""
+    kinds = {SUFFIXES["onnx"]: OnnxProgram, SUFFIXES["executorch"]: ExecuTorchProgram}
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    if file.suffix not in kinds:
+        raise ValueError(f"{file}: an exported model ends in {' or '.join(kinds)}")
+    try:
+        return kinds[file.suffix](file, threads)
+    except ImportError:
+        raise
+    except Exception as err:  # each runtime has errors of its own
+        raise ValueError(f"{file}: not a file that llamba export has written, or damaged ({err})") from err
+
+# %% ../nbs/25_edge.ipynb #442cc5fc
 class EdgeModel:
     """An exported model: it reads, writes and is evaluated as a `Decoder`, without its code. Runs on the processor."""
 
@@ -111,22 +127,10 @@ class EdgeModel:
         file: str | os.PathLike,  # what `export_model` has written
         threads: int | None = None,  # for products; None: as many as torch uses
     ):
-        """Raises FileNotFoundError, ImportError where the runtime is missing, ValueError for a file that is none or is
-        damaged."""
-        file = Path(file)
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file")
-        kinds = {SUFFIXES["onnx"]: OnnxProgram, SUFFIXES["executorch"]: ExecuTorchProgram}
-        if file.suffix not in kinds:
-            raise ValueError(f"{file}: an exported model ends in {' or '.join(kinds)}")
-        try:
-            self.program = kinds[file.suffix](file, threads or torch.get_num_threads())
-        except ImportError:
-            raise
-        except Exception as err:  # each runtime has errors of its own
-            raise ValueError(f"{file}: not a file that llamba export has written, or damaged ({err})") from err
+        """Raises FileNotFoundError, ImportError and ValueError, as `open_program`."""
+        self.program = open_program(Path(file), threads or torch.get_num_threads())
         self.vocab_size, self.bits, self.stop_tokens = self.program.vocab_size, self.program.bits, ()
-        beside = file.with_name("generation_config.json")
+        beside = Path(file).with_name("generation_config.json")
         if beside.is_file() and (stop := read_json(beside).get("eos_token_id")) is not None:
             self.stop_tokens = tuple(stop) if isinstance(stop, list) else (stop,)
 
@@ -170,7 +174,7 @@ class EdgeModel:
         logits, state = zip(*map(self.program, token_ids.split(1), state))
         return logits[0] if len(logits) == 1 else torch.cat(logits), list(state)
 
-
+# %% ../nbs/25_edge.ipynb #fadd320f
 def load_edge(
     file: str | os.PathLike,  # what `export_model` has written
     threads: int | None = None,  # as in `EdgeModel`

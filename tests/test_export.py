@@ -105,7 +105,7 @@ def test_onnx_with_rounded_weights(tokenizer, tmp_path, name):
         file = export_model(model, tokenizer, tmp_path / f"{bits}.onnx", "onnx", bits)
         found.append((far(model, EdgeModel(file), ids), file.stat().st_size))
     errors, sizes = zip(*found)
-    assert errors[0] < 1e-5 < errors[1] < 0.03 < errors[2] < 0.4
+    assert errors[0] < 1e-5 < errors[1] < 0.06 < errors[2] < 0.6  # a lost scale: about 1
     assert sizes[2] < sizes[1] < sizes[0] / 2
 
 
