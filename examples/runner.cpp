@@ -14,13 +14,11 @@
 
 using executorch::aten::ScalarType;
 using executorch::aten::SizesType;
-using executorch::extension::from_blob;
-using executorch::extension::Module;
-using executorch::extension::TensorPtr;
 using executorch::runtime::EValue;
+using namespace executorch::extension;
 
 [[noreturn]] void fail(const char* what, int error) {
-  std::fprintf(stderr, "runner: %s (ExecuTorch error %d)\n", what, error);
+  std::fprintf(stderr, error ? "runner: %s (ExecuTorch error %d)\n" : "runner: %s\n", what, error);
   std::exit(1);
 }
 
@@ -31,6 +29,7 @@ class Model {
     if (!meta.ok()) fail("not a file of llamba export, or damaged", int(meta.error()));
     for (size_t i = 1; i < meta->num_inputs(); ++i) {  // input 0 is the token, the others are the state: all zeros
       auto info = meta->input_tensor_meta(i);
+      if (!info.ok()) fail("not a file of llamba export", int(info.error()));
       shapes_.emplace_back(info->sizes().begin(), info->sizes().end());
       state_.emplace_back(info->nbytes() / sizeof(float), 0.f);
     }
@@ -44,11 +43,12 @@ class Model {
 
   // Some tokens of the text: afterwards the state knows them. Returns the most likely next token.
   int64_t read(int64_t* ids, size_t length) {
-    std::vector<SizesType> shape = length == 1 ? std::vector<SizesType>{1} : std::vector<SizesType>{1, SizesType(length)};
+    std::vector<SizesType> shape(length == 1 ? 1 : 2, 1);  // (1) or (1, length)
+    shape.back() = SizesType(length);
     std::vector<TensorPtr> tensors{from_blob(ids, shape, ScalarType::Long)};
     for (size_t i = 0; i < state_.size(); ++i) tensors.push_back(from_blob(state_[i].data(), shapes_[i]));
     auto out = module_.execute(length == 1 ? "step" : "prefill", std::vector<EValue>(tensors.begin(), tensors.end()));
-    if (!out.ok()) fail("could not run", int(out.error()));
+    if (!out.ok() || out->size() != state_.size() + 1) fail("could not run", int(out.error()));
     for (size_t i = 0; i < state_.size(); ++i)
       std::copy_n(out->at(i + 1).toTensor().const_data_ptr<float>(), state_[i].size(), state_[i].data());
     auto logits = out->at(0).toTensor();
@@ -62,27 +62,29 @@ class Model {
   std::vector<std::vector<float>> state_;
 };
 
+int64_t whole(const char* word) {
+  char* end;
+  const int64_t number = std::strtoll(word, &end, 10);
+  if (*end || end == word || number < 0) fail((std::string(word) + " is no whole number").c_str(), 0);
+  return number;
+}
+
 int main(int count, char** words) {
   if (count < 4) {
     std::fprintf(stderr, "usage: runner FILE.pte NEW ID...\n");
     return 2;
   }
   Model model(words[1]);
-  const long fresh = std::atol(words[2]);
+  const int64_t fresh = whole(words[2]);
   const size_t piece = model.number("piece"), vocabulary = model.number("vocab_size");
   std::vector<int64_t> ids;
-  for (int i = 3; i < count; ++i) ids.push_back(std::atoll(words[i]));
-  for (int64_t id : ids)
-    if (id < 0 || size_t(id) >= vocabulary) fail("an id is not in the vocabulary", 0);
+  for (int i = 3; i < count; ++i) ids.push_back(whole(words[i]));
+  if (piece < 1 || *std::max_element(ids.begin(), ids.end()) >= int64_t(vocabulary)) fail("no such id", 0);
   int64_t next = 0;
-  size_t at = 0;
-  while (at < ids.size()) {  // whole pieces, then one by one
-    size_t length = ids.size() - at >= piece ? piece : 1;
-    next = model.read(&ids[at], length);
-    at += length;
-  }
+  for (size_t at = 0, length; at < ids.size(); at += length)  // whole pieces, then one by one
+    next = model.read(&ids[at], length = ids.size() - at >= piece ? piece : 1);
   const auto begun = std::chrono::steady_clock::now();
-  for (long i = 0; i < fresh; ++i) {
+  for (int64_t i = 0; i < fresh; ++i) {
     std::printf("%lld ", static_cast<long long>(next));
     next = model.read(&next, 1);
   }

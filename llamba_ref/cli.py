@@ -544,16 +544,20 @@ class Export:
     def run(self) -> None:
         """Write the file, and compare it with the model. Raises ValueError for a file that says something else."""
         from llamba_ref.edge import load_edge
-        from llamba_ref.export import SUFFIXES, export_model
+        from llamba_ref.export import SUFFIXES, export_model, optional
         self.machine.accelerator()
         with redirect_stdout(sys.stderr):
             model, tokenizer = lr.load_model(self.model)
+            optional("onnxruntime" if self.to == "onnx" else "executorch")  # to learn of it before the work
             file = export_model(model, tokenizer, self.out or f"edge/model{SUFFIXES[self.to]}", self.to, self.bits)
-            far = divergence_on_own_text(model.cpu().float(), load_edge(file)[0])
-        if not far < FARTHEST[self.bits]:
-            file.unlink()
-            raise ValueError(f"{file}: {far:.2g} nats a token from the model, which is more than rounding to "
-                             f"{self.bits} bits explains; the file was removed")
+            try:
+                far = divergence_on_own_text(model.cpu().float(), load_edge(file)[0])
+                if not far < FARTHEST[self.bits]:
+                    raise ValueError(f"{file}: {far:.2g} nats a token from the model, which is more than rounding to "
+                                     f"{self.bits} bits explains; the file was removed")
+            except BaseException:  # nobody shall take a file for checked that is not
+                file.unlink(missing_ok=True)
+                raise
         print(f"written to {file}: {file.stat().st_size / 1e6:.2f} MB, {max(far, 0):.1e} nats a token from the model; "
               f"beside it its tokenizer\ntry: llamba generate {file}")
 

@@ -66,16 +66,19 @@ def _no_log() -> Iterator[None]:
 
 
 class ExecuTorchProgram:
-    """An ExecuTorch file of `export_model`, run by ExecuTorch."""
+    """An ExecuTorch file of `export_model`, run by ExecuTorch, with as many threads as the first one of a process."""
+
+    begun = False  # whether the threads of this process are there
 
     def __init__(self, file: Path, threads: int):
         with _no_log():
             optional("executorch.kernels.quantized")  # registers the look-up in an embedding of 8 bits
             library = optional("executorch.extension.pybindings.portable_lib")
             runtime = optional("executorch.runtime")
-            if library._threadpool_get_thread_count() != threads:
-                library._unsafe_reset_threadpool(threads)
             program = runtime.Runtime.get().load_program(file, verification=runtime.Verification.InternalConsistency)
+            if not ExecuTorchProgram.begun:  # later on, other programs use these threads
+                library._unsafe_reset_threadpool(threads)
+                ExecuTorchProgram.begun = True
             self.vocab_size, self.piece, self.bits = (
                 int(program.load_method(name).execute([])[0]) for name in ("vocab_size", "piece", "bits"))
             self.step, self.prefill = program.load_method("step"), program.load_method("prefill")
@@ -125,14 +128,15 @@ class EdgeModel:
     def __init__(
         self,
         file: str | os.PathLike,  # what `export_model` has written
-        threads: int | None = None,  # for products; None: as many as torch uses
+        threads: int | None = None,  # None: as many as torch uses; with ExecuTorch, a process's first model decides
     ):
         """Raises FileNotFoundError, ImportError and ValueError, as `open_program`."""
         self.program = open_program(Path(file), threads or torch.get_num_threads())
         self.vocab_size, self.bits, self.stop_tokens = self.program.vocab_size, self.program.bits, ()
         beside = Path(file).with_name("generation_config.json")
         if beside.is_file() and (stop := read_json(beside).get("eos_token_id")) is not None:
-            self.stop_tokens = tuple(stop) if isinstance(stop, list) else (stop,)
+            stops = stop if isinstance(stop, list) else [stop]
+            self.stop_tokens = tuple(token for token in stops if token in range(self.vocab_size))
 
     def init_state(self, batch: int) -> list:
         """The state before the first token: one entry a sequence."""
@@ -159,18 +163,24 @@ class EdgeModel:
     ) -> tuple[Float[Tensor, "batch vocab"], list]:  # logits of the token after the last one, state after the last one
         """Read prompts of any lengths. Raises ValueError for ids that are none."""
         check_ids(input_ids, self.vocab_size, attention_mask)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        found = []
-        for index, (row, kept) in enumerate(zip(input_ids, mask.bool())):
-            logits, after = self.prefill(row[kept][None], None if state is None else [state[index]])
-            found.append((logits[0, -1], *after))
-        logits, state = zip(*found)
-        return torch.stack(logits), list(state)
+        mask, found = torch.ones_like(input_ids) if attention_mask is None else attention_mask, []
+        before = self.init_state(len(input_ids)) if state is None else state
+        for row, kept, one in zip(input_ids, mask.bool(), before, strict=True):
+            for piece in row[kept].split(512):  # so that a long prompt does not need the memory of all its logits
+                logits, one = self.program(piece, one)
+            found.append((logits[-1], one))
+        logits, after = zip(*found)
+        return torch.stack(logits), list(after)
 
     def step(
         self, token_ids: Int[Tensor, "batch"], state: list, in_place: bool = False
     ) -> tuple[Float[Tensor, "batch vocab"], list]:
-        """One token of each sequence. A runtime makes a new state each time, so `in_place` changes nothing."""
+        """One token of each sequence. A runtime makes a new state each time, so `in_place` changes nothing. Raises
+        ValueError for another number of tokens than of sequences, and for what are no ids."""
+        if token_ids.dim() != 1 or len(token_ids) != len(state):
+            raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}: it must be ({len(state)},), one token for "
+                             "each sequence of the state")
+        check_ids(token_ids[:, None], self.vocab_size)
         logits, state = zip(*map(self.program, token_ids.split(1), state))
         return logits[0] if len(logits) == 1 else torch.cat(logits), list(state)
 

@@ -9,9 +9,11 @@ import copy
 import json
 import logging
 import os
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -36,9 +38,9 @@ from .llamba import MixedHeads
 from .mamba2 import SSDMixer
 
 # %% auto #0
-__all__ = ['BLOCK', 'COARSE', 'PIECE', 'Format', 'SUFFIXES', 'optional', 'quiet', 'Program', 'growing_axes', 'exportable',
-           'onnx_ssd', 'onnx_conv', 'onnx_attention', 'onnx_operators', 'onnx_graph', 'rounded_onnx', 'rounded_modules',
-           'executorch_file', 'check_beside', 'export_model']
+__all__ = ['BLOCK', 'COARSE', 'EXACT', 'PIECE', 'Format', 'SUFFIXES', 'optional', 'quiet', 'Program', 'growing_axes',
+           'exportable', 'onnx_ssd', 'onnx_conv', 'onnx_attention', 'onnx_operators', 'onnx_graph', 'rounded_onnx',
+           'rounded_modules', 'executorch_file', 'write_beside', 'write_new', 'export_model']
 
 # %% ../nbs/98_export.ipynb #c52e2bd5
 def optional(
@@ -112,6 +114,9 @@ def exportable(
         if to == "executorch" and not isinstance(block.mixer, SSDMixer):
             raise ValueError(f"layer {index} has a cache that grows ({kind}), and ExecuTorch lays out all memory "
                              "beforehand: export to onnx")
+    if to == "onnx" and (size := 4 * sum(weight.numel() for weight in model.parameters())) >= 2**31:
+        raise ValueError(f"the weights take {size / 1e9:.1f} GB in float32, and an ONNX file in one piece holds 2: "
+                         "export to executorch")
     return Program(copy.deepcopy(model).float().cpu().eval().requires_grad_(False))
 
 # %% ../nbs/98_export.ipynb #696e2db5
@@ -158,9 +163,9 @@ def onnx_operators():
 def _name_weights(graph, model: Decoder) -> None:
     """Call the transposed weights that the exporter wrote down `NAME.T`: it numbers them."""
     arrays = optional("onnx").numpy_helper
-    known = {weight.mT.contiguous().numpy().tobytes(): f"model.{name}.T" for name, weight in model.named_parameters()
-             if weight.ndim == 2}
-    found = {tensor.name: known.get(arrays.to_array(tensor).tobytes()) for tensor in graph.initializer
+    known = {sha256(weight.mT.contiguous().numpy()).digest(): f"model.{name}.T"
+             for name, weight in model.named_parameters() if weight.ndim == 2}
+    found = {tensor.name: known.get(sha256(arrays.to_array(tensor).copy()).digest()) for tensor in graph.initializer
              if len(tensor.dims) == 2}
     for tensor in graph.initializer:
         tensor.name = found.get(tensor.name) or tensor.name
@@ -190,6 +195,7 @@ def onnx_graph(program: Program):
 # %% ../nbs/98_export.ipynb #bb562acb
 BLOCK = 32  # weights that share a scale
 COARSE = ("down_proj", "lm_head", "embedding")  # what keeps 8 bits in a file of 4: errors there cost the most
+EXACT = ("speed",)  # what is never rounded: by how much keys turn is added up, token after token
 
 
 def _constant_products(graph) -> None:
@@ -246,7 +252,7 @@ def _round_embedding(graph) -> None:
                                  for z, name in zip(_rounded_rows(torch.tensor(table)), parts))
     else:
         parts = list(head.input[1:4])
-    sizes = {"rows": [0, 0, -1], "grid": [len(table), -1, 1]}
+    sizes = {"rows": [0, 0, -1], "grid": [len(table), -1, 1], "begin": [0], "end": [table.shape[1]], "axis": [2]}
     graph.initializer.extend(arrays.from_array(torch.tensor(size).numpy(), f"embedding.{name}")
                              for name, size in sizes.items())
     place, new = list(graph.node).index(lookup), []
@@ -259,7 +265,8 @@ def _round_embedding(graph) -> None:
     byte, scale, zero = (f"embedding.{name}.blocks.float" for name in ("bytes", "scales", "zeros"))
     new += [make("Sub", [byte, zero], ["embedding.shifted"]),
             make("Mul", ["embedding.shifted", scale], ["embedding.scaled"]),
-            make("Reshape", ["embedding.scaled", "embedding.rows"], lookup.output)]
+            make("Reshape", ["embedding.scaled", "embedding.rows"], ["embedding.padded"]),  # to whole blocks
+            make("Slice", ["embedding.padded", "embedding.begin", "embedding.end", "embedding.axis"], lookup.output)]
     graph.node.remove(lookup)
     for offset, node in enumerate(new):
         graph.node.insert(place + offset, node)
@@ -270,7 +277,7 @@ def rounded_onnx(graph, bits: int):
     """An `onnx.ModelProto` of `onnx_graph` with weights of 8 bits, or of 4 where they can bear it."""
     _constant_products(graph.graph)
     names = {node.input[1] for node in graph.graph.node if node.op_type == "MatMul"}
-    names &= {weight.name for weight in graph.graph.initializer}
+    names &= {weight.name for weight in graph.graph.initializer if not any(part in weight.name for part in EXACT)}
     coarse = {name for name in names if bits == 8 or any(part in name for part in COARSE)}
     for width, chosen in ((8, coarse), (4, names - coarse)):
         graph = _round_products(graph, width, chosen) if chosen else graph
@@ -290,7 +297,9 @@ def rounded_modules(model: Decoder, bits: int) -> None:
         model.lm_head.weight = nn.Parameter(embedding.weight.clone(), requires_grad=False)
 
     def width(module: nn.Module, name: str) -> int:
-        return 0 if not isinstance(module, nn.Linear) else 8 if bits == 8 or name.endswith(COARSE) else 4
+        if not isinstance(module, nn.Linear) or name.endswith(EXACT):
+            return 0
+        return 8 if bits == 8 or name.endswith(COARSE) or module.in_features % BLOCK else 4  # blocks must be whole
 
     fine = {"weight_granularity": by.PerGroup(BLOCK), "intx_choose_qparams_algorithm": "hqq_scale_only"}
     for one, options in ((8, {"weight_granularity": by.PerAxis(0)}), (4, fine)):
@@ -322,16 +331,34 @@ Format = Literal["onnx", "executorch"]
 SUFFIXES = {"onnx": ".onnx", "executorch": ".pte"}
 
 
-def check_beside(directory: Path, tokenizer: PreTrainedTokenizerBase, stops: dict) -> None:
-    """Raise ValueError where a directory has another tokenizer, or other ids that end a text."""
-    beside = directory / "tokenizer.json"
-    if beside.is_file() and load_tokenizer(directory).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"{beside}: is the tokenizer of another model: give another directory")
-    beside = directory / "generation_config.json"
-    if beside.is_file() and read_json(beside) != stops:
-        raise ValueError(f"{beside}: is of another model: give another directory")
+def write_beside(directory: Path, tokenizer: PreTrainedTokenizerBase, config) -> None:
+    """The tokenizer and generation_config.json, where they are not there already. Raises ValueError for a directory
+    with another tokenizer, or another token that ends a text."""
+    ids = {name: value for name in ("bos_token_id", "eos_token_id") if (value := getattr(config, name)) is not None}
+    settings = directory / "generation_config.json"
+    if settings.is_file() and read_json(settings).get("eos_token_id") != ids.get("eos_token_id"):
+        raise ValueError(f"{settings}: is of another model: give another directory")
+    if not (directory / "tokenizer.json").is_file():
+        tokenizer.save_pretrained(directory)
+    elif load_tokenizer(directory).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{directory / 'tokenizer.json'}: is of another model: give another directory")
+    if not settings.is_file():
+        settings.write_text(json.dumps(ids, indent=2) + "\n")
 
 
+def write_new(file: Path, data: bytes) -> None:
+    """Write a file whole or not at all. Raises FileExistsError where there is one by then."""
+    unfinished = file.with_name(f".{file.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        unfinished.write_bytes(data)
+        file.touch(exist_ok=False)  # the name is ours: a renaming alone would overwrite what appeared meanwhile
+        unfinished.replace(file)
+    except FileExistsError as err:
+        raise FileExistsError(f"{file}: exists already, and nothing is overwritten") from err
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+# %% ../nbs/98_export.ipynb #d21f35ea
 def export_model(
     model: Decoder,  # a Llamba, Mamba-2, or for ONNX also a hybrid or a Llama
     tokenizer: PreTrainedTokenizerBase,  # what makes its ids
@@ -350,10 +377,9 @@ def export_model(
         raise ValueError(f"file is {str(file)!r}: for {to} it must end in {SUFFIXES[to]}")
     if file.exists():
         raise FileExistsError(f"{file}: exists already, and nothing is overwritten")
-    names = ("bos_token_id", "eos_token_id")
-    stops = {name: value for name in names if (value := getattr(model.config, name)) is not None}
-    check_beside(file.parent, tokenizer, stops)
     program = exportable(model, to)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_beside(file.parent, tokenizer, model.config)
     with quiet(), unchecked():
         if to == "onnx":
             graph = onnx_graph(program)
@@ -363,10 +389,5 @@ def export_model(
             data = graph.SerializeToString()
         else:
             data = executorch_file(program, bits)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(file.parent)
-    (file.parent / "generation_config.json").write_text(json.dumps(stops, indent=2) + "\n")
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.write_bytes(data)
-    unfinished.rename(file)
+    write_new(file, data)
     return file

@@ -1370,6 +1370,10 @@ def test_without_a_compiler(toy, message, monkeypatch):
 # llamba export
 
 
+needs_runtimes = pytest.mark.skipif(sys.version_info < (3, 11), reason="ONNX Runtime has left Python 3.10 behind")
+
+
+@needs_runtimes
 def test_export_and_what_runs_its_file(run, toy, llamba, tmp_path):
     file, text = tmp_path / "edge" / "student.onnx", ["--text", toy / "text.txt", *TEXT, "--json"]
     code, out, err = llamba("export", run, "--to", "onnx", "--bits", "32", "--out", file)
@@ -1387,12 +1391,14 @@ def test_export_and_what_runs_its_file(run, toy, llamba, tmp_path):
     assert said[0] == 1 and "exists already, and nothing is overwritten" in said[2]
 
 
+@needs_runtimes
 def test_export_by_default_writes_beside_the_user(run, llamba, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert llamba("export", run, "--to", "onnx")[0] == 0
     assert (tmp_path / "edge" / "model.onnx").is_file()
 
 
+@needs_runtimes
 def test_export_removes_a_file_that_says_something_else(run, llamba, tmp_path, monkeypatch):
     """As if the exporter had lost a scale."""
     from llamba_ref import export
@@ -1403,6 +1409,7 @@ def test_export_removes_a_file_that_says_something_else(run, llamba, tmp_path, m
     assert code == 1 and not out and "nats a token from the model" in err and not (tmp_path / "m.onnx").exists()
 
 
+@needs_runtimes
 def test_export_of_what_cannot_be(toy, message, tmp_path):
     out = ["--out", tmp_path / "m.pte"]
     assert "layer 0 has a cache that grows" in message("export", toy / "teacher", *out)

@@ -3,9 +3,14 @@
   const { Llamba, Llama, Tokenizer, draw, weightsOf } = window.llambaWrite;
   const saved = window.llambaModels, find = (id) => document.getElementById(`write-${id}`);
   const EVERY = 16; // tokens between two snapshots of the student's state
+  const LONGEST = 10000; // tokens of a text: the snapshots of more would fill the memory of a phone
   const SLICE = 8; // milliseconds of each model in a frame
   const tokenizer = new Tokenizer(saved.tokenizer);
-  const make = (Kind, name) => new Kind(saved[name].config, weightsOf(saved[name].weights));
+  const make = (Kind, name) => {
+    const model = new Kind(saved[name].config, weightsOf(saved[name].weights));
+    model.step(0, model.start()); // unpacks the weights, which shall not count as writing
+    return model;
+  };
   const sides = { student: { model: make(Llamba, "student") }, teacher: { model: make(Llama, "teacher") } };
   const both = Object.entries(sides);
   let running = 0; // which call of `write` may go on; a new one ends the one before
@@ -32,14 +37,16 @@
 
   // Forget what comes after a token: crop the cache, or go on from the last snapshot before it.
   function goBack(side, tokens) {
-    tokens = Math.max(1, Math.min(tokens, side.state.tokens));
-    const { model } = side, start = model instanceof Llamba ? Math.floor((tokens - 1) / EVERY) : 0;
-    if (model instanceof Llamba) {
-      side.state = model.copy(side.snapshots[start]);
-      side.snapshots.length = start + 1;
-    } else model.crop(side.state, tokens - 1); // its last token is read once more, for its logits
+    tokens = Math.max(1, Math.min(tokens, side.ids.length));
     side.ids = side.ids.slice(0, tokens);
-    while (side.state.tokens < tokens) read(side, side.ids[side.state.tokens]);
+    if (side.state.tokens >= tokens) { // else it has not come so far yet, and reads on
+      const { model } = side, start = Math.floor((tokens - 1) / EVERY);
+      if (model instanceof Llamba) {
+        side.state = model.copy(side.snapshots[start]);
+        side.snapshots.length = start + 1;
+      } else model.crop(side.state, tokens - 1); // its last token is read once more, for its logits
+      while (side.state.tokens < tokens) read(side, side.ids[side.state.tokens]);
+    }
     side.given = Math.min(side.given, tokens);
     side.points = side.points.filter(([n]) => n <= tokens);
     side.mark = [tokens, side.spent];
@@ -71,8 +78,9 @@
     for (const [name, side] of both) {
       const box = find(name), text = box.querySelector(".write-text"), put = (what, words) => (box.querySelector(`.${what}`).textContent = words);
       const given = Object.assign(document.createElement("span"), { className: "given", textContent: tokenizer.decode(side.ids.slice(0, side.given)) });
+      const follow = text.scrollTop + text.clientHeight > text.scrollHeight - 30; // unless somebody reads further up
       text.replaceChildren(given, tokenizer.decode(side.ids.slice(side.given)));
-      text.scrollTop = text.scrollHeight;
+      if (follow) text.scrollTop = text.scrollHeight;
       put("count", side.state.tokens);
       put("rate", side.points.length ? Math.round(side.points.at(-1)[1]) : "–");
       put("bytes", size(side.model.bytes(side.state)));
@@ -177,8 +185,9 @@
     find("status").textContent = "Stopped.";
   });
   find("again").addEventListener("click", () => {
-    if (find("again").getAttribute("aria-disabled") === "true") return;
+    if (find("again").getAttribute("aria-disabled") === "true" || !find("form").reportValidity()) return;
     const tokens = Number(find("back").value);
+    if (tokens + Number(find("tokens").value) > LONGEST) return (find("status").textContent = `A text has ${LONGEST} tokens at most here.`);
     for (const [, side] of both) goBack(side, tokens);
     write(tokens + Number(find("tokens").value));
   });
