@@ -10,6 +10,7 @@ BENCH ?= stage1_memory
 VENV := .venv
 BIN := $(VENV)/bin
 COLAB := .venv-colab
+EDGE := .venv-edge
 SITE := docs/_build/html
 MATHJAX := docs/_static/mathjax
 MATHJAX_VERSION := 3.2.2
@@ -25,7 +26,7 @@ SIDE_BY_SIDE := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo smollm2 compare peers test test-long export run notebooks lab docs serve test-docs screenshots teacher bench clean distclean
+.PHONY: help demo smollm2 compare peers test test-long export run notebooks lab docs serve test-docs test-edge screenshots teacher bench clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -73,6 +74,9 @@ serve: docs  ## show the site on this machine, PORT=8000
 test-docs: docs $(VENV)/.installed-dev  ## read every page of the site in Chromium
 	@$(TEST) -m browser
 
+test-edge: $(EDGE)/.installed  ## exported files in ONNX Runtime and ExecuTorch, in an environment of their own
+	@OMP_NUM_THREADS=1 $(EDGE)/bin/python -m pytest -q $(SIDE_BY_SIDE) tests/test_export.py
+
 screenshots: docs  ## every page, light and dark, wide and narrow, in docs/_build/screenshots
 	@$(BIN)/python docs/screenshots.py
 
@@ -96,7 +100,7 @@ clean:  ## remove caches and build products; keeps .venv/ and runs/
 	    \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove the environments and MathJax as well; keeps runs/
-	@rm -rf $(VENV) $(COLAB) $(MATHJAX)
+	@rm -rf $(VENV) $(COLAB) $(EDGE) $(MATHJAX)
 
 # The environment. A stamp is written when a step has ended well, and is out of date when the requirements change.
 
@@ -118,8 +122,8 @@ $(VENV)/.installed-runtime: pyproject.toml constraints.txt | $(VENV)/.made
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-runtime
-	@echo "installing nbdev, JupyterLab, pytest, ONNX Runtime and ExecuTorch"
-	@$(INSTALL) -e '.[dev,edge]'
+	@echo "installing nbdev, JupyterLab, pytest and ONNX Runtime"
+	@$(INSTALL) -e '.[dev,onnx]'
 	@touch $@
 
 $(VENV)/.installed-teacher: $(VENV)/.installed-runtime
@@ -150,6 +154,14 @@ $(COLAB)/.installed: $(COLAB)/.requirements $(shell find llamba_ref -type f -not
 	@rm -rf build
 	@$(COLAB)/bin/python $(QUIET_PIP) install --no-deps --force-reinstall .
 	@rm -rf build
+	@touch $@
+
+# torchao writes to standard error in every program that imports transformers, so it stays out of the other environments.
+$(EDGE)/.installed: pyproject.toml constraints.txt | $(VENV)/.made
+	@echo "making $(EDGE), installing ExecuTorch and ONNX Runtime (some minutes)"
+	@$(PYTHON) -m venv --clear $(EDGE)
+	@$(EDGE)/bin/python $(QUIET_PIP) install -c constraints.txt torch
+	@$(EDGE)/bin/python $(QUIET_PIP) install -c constraints.txt -e '.[test,edge]'
 	@touch $@
 
 # The site loads nothing from the network: MathJax 3 comes from its npm package, only the part that is used.

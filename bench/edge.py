@@ -1,6 +1,6 @@
 """What a student is worth as a file: size, agreement, speed, memory (chapter 25).
 
-    python -m bench.edge        needs `make demo` first; about ten minutes on one core
+    .venv-edge/bin/python -m bench.edge        needs `make demo` and `make test-edge` first; about ten minutes
 
 Every format and number of bits, of the demo's student and for ONNX also of its teacher: agreement with the model in
 float32 on all held-out text, tokens a second in turns with the model in PyTorch, and memory along a long text, each in

@@ -1,6 +1,6 @@
 """The C++ program of examples/, run on a student's file (chapter 25).
 
-    python -m bench.runner        needs a C++ compiler; about three minutes
+    .venv-edge/bin/python -m bench.runner        needs `make test-edge` first and a C++ compiler; three minutes
 
 Tokens a second and the largest memory of its process, after a few and after many tokens; and whether it writes what
 the same file writes in Python.

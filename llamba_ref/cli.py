@@ -544,11 +544,10 @@ class Export:
     def run(self) -> None:
         """Write the file, and compare it with the model. Raises ValueError for a file that says something else."""
         from llamba_ref.edge import load_edge
-        from llamba_ref.export import SUFFIXES, export_model, optional
+        from llamba_ref.export import SUFFIXES, export_model
         self.machine.accelerator()
         with redirect_stdout(sys.stderr):
             model, tokenizer = lr.load_model(self.model)
-            optional("onnxruntime" if self.to == "onnx" else "executorch")  # to learn of it before the work
             file = export_model(model, tokenizer, self.out or f"edge/model{SUFFIXES[self.to]}", self.to, self.bits)
             try:
                 far = divergence_on_own_text(model.cpu().float(), load_edge(file)[0])

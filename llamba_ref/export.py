@@ -378,6 +378,7 @@ def export_model(
     if file.exists():
         raise FileExistsError(f"{file}: exists already, and nothing is overwritten")
     program = exportable(model, to)
+    optional("onnxruntime" if to == "onnx" else "executorch")  # to learn of it before the work
     file.parent.mkdir(parents=True, exist_ok=True)
     write_beside(file.parent, tokenizer, model.config)
     with quiet(), unchecked():

@@ -1416,9 +1416,9 @@ def test_export_of_what_cannot_be(toy, message, tmp_path):
     assert "layer 0 has a GateLoop" in message("export", "tiny-gateloop", *out)
     assert "must end in .onnx" in message("export", "tiny-mamba2", "--to", "onnx", *out)
     assert "no such directory" in message("export", tmp_path / "nosuch", *out)
-    (tmp_path / "broken.pte").write_text("nothing")
+    (tmp_path / "broken.onnx").write_text("nothing")
     for command in ("generate", "evaluate"):
-        assert "or damaged" in message(command, tmp_path / "broken.pte")
+        assert "or damaged" in message(command, tmp_path / "broken.onnx")
         assert "no such file" in message(command, tmp_path / "nosuch.onnx")
-    assert "a checkpoint is a directory" in message("bench", tmp_path / "broken.pte")
+    assert "a checkpoint is a directory" in message("bench", tmp_path / "broken.onnx")
     assert not (tmp_path / "m.pte").exists()

@@ -12,7 +12,7 @@ from llamba_ref.export import Program, export_model, exportable, growing_axes, o
 from llamba_ref.llamba import MLPConfig, SSMConfig
 from llamba_ref.models import load_model
 
-pytest.importorskip("onnxruntime", reason="the extra edge brings the runtimes")
+pytest.importorskip("onnxruntime", reason="the extra onnx brings it")
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True}
@@ -105,13 +105,13 @@ def test_onnx_writes_what_the_model_writes(exported):
 @pytest.mark.parametrize("name", ["untied", "heads", "mamba2", "padded", "narrow", "data"])
 def test_onnx_with_rounded_weights(tokenizer, tmp_path, name):
     """Random weights tell nothing about quality; that a scale was lost, they do."""
-    model, ids, found = made(name).eval(), torch.randint(1000, (1, 50)), []
-    for bits in (32, 8, 4):
+    model, ids, errors, sizes = made(name).eval(), torch.randint(1000, (1, 50)), [], []
+    for bits in (8, 4):
         file = export_model(model, tokenizer, tmp_path / f"{bits}.onnx", "onnx", bits)
-        found.append((far(model, EdgeModel(file), ids), file.stat().st_size))
-    errors, sizes = zip(*found)
-    assert errors[0] < 1e-5 < errors[1] < 0.06 < errors[2] < 0.6  # a lost scale: about 1
-    assert sizes[2] < sizes[1] < sizes[0] / 2
+        errors.append(far(model, EdgeModel(file), ids))
+        sizes.append(file.stat().st_size)
+    assert 1e-4 < errors[0] < 0.06 < errors[1] < 0.6  # a lost scale: about 1
+    assert sizes[1] < sizes[0] < 2 * sum(weight.numel() for weight in model.parameters()) + 100_000
 
 
 def test_the_student_with_rounded_weights(tokenizer, tmp_path):
@@ -127,7 +127,7 @@ def test_the_student_with_rounded_weights(tokenizer, tmp_path):
 @pytest.fixture(scope="module")
 def executorch(tokenizer, tmp_path_factory):
     """One layer with keys that turn, in 32 bits: it takes a while, and with fewer bits longer."""
-    pytest.importorskip("executorch", reason="the extra edge brings the runtimes")
+    pytest.importorskip("executorch", reason="make test-edge installs ExecuTorch")
     model = made("fixed", layers=1).eval()
     return model, export_model(model, tokenizer, tmp_path_factory.mktemp("executorch") / "m.pte", "executorch", 32)
 
@@ -141,6 +141,7 @@ def test_executorch_says_what_the_model_says(executorch, length):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, bits", [("fixed", 8), ("fixed", 4), ("mamba2", 4), ("narrow", 4), ("data", 8)])
 def test_executorch_with_rounded_weights(tokenizer, tmp_path, name, bits):
+    pytest.importorskip("executorch", reason="make test-edge installs ExecuTorch")
     model = made(name, layers=1).eval()
     edge = EdgeModel(export_model(model, tokenizer, tmp_path / "m.pte", "executorch", bits), 1)
     least, most = {8: (1e-5, 0.06), 4: (1e-4, 0.6)}[bits]  # a lost scale: about 1
@@ -242,8 +243,10 @@ def of_somebody_else():
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pte"])
 @pytest.mark.parametrize("size", [0, 3, 1000, 100_000])
-def test_a_file_that_is_cut(executorch, of_somebody_else, tmp_path, suffix, size):
-    whole, file = executorch[1].read_bytes() if suffix == ".pte" else of_somebody_else, tmp_path / f"m{suffix}"
+def test_a_file_that_is_cut(request, of_somebody_else, tmp_path, suffix, size):
+    file, whole = tmp_path / f"m{suffix}", of_somebody_else
+    if suffix == ".pte":
+        whole = request.getfixturevalue("executorch")[1].read_bytes()
     assert len(whole) > size
     file.write_bytes(whole[:size])
     with pytest.raises(ValueError, match="not a file that llamba export has written, or damaged"):
