@@ -368,6 +368,9 @@ def generate(
 ) -> Int[Tensor, "batch total"]:  # the prompts as they were given, then the new tokens
     """Continue the prompts token by token, at constant cost a token for recurrent mixers.
 
+    PyTorch compiles a function for eight models or sizes of batch, and runs further ones as they are, until
+    `torch.compiler.reset()`.
+
     Raises ValueError as `forward` and `sample`, and for stop tokens that are no ids; FloatingPointError as `sample`."""
     _check_settings(temperature, top_k, top_p)
     check_length_and_stops(max_new_tokens, stop_tokens, model.vocab_size)

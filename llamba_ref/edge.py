@@ -23,7 +23,7 @@ from .decoder import check_ids, generate
 from .export import SUFFIXES, optional
 
 # %% auto #0
-__all__ = ['OnnxProgram', 'ExecuTorchProgram', 'open_program', 'EdgeModel', 'load_edge']
+__all__ = ['OnnxProgram', 'ExecuTorchProgram', 'open_program', 'stop_tokens_beside', 'EdgeModel', 'load_edge']
 
 # %% ../nbs/25_edge.ipynb #f8745a68
 class OnnxProgram:
@@ -119,6 +119,13 @@ def open_program(file: Path, threads: int) -> OnnxProgram | ExecuTorchProgram:
     except Exception as err:  # each runtime has errors of its own
         raise ValueError(f"{file}: not a file that llamba export has written, or damaged ({err})") from err
 
+
+def stop_tokens_beside(file: Path, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a text, from generation_config.json beside a file; none where it is not there."""
+    beside = file.with_name("generation_config.json")
+    stop = read_json(beside).get("eos_token_id") if beside.is_file() else None
+    return tuple(token for token in (stop if isinstance(stop, list) else [stop]) if token in range(vocab_size))
+
 # %% ../nbs/25_edge.ipynb #442cc5fc
 class EdgeModel:
     """An exported model: it reads, writes and is evaluated as a `Decoder`, without its code. Runs on the processor."""
@@ -132,11 +139,8 @@ class EdgeModel:
     ):
         """Raises FileNotFoundError, ImportError and ValueError, as `open_program`."""
         self.program = open_program(Path(file), threads or torch.get_num_threads())
-        self.vocab_size, self.bits, self.stop_tokens = self.program.vocab_size, self.program.bits, ()
-        beside = Path(file).with_name("generation_config.json")
-        if beside.is_file() and (stop := read_json(beside).get("eos_token_id")) is not None:
-            stops = stop if isinstance(stop, list) else [stop]
-            self.stop_tokens = tuple(token for token in stops if token in range(self.vocab_size))
+        self.vocab_size, self.bits = self.program.vocab_size, self.program.bits
+        self.stop_tokens = stop_tokens_beside(Path(file), self.vocab_size)
 
     def init_state(self, batch: int) -> list:
         """The state before the first token: one entry a sequence."""
