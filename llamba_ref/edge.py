@@ -179,8 +179,7 @@ class EdgeModel:
     def step(
         self, token_ids: Int[Tensor, "batch"], state: list, in_place: bool = False
     ) -> tuple[Float[Tensor, "batch vocab"], list]:
-        """One token of each sequence. A runtime makes a new state each time, so `in_place` changes nothing. Raises
-        ValueError for another number of tokens than of sequences, and for what are no ids."""
+        """One token of each sequence, into a new state in any case. ValueError for another number of them, or no ids."""
         if token_ids.dim() != 1 or len(token_ids) != len(state):
             raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}: it must be ({len(state)},), one token for "
                              "each sequence of the state")
