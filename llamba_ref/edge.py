@@ -179,7 +179,7 @@ class EdgeModel:
     def step(
         self, token_ids: Int[Tensor, "batch"], state: list, in_place: bool = False
     ) -> tuple[Float[Tensor, "batch vocab"], list]:
-        """One token of each sequence, into a new state in any case. ValueError for another number of them, or no ids."""
+        """One token of each sequence, into a new state in any case. ValueError for a wrong number, or no ids."""
         if token_ids.dim() != 1 or len(token_ids) != len(state):
             raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}: it must be ({len(state)},), one token for "
                              "each sequence of the state")
