@@ -26,6 +26,7 @@ from llamba_ref.edge import EdgeModel, load_edge
 from llamba_ref.evaluate import compare
 from llamba_ref.export import SUFFIXES, export_model, optional
 from llamba_ref.models import load_model
+from llamba_ref.throughput import step_cost
 
 STUDENT, TEACHER = "runs/demo", "tiny"
 KINDS = [(to, bits) for to in ("executorch", "onnx") for bits in (32, 8, 4)]
@@ -72,7 +73,7 @@ def memory(file: str, lengths: tuple[int, ...]) -> list[dict]:
     return rows
 
 
-def row(model: Decoder, file: Path, name: str, blocks, ids: torch.Tensor) -> dict:
+def row(model: Decoder, file: Path, name: str, to: str, blocks, ids: torch.Tensor) -> dict:
     """One file beside its model."""
     edge = load_edge(file, 1)[0]
     compared = compare(model, edge, blocks, 8)
@@ -81,7 +82,7 @@ def row(model: Decoder, file: Path, name: str, blocks, ids: torch.Tensor) -> dic
     turns = [[use(one, ids[:TOKENS]) for use in (steps_a_second, reading_a_second) for one in (edge, model)]
              for _ in range(ROUNDS)]
     step, eager, reading, eager_reading = (max(times) for times in zip(*turns))
-    found = {"model": name, "format": {v: k for k, v in SUFFIXES.items()}[file.suffix], "bits": edge.bits,
+    found = {"model": name, "format": to, "bits": edge.bits,
              "bytes": file.stat().st_size, "kl": compared.kl, "ratio": compared.ratio, "agreement": compared.agreement,
              "relative_error": far.item(), "step": step, "faster": step / eager, "reading": reading,
              "reading_faster": reading / eager_reading}
@@ -102,16 +103,15 @@ def main() -> None:
             begun = time.perf_counter()
             export_model(model, tokenizer, file, to, bits)
             made = {"export_seconds": time.perf_counter() - begun}
-            rows.append(row(model.eval(), file, name, blocks, ids) | made)
+            rows.append(row(model.eval(), file, name, to, blocks, ids) | made)
             if bits == 8 or name == "teacher":
                 call = f"bench.edge.memory({str(file)!r}, {LENGTHS[name]})"
                 along.append({"model": name, "format": to, "bits": bits,
                               "rows": in_a_process(call, dict(os.environ, OMP_NUM_THREADS="1"))})
                 print(along[-1], flush=True)
-    state = sum(part.nbytes for layer in student.init_state(1) for part in layer)
-    cache = 2 * sum(layer.k[:, :, :0].shape[1] * layer.k.shape[3] * 4 for layer in teacher.init_state(1))
     save("edge", "python -m bench.edge", packages=("executorch", "torchao", "onnx", "onnxscript", "onnxruntime"),
-         held_out=len(blocks) * (blocks.length - 1), state=state, cache=cache, rows=rows, memory=along)
+         held_out=len(blocks) * (blocks.length - 1), state=step_cost(student).state, cache=step_cost(teacher).cache,
+         rows=rows, memory=along)
 
 
 if __name__ == "__main__":
