@@ -23,15 +23,14 @@ from huggingface_hub.dataclasses import type_validator
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from llamba_ref.checkpoint import (
-    atomic_directory, find_checkpoint, load_strict, one_line, read_config, read_json, read_weights, write_checkpoint,
-)
+from .checkpoint import atomic_directory, find_checkpoint, load_strict, one_line
+from .checkpoint import read_config, read_json, read_weights, write_checkpoint
 from .decoder import Decoder
 
 # %% auto #0
-__all__ = ['COMMON', 'LLAMA', 'MAMBA2', 'ORIGINAL_MAMBA2', 'LLAMBA', 'GATELOOP', 'LAYOUTS', 'check_value', 'own_fields',
-           'check_fields', 'check_names', 'build', 'Layout', 'layout_of', 'ModelConfig', 'unpair', 'llama3_factors',
-           'read_gguf', 'convert_gguf', 'LanguageModel']
+__all__ = ['COMMON', 'LLAMA', 'MISTRAL', 'QWEN2', 'DISGUISED', 'MAMBA2', 'ORIGINAL_MAMBA2', 'LLAMBA', 'GATELOOP', 'LAYOUTS',
+           'check_value', 'own_fields', 'check_fields', 'check_names', 'build', 'Layout', 'layout_of', 'ModelConfig',
+           'unpair', 'llama3_factors', 'read_gguf', 'convert_gguf', 'LanguageModel']
 
 # %% ../nbs/91_convert.ipynb #b5e4f6f9
 def check_value(name: str, value: Any, kind: Any) -> None:
@@ -114,6 +113,7 @@ class Layout(NamedTuple):
     weights: dict[str, str] = {}  # part of our name of a weight -> theirs
     read: Callable[[dict], dict] = dict  # under their names: the values of a file -> ours; raises ValueError
     write: Callable[[dict], dict] = _present  # under their names: our values -> those of a file, without model_type
+    complete: Callable[[dict], dict] = dict  # their weights, with those that a file leaves out because they are zero
 
     def to_ours(self, config: dict) -> dict:
         """Our entries of a config.json. Raises ValueError for an entry that asks for another model.
@@ -155,7 +155,7 @@ COMMON = frozenset({  # entries of PreTrainedConfig and of sampling, then some t
     "initializer_range", "attention_dropout", "add_cross_attention", "cross_attention_hidden_size", "finetuning_task",
     "is_decoder", "prefix", "pruned_heads", "sep_token_id", "task_specific_params", "tf_legacy_loss", "tokenizer_class",
     "tie_encoder_decoder", "torchscript", "use_bfloat16", "max_sequence_length", "_attn_implementation_autoset",
-    "transformers.js_config", "unsloth_fixed", "unsloth_version",
+    "auto_map", "transformers.js_config", "unsloth_fixed", "unsloth_version",
 }) - {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 # %% ../nbs/91_convert.ipynb #562e8d0b
@@ -227,6 +227,35 @@ LLAMA = Layout(
           "rope_interleaved": (False,)},
 )
 
+# %% ../nbs/91_convert.ipynb #8c805f8a
+def _read_mistral(config: dict) -> dict:
+    """Entries whose default is another one than Llama's have to be there."""
+    check_names(config, config, ["num_key_value_heads", "sliding_window"])
+    return _read_llama({name: value for name, value in config.items() if name != "sliding_window"})
+
+
+def _read_qwen2(config: dict) -> dict:
+    """All layers see all positions; queries, keys and values have biases, the output has none."""
+    check_names(config, config, ["num_key_value_heads"])
+    kinds = config.pop("layer_types", None) or ["full_attention"]
+    if set(kinds) != {"full_attention"}:
+        raise ValueError(f"layer_types is {kinds!r}: only 'full_attention' is built here")
+    return _read_llama(config | {"attention_bias": True})
+
+
+def _zero_output_biases(weights: dict) -> dict:
+    """A bias of zero for every output projection of attention, since ours has biases in all four or in none."""
+    outputs = [name for name in weights if name.endswith("self_attn.o_proj.weight")]
+    return weights | {name.replace(".weight", ".bias"): torch.zeros_like(weights[name][:, 0]) for name in outputs}
+
+
+MISTRAL = LLAMA._replace(read=_read_mistral, only=LLAMA.only | {"model_type": ("mistral",)})
+QWEN2 = LLAMA._replace(
+    read=_read_qwen2, complete=_zero_output_biases, ignored=LLAMA.ignored | {"sliding_window", "max_window_layers"},
+    only={**{name: LLAMA.only[name] for name in LLAMA.only if name != "sliding_window"}, "model_type": ("qwen2",),
+          "use_sliding_window": (False, None), "use_mrope": (False, None)})
+DISGUISED = {"mistral": MISTRAL, "qwen2": QWEN2}  # Llamas under another name: read, and written as Llamas
+
 # %% ../nbs/91_convert.ipynb #1dd5539c
 _MAMBA2_NAMES = {
     "d_model": "hidden_size", "n_layer": "num_hidden_layers", "d_state": "state_size", "headdim": "head_dim",
@@ -297,9 +326,10 @@ def layout_of(config: dict, where: str | os.PathLike = "config.json") -> Layout:
         entries = _flat(config)
         check_names(entries, entries, ["ssm_cfg.layer"], f"{where}: ")  # without it, that code builds a Mamba-1
         return ORIGINAL_MAMBA2
-    if not isinstance(kind, str) or kind not in LAYOUTS:
-        raise ValueError(f"{where}: model_type is {kind!r}: it must be {' or '.join(map(repr, LAYOUTS))}")
-    return LAYOUTS[kind]
+    known = LAYOUTS | DISGUISED
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(f"{where}: model_type is {kind!r}: it must be {' or '.join(map(repr, known))}")
+    return known[kind]
 
 # %% ../nbs/91_convert.ipynb #303851a4
 class ModelConfig(PreTrainedConfig):
@@ -492,9 +522,10 @@ class LanguageModel(Decoder):
         if generation.is_file() and (ends := read_json(generation).get("eos_token_id")) is not None:
             check_value(f"{generation}: eos_token_id", ends, int | list[int])
             config.eos_token_id = ends
-        weights = {key: tensor for key, tensor in read_weights(path).items() if not key.endswith("rotary_emb.inv_freq")}
-        if (layers := config.num_hidden_layers) > len(weights):
-            raise ValueError(f"{file}: it says {layers} layers: the weights are {len(weights)} tensors only")
+        stored = {key: tensor for key, tensor in read_weights(path).items() if not key.endswith("rotary_emb.inv_freq")}
+        weights = layout.complete(stored)
+        if (layers := config.num_hidden_layers) > len(stored):
+            raise ValueError(f"{file}: it says {layers} layers: the weights are {len(stored)} tensors only")
         try:
             with torch.device("meta"):
                 model = cls(config)

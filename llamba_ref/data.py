@@ -317,10 +317,10 @@ def load_tokenizer(
                 read_json(file)  # which names a file that is damaged
     try:
         try:
-            config = AutoConfig.from_pretrained(folder)
-        except ValueError:  # not a model of transformers
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except ValueError:  # not a model of transformers, or one that brings its own code
             config = PreTrainedConfig()
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         raise kind(f"no tokenizer can be read from {path}: {one_line(error)}") from error

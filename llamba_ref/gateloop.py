@@ -14,9 +14,8 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Inexact, Int
 from torch import Tensor, nn
 
-from llamba_ref.conventions import (
-    Backend, check_option, check_sizes, checked, find_kernel, is_token, wide_dtype, wrong_widths,
-)
+from .conventions import Backend, check_option, check_sizes, checked
+from .conventions import find_kernel, is_token, wide_dtype, wrong_widths
 from .scan import factor_out_phase, linear_scan, recurrence
 
 # %% auto #0

@@ -215,6 +215,7 @@ class LlambaConfig(ModelConfig):
     norm_epsilon: float = 1e-5  # added under the root in RMSNorm
     attn_cfg: AttentionConfig | None = None  # a hybrid's attention; None: every mixer is recurrent
     rotary_cfg: RotaryConfig | None = None  # keys that turn; None: they stand still, as in the released models
+    max_position_embeddings: int | None = None  # longest context that the teacher was trained for; not enforced
 
     def __post_init__(self, **unknown):
         super().__post_init__(**unknown)
@@ -291,6 +292,7 @@ def student_config(
         mlp_cfg=MLPConfig(c.intermediate_size, c.mlp_bias),
         tie_embeddings=c.tie_word_embeddings, pad_vocab_size_multiple=1, norm_epsilon=c.rms_norm_eps,
         attn_cfg=attention if layers else None,
+        max_position_embeddings=c.max_position_embeddings,
         bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id,
     )
 

@@ -21,8 +21,8 @@ from .decoder import Backbone
 from .ssd import ssd, ssd_matrix, ssd_step
 
 # %% auto #0
-__all__ = ['inverse_softplus', 'GatedRMSNorm', 'MambaState', 'Projected', 'SSDMixer', 'convolve', 'Mamba2', 'Mamba2Config',
-           'Mamba2LM']
+__all__ = ['inverse_softplus', 'GatedRMSNorm', 'MambaState', 'Projected', 'Filters', 'SSDMixer', 'convolve', 'Mamba2',
+           'Mamba2Config', 'Mamba2LM']
 
 # %% ../nbs/09_mamba2.ipynb #fd7cb9d7
 def inverse_softplus(
@@ -81,6 +81,15 @@ class Projected(NamedTuple):
         B, C = (repeat(z.to(self.dt.dtype), "b l g n -> b l (g r) n", r=shared) for z in (self.B, self.C))
         return self.log_a, B * self.dt[..., None], C
 
+# %% ../nbs/09_mamba2.ipynb #5f4c76e1
+class Filters(nn.Conv1d):
+    """The weights of a convolution that `causal_conv` computes. They are asked for by a call, so that whatever watches
+    calls of modules (hooks that load a weight from disk, for example) sees it."""
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """The filters, (channels, 1, width), and the bias."""
+        return self.weight, self.bias
+
 # %% ../nbs/09_mamba2.ipynb #67f91110
 class SSDMixer(nn.Module):
     """A mixer around `ssd`. `project` of a subclass says what enters it, `gate_and_project` what becomes of it."""
@@ -103,7 +112,7 @@ class SSDMixer(nn.Module):
         self.chunk_size, self.activation = chunk_size, activation
         channels = d_inner + 2 * n_groups * d_state
         self.in_proj = nn.Linear(d_model, channels + d_inner + n_heads, bias=bias)
-        self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels, bias=conv_bias)  # holds the weights
+        self.conv1d = Filters(channels, channels, d_conv, groups=channels, bias=conv_bias)
         self.D, self.out_proj = nn.Parameter(torch.ones(n_heads)), nn.Linear(d_inner, d_model, bias=bias)
 
     def init_state(self, batch: int) -> MambaState:
@@ -159,7 +168,7 @@ def convolve(
 ) -> tuple[Tensor, Tensor, Tensor, MambaState | None]:  # x, B and C by heads or groups, the state with a new window
     """The convolution of a mixer, and its output in three."""
     xBC = xBC if tokens is None else xBC.masked_fill(~tokens, 0)
-    window, weights = None if state is None else state.conv, (mixer.conv1d.weight, mixer.conv1d.bias)
+    window, weights = None if state is None else state.conv, mixer.conv1d()
     if in_place and window.dtype == xBC.dtype:  # under autocast a first window may be wider
         xBC = causal_conv_step(xBC[:, 0], *weights, window, activation=mixer.activation)[:, None]
     else:

@@ -464,7 +464,7 @@ def spoiled(kind: str, teacher: Path, to: Path) -> Path:
     elif kind == "an empty directory":
         to.mkdir()
     elif kind == "another model":
-        copy_of(teacher, to, model_type="mistral")
+        copy_of(teacher, to, model_type="gpt2")
     elif kind == "config is no JSON":
         (copy_of(teacher, to) / "config.json").write_text("{")
     elif kind == "no tokenizer":
@@ -494,7 +494,7 @@ def spoiled(kind: str, teacher: Path, to: Path) -> Path:
 @pytest.mark.parametrize("kind, expected", [
     ("a file", "a checkpoint is a directory or a .gguf file"),
     ("an empty directory", "no config.json"),
-    ("another model", "model_type is 'mistral'"),
+    ("another model", "model_type is 'gpt2'"),
     ("config is no JSON", "not a valid JSON file"),
     ("no tokenizer", "tokenizer.json"),
     ("no weights", "neither model.safetensors nor"),

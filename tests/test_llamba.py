@@ -222,7 +222,7 @@ def test_mixer_against_its_definition_in_a_loop():
     mixer = shaken(DiscreteMamba2(8, 3, 2, 2).double(), 0.5)
     u = torch.randn(1, 6, 8).double()
     xBC, z, A_log = F.linear(u, mixer.in_proj.weight).split([8 + 12, 8, 2], -1)
-    xBC = mixer.conv1d(F.pad(xBC.mT, (3, 0))).mT
+    xBC = F.conv1d(F.pad(xBC.mT, (3, 0)), *mixer.conv1d(), groups=xBC.shape[-1]).mT
     x, B, C = xBC[0, :, :8].view(6, 2, 4), xBC[0, :, 8:14].view(6, 2, 3), xBC[0, :, 14:].view(6, 2, 3)
     S, rows = torch.zeros(2, 4, 3).double(), []
     for t in range(6):
