@@ -155,7 +155,7 @@ COMMON = frozenset({  # entries of PreTrainedConfig and of sampling, then some t
     "initializer_range", "attention_dropout", "add_cross_attention", "cross_attention_hidden_size", "finetuning_task",
     "is_decoder", "prefix", "pruned_heads", "sep_token_id", "task_specific_params", "tf_legacy_loss", "tokenizer_class",
     "tie_encoder_decoder", "torchscript", "use_bfloat16", "max_sequence_length", "_attn_implementation_autoset",
-    "auto_map", "transformers.js_config", "unsloth_fixed", "unsloth_version",
+    "auto_map", "_commit_hash", "transformers.js_config", "unsloth_fixed", "unsloth_version",
 }) - {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 # %% ../nbs/91_convert.ipynb #562e8d0b
@@ -229,9 +229,11 @@ LLAMA = Layout(
 
 # %% ../nbs/91_convert.ipynb #8c805f8a
 def _read_mistral(config: dict) -> dict:
-    """Entries whose default is another one than Llama's have to be there."""
+    """No window; what a file does not say is not what Llama's would mean by it."""
     check_names(config, config, ["num_key_value_heads", "sliding_window"])
-    return _read_llama({name: value for name, value in config.items() if name != "sliding_window"})
+    if (window := config.pop("sliding_window")) is not None:
+        raise ValueError(f"sliding_window is {window!r}: only None is built here")
+    return _read_llama(config)
 
 
 def _read_qwen2(config: dict) -> dict:
@@ -249,11 +251,11 @@ def _zero_output_biases(weights: dict) -> dict:
     return weights | {name.replace(".weight", ".bias"): torch.zeros_like(weights[name][:, 0]) for name in outputs}
 
 
-MISTRAL = LLAMA._replace(read=_read_mistral, only=LLAMA.only | {"model_type": ("mistral",)})
+_ONLY = {name: LLAMA.only[name] for name in LLAMA.only if name not in ("model_type", "sliding_window")}
+MISTRAL = LLAMA._replace(read=_read_mistral, only=_ONLY | {"model_type": ("mistral",)})
 QWEN2 = LLAMA._replace(
     read=_read_qwen2, complete=_zero_output_biases, ignored=LLAMA.ignored | {"sliding_window", "max_window_layers"},
-    only={**{name: LLAMA.only[name] for name in LLAMA.only if name != "sliding_window"}, "model_type": ("qwen2",),
-          "use_sliding_window": (False, None), "use_mrope": (False, None)})
+    only=_ONLY | {"model_type": ("qwen2",), "use_sliding_window": (False, None), "use_mrope": (False, None)})
 DISGUISED = {"mistral": MISTRAL, "qwen2": QWEN2}  # Llamas under another name: read, and written as Llamas
 
 # %% ../nbs/91_convert.ipynb #1dd5539c
@@ -337,6 +339,7 @@ class ModelConfig(PreTrainedConfig):
 
     Raises ValueError that names an unknown entry, and one that `check_value` refuses."""
 
+    has_no_defaults_at_init = True  # sizes have to be given: transformers 5.15 would make a config of nothing
     bos_token_id: int | None = None  # begins a text
     eos_token_id: int | list[int] | None = None  # ends a text: one token, or any of several
     pad_token_id: int | None = None  # fills up a row of a batch

@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixi
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from . import gateloop_lm, llamba
 from .checkpoint import load_strict
 from .convert import LanguageModel, ModelConfig, check_fields, layout_of
 from .decoder import Decoder, pack_left
+from .gateloop_lm import GateLoopLM
 from .llama import Llama, LlamaConfig
+from .llamba import Llamba
 
 # %% auto #0
 __all__ = ['StateCache', 'padding_of', 'DecoderForCausalLM', 'AutoModelConfig', 'LlambaConfig', 'GateLoopConfig',
@@ -25,7 +26,7 @@ __all__ = ['StateCache', 'padding_of', 'DecoderForCausalLM', 'AutoModelConfig', 
 
 # %% ../nbs/26_transformers.ipynb #5c9c1c42
 class StateCache(Cache):
-    """The states of all mixers, one entry a layer, as transformers' caches are passed around: `forward` fills it in place.
+    """The states of all mixers, one entry a layer, as transformers passes a cache around: `forward` fills it in place.
 
     It has the size of a state, whatever the length of the text; the layers of a hybrid that keep attention grow."""
 
@@ -55,7 +56,7 @@ class StateCache(Cache):
 def padding_of(
     attention_mask: Int[Tensor, "batch total"],  # 1 token, 0 padding; of all tokens so far, or of the new ones
     length: int,  # how many are new
-    past: int,  # tokens that the cache has read
+    begins: bool,  # these are all the tokens there will be, or `generate` will add to them: each row must have one
 ) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch"]] | None:  # order, pads a row; None: no new padding
     """Where the new padding is, so that it can be packed to the left (see `pack_left`).
 
@@ -63,12 +64,12 @@ def padding_of(
     new, old = attention_mask[:, -length:], attention_mask[:, :-length]
     if not torch.compiler.is_compiling() and new.all():
         return None
-    if not past:
+    if begins:
         return pack_left(new)
     pads = (new == 0).sum(1)
     if (old.any(1) & (pads > 0)).any():
         raise ValueError("attention_mask has padding behind tokens that were read: a state cannot leave it out")
-    return new.long().argsort(1, stable=True), pads
+    return new.long().argsort(dim=1, stable=True), pads
 
 # %% ../nbs/26_transformers.ipynb #8bc6cc37
 class DecoderForCausalLM(PreTrainedModel, GenerationMixin):
@@ -118,6 +119,12 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the constructors have done it, and transformers would call this for weights that it has loaded."""
 
+    def save_pretrained(self, *args, **options) -> None:
+        """As in transformers. Raises ValueError for a model `around` one that has no class of its own here."""
+        if type(self) is DecoderForCausalLM:
+            raise ValueError(f"{type(self.config).__name__}: save the model that this one is around")
+        super().save_pretrained(*args, **options)
+
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding."""
         return self.backbone.embedding
@@ -129,7 +136,7 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):
     def resize_token_embeddings(self, *args, **options) -> nn.Embedding:
         """As in transformers. Raises ValueError for a model `around` another, which would keep its number of tokens."""
         if self.shared:
-            raise ValueError("this model shares its weights with another, whose vocabulary would stay: save and load it")
+            raise ValueError("this model shares its weights with another, whose tokens would stay: save and load it")
         embedding = super().resize_token_embeddings(*args, **options)
         self.backbone.vocab_size = self.config.vocab_size = self.vocab_size = embedding.num_embeddings
         self.config.pad_vocab_size_multiple = 1  # all rows are tokens now
@@ -181,13 +188,13 @@ def _forward(
     position_ids: Int[Tensor, "batch len"] | None = None,  # what `generate` passes along; must count the tokens
     past_key_values: StateCache | None = None,  # state to go on from, which is changed
     inputs_embeds: Float[Tensor, "batch len d_model"] | None = None,  # in place of ids: rows of the embedding
-    labels: Int[Tensor, "batch len"] | None = None,  # ids whose cross-entropy is wanted, -100 where none is; not shifted
+    labels: Int[Tensor, "batch len"] | None = None,  # ids whose cross-entropy is wanted (-100: none), not shifted
     use_cache: bool | None = None,  # return a cache; None: where nothing is trained
     output_hidden_states: bool | None = None,  # return what enters each block, and what the head reads
     logits_to_keep: int | Int[Tensor, "kept"] = 0,  # logits of so many last positions, or of these; 0: of all
     **options,  # for the loss
 ) -> CausalLMOutputWithPast:
-    """Logits, and where wanted a loss and a cache. Raises ValueError for padding, positions and caches that do not fit."""
+    """Logits, and where wanted loss and cache. Raises ValueError for a mask, positions or a cache that do not fit."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("either input_ids or inputs_embeds must be given")
     x = self.backbone.embedding(input_ids) if inputs_embeds is None else inputs_embeds
@@ -195,7 +202,7 @@ def _forward(
     past = 0 if cache is None else cache.length
     if position_ids is not None and x.shape[1] > 1:
         _check_positions(position_ids, attention_mask, past)
-    packed = None if attention_mask is None else padding_of(attention_mask, x.shape[1], past)
+    packed = None if attention_mask is None else padding_of(attention_mask, x.shape[1], past_key_values is None)
     order, padding = (None, {}) if packed is None else (packed[0], {"padding": packed[1]})
     hidden = _walk(self, x if order is None else x.take_along_dim(order[..., None], 1), cache, padding)
     if order is not None:
@@ -239,31 +246,31 @@ class AutoModelConfig:
     to_diff_dict = to_dict
 
 
-class LlambaConfig(AutoModelConfig, llamba.LlambaConfig):
+class LlambaConfig(AutoModelConfig, Llamba.config_class):
     """`llamba_ref.llamba.LlambaConfig` for transformers."""
 
 
-class GateLoopConfig(AutoModelConfig, gateloop_lm.GateLoopConfig):
+class GateLoopConfig(AutoModelConfig, GateLoopLM.config_class):
     """`llamba_ref.gateloop_lm.GateLoopConfig` for transformers."""
 
 
 class LlambaForCausalLM(DecoderForCausalLM):
     """`Llamba` for transformers: weights under the published names, bit-equal logits."""
 
-    config_class, kind = LlambaConfig, llamba.Llamba
+    config_class, kind = LlambaConfig, Llamba
 
 
 class GateLoopForCausalLM(DecoderForCausalLM):
     """`GateLoopLM` for transformers."""
 
-    config_class, kind = GateLoopConfig, gateloop_lm.GateLoopLM
+    config_class, kind = GateLoopConfig, GateLoopLM
 
 
-for model_class in (LlambaForCausalLM, GateLoopForCausalLM):
-    AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
-    AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)
-    model_class.config_class.register_for_auto_class()  # both write their code beside the weights: see "On the hub"
-    model_class.register_for_auto_class("AutoModelForCausalLM")
+for _class in (LlambaForCausalLM, GateLoopForCausalLM):
+    AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(_class.config_class, _class, exist_ok=True)
+    _class.config_class.register_for_auto_class()  # both write their code beside the weights: see "On the hub"
+    _class.register_for_auto_class("AutoModelForCausalLM")
 
 # %% ../nbs/26_transformers.ipynb #6def922a
 def as_llama(
