@@ -146,13 +146,27 @@ def edge_table() -> str:
     return "\n".join([*lines, "", made_by(saved), "", runner])
 
 
+def tasks_table() -> str:
+    """Scores of lm-eval, a row for each model."""
+    saved = load_result("tasks")
+    cells: dict[str, list[str]] = {}
+    for score in saved["scores"]:
+        error = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
+        cells.setdefault(score["model"], []).append(f"{score['value']:.3f}{error}")
+    heads = dict.fromkeys(f"`{score['task']}` {score['metric'].replace('_', ' ')}" for score in saved["scores"])
+    lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
+    lines += [f"| {model} | " + " | ".join(row) + " |" for model, row in cells.items()]
+    return "\n".join([*lines, "", f"Of four choices, guessing finds 0.250. {made_by(saved)}"])
+
+
 def made_by(saved: dict) -> str:
     """Where a measurement comes from."""
     return f"*`{saved['command']}` on {saved['device']}, {saved['date']}.*"
 
 
 TABLES = {"stages": stages_table, "memory": memory_table, "teacher": teacher_table, "whole": whole_table,
-          "throughput": throughput_table, "edge": edge_table, "predict": prediction_table, "speed": speed_table}
+          "throughput": throughput_table, "tasks": tasks_table, "edge": edge_table, "predict": prediction_table,
+          "speed": speed_table}
 
 
 def filled(text: str) -> str:

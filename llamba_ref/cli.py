@@ -34,13 +34,14 @@ if TYPE_CHECKING:  # for signatures alone: when the program runs, each method im
     from llamba_ref.data import TokenBlocks
     from llamba_ref.edge import EdgeModel
     from llamba_ref.evaluate import Comparison, Evaluation
+    from llamba_ref.harness import Score
     from llamba_ref.throughput import TransformersLlama
 
 # %% auto #0
 __all__ = ['Count', 'Size', 'Seed', 'BatchSize', 'Place', 'Model', 'Models', 'Prompt', 'FARTHEST', 'Command', 'NO_MEMORY',
            'Range', 'check', 'free_cores', 'Machine', 'Text', 'Training', 'settings_of', 'describe_model', 'figures_of',
            'write_results', 'save_figure', 'what_is_kept', 'Distill', 'Report', 'Generate', 'open_model', 'stream_text',
-           'Evaluate', 'bytes_of', 'free_memory', 'Bench', 'speed_line', 'contenders_of', 'Export',
+           'Evaluate', 'score_lines', 'bytes_of', 'free_memory', 'Bench', 'speed_line', 'contenders_of', 'Export',
            'divergence_on_own_text', 'Pretrain', 'interruptible', 'main', 'end']
 
 # %% ../nbs/99_cli.ipynb #7641ad70
@@ -404,38 +405,82 @@ def stream_text(
 # %% ../nbs/99_cli.ipynb #9c4a9eb6
 @dataclass
 class Evaluate:
-    """Perplexity and bits per byte on held-out text; with a teacher, also how well the two agree."""
+    """Perplexity and bits per byte on held-out text, agreement with a teacher; or scores on tasks, by lm-eval."""
 
-    # a directory, a run, a .gguf, .onnx or .pte file, a hub name, tiny, tiny-llamba, -gateloop, -mamba2, smollm2
-    model: Model = "tiny"
+    # directories, runs, .gguf, .onnx or .pte files, hub names, tiny, tiny-llamba, -gateloop, -mamba2, smollm2
+    models: Models = ("tiny",)
     teacher: Place = ""  # what to compare with; empty: nothing
-    batch_size: Size = 8  # blocks at a time
+    # last_word, written_word, choices and text are made of the held-out text; others, such as piqa, come from the hub.
+    # Several with commas between them; empty: perplexity and bits per byte
+    tasks: str = ""
+    limit: Count = 0  # items of each task at most; 0: all, and 200 of those made of the text
+    batch_size: Size = 8  # blocks, or texts of a task, at a time
     json: bool = False  # print JSON instead of lines
     corpus: Text = field(default_factory=Text)
     machine: Machine = field(default_factory=Machine)
 
     def run(self) -> None:
-        """Print the figures. Raises what `figures` raises."""
+        """Print figures or scores. Raises what `figures` and `scores` raise."""
         with redirect_stdout(sys.stderr):
-            figures = self.figures()
-        shown = {name: f"{value:,}" if name == "tokens" else f"{value:.4f}" for name, value in figures.items()}
-        lines = (f"{name.replace('_', ' '):>18}: {value}" for name, value in shown.items())
-        print(json.dumps(figures, allow_nan=False) if self.json else "\n".join(lines))
+            accelerator = self.machine.accelerator()
+            measured = self.scores(accelerator.device) if self.tasks else {
+                name: self.figures(name, accelerator.device) for name in self.models}
+        if self.tasks:
+            print(json.dumps([asdict(score) for score in measured]) if self.json else "\n".join(score_lines(measured)))
+        elif self.json:
+            print(json.dumps(measured if len(measured) > 1 else measured[self.models[0]], allow_nan=False))
+        else:
+            for name, figures in measured.items():
+                shown = {key: f"{value:,}" if key == "tokens" else f"{value:.4f}" for key, value in figures.items()}
+                lines = [f"{key.replace('_', ' '):>18}: {value}" for key, value in shown.items()]
+                print(*([f"{name}:"] if len(measured) > 1 else []), *lines, sep="\n")
 
-    def figures(self) -> dict[str, float]:
-        """What is measured. Raises ValueError for two models with different tokenizers, and as `figures_of`."""
-        accelerator = self.machine.accelerator()
-        model, tokenizer = open_model(self.model, accelerator.device)
+    def figures(self, name: str, device: torch.device) -> dict[str, float]:
+        """What is measured of a model. Raises ValueError for two with different tokenizers, and as `figures_of`."""
+        model, tokenizer = open_model(name, device)
         blocks = self.corpus.validation(self.corpus.documents()[1], tokenizer)
         if not self.teacher:
             result = lr.evaluate(model, blocks, self.batch_size)
             return figures_of(result) | {"tokens": result.tokens}
         teacher, its_tokenizer = lr.load_model(self.teacher)
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"{self.model} and {self.teacher} have different tokenizers: "
+            raise ValueError(f"{name} and {self.teacher} have different tokenizers: "
                              "only bits per byte can be compared, one by one")
         result = lr.compare(teacher.to(model.device), model, blocks, self.batch_size)
         return figures_of(result.student, result) | {"tokens": result.student.tokens}
+
+    def scores(self, device: torch.device) -> list[Score]:
+        """Scores of all models, the teacher last. Raises ValueError for an exported file, and as `run_tasks`."""
+        from llamba_ref.export import SUFFIXES
+        from llamba_ref.harness import LOCAL, check_tasks, run_tasks
+        tasks = [task.strip() for task in self.tasks.split(",") if task.strip()]
+        check_tasks(tasks)
+        for name in self.models:
+            if Path(name).suffix in SUFFIXES.values():
+                raise ValueError(f"{name}: tasks are for models, not for exported files")
+        documents = self.corpus.documents()[1] if set(tasks) & set(LOCAL) else []
+        names = [*self.models, *([self.teacher] if self.teacher else [])]
+        models = {name: (model.to(device), tokenizer) for name in names for model, tokenizer in [lr.load_model(name)]}
+        return run_tasks(models, tasks, [row["text"] for row in documents], limit=self.limit or None,
+                         batch_size=self.batch_size)
+
+# %% ../nbs/99_cli.ipynb #1bd21785
+def score_lines(scores: Sequence[Score]) -> list[str]:
+    """A table: a row for each metric of a task, a column for each model, and how each compares with the last one."""
+    models = list(dict.fromkeys(score.model for score in scores))
+    rows = dict.fromkeys((score.task, score.metric) for score in scores)
+    width = max(18, *(len(model) + 2 for model in models))
+    lines = [f"{'task':18}{'metric':16}" + "".join(f"{model:>{width}}" for model in models)]
+    for row in rows:
+        found = {score.model: score for score in scores if (score.task, score.metric) == row}
+        last, cells = found[models[-1]].value, []
+        for score in found.values():
+            error = "" if score.stderr is None else f" +- {score.stderr:.3f}"
+            cells.append(f"{f'{score.value:.3f}{error}':>{width}}")
+        ratios = [f"{score.value / last:.3f}" for score in list(found.values())[:-1] if last]
+        of_last = f"   {', '.join(ratios)} x {models[-1]}" if ratios else ""
+        lines.append(f"{row[0]:18}{row[1]:16}" + "".join(cells) + of_last)
+    return lines
 
 # %% ../nbs/99_cli.ipynb #00163157
 def bytes_of(

@@ -340,6 +340,7 @@ class ModelConfig(PreTrainedConfig):
     Raises ValueError that names an unknown entry, and one that `check_value` refuses."""
 
     has_no_defaults_at_init = True  # sizes have to be given: transformers 5.15 would make a config of nothing
+    use_cache = True  # what transformers' classes ask: whether a forward pass without training returns a state
     bos_token_id: int | None = None  # begins a text
     eos_token_id: int | list[int] | None = None  # ends a text: one token, or any of several
     pad_token_id: int | None = None  # fills up a row of a batch

@@ -44,13 +44,15 @@ __all__ = ['BLOCK', 'COARSE', 'EXACT', 'PIECE', 'Format', 'SUFFIXES', 'optional'
 
 # %% ../nbs/98_export.ipynb #c52e2bd5
 def optional(
-    name: str,  # of a module that the extra `edge` brings
+    name: str,  # of a module that an extra of this package brings
+    extra: str = "edge",  # which one
 ) -> ModuleType:
     """Import it. Raises ImportError with the command that installs it."""
     try:
         return import_module(name)
     except ImportError as err:
-        raise ImportError(f"{name.partition('.')[0]} is not installed ({err}): pip install 'llamba_ref[edge]'") from err
+        package = name.partition(".")[0]
+        raise ImportError(f"{package} is not installed ({err}): pip install 'llamba_ref[{extra}]'") from err
 
 # %% ../nbs/98_export.ipynb #ba80a60c
 @contextmanager

@@ -225,8 +225,6 @@ DecoderForCausalLM.forward = _forward
 class AutoModelConfig:
     """What transformers asks of a config beyond sizes."""
 
-    use_cache = True  # whether `forward` returns a cache where nothing is trained
-
     @classmethod
     def from_dict(cls, config: dict, where: str = "config.json", return_unused_kwargs: bool = False, **options):
         """Read a config.json; options that are entries of it replace them. Raises ValueError as `ModelConfig`."""

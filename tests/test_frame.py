@@ -87,7 +87,7 @@ def test_constraints_cover_every_requirement(project):
             assert canonicalize_name(pin.name) not in pins, f"{pin.name} is pinned twice"
             pins[canonicalize_name(pin.name)] = pin
     wanted = list(project["dependencies"])
-    for extra in ("teacher", "onnx", "edge", "peers", "test", "dev", "docs"):
+    for extra in ("teacher", "onnx", "edge", "eval", "peers", "test", "dev", "docs"):
         wanted += project["optional-dependencies"][extra]
     for requirement in map(Requirement, wanted):
         pin = pins[canonicalize_name(requirement.name)]

@@ -311,7 +311,9 @@ def test_around_shares_weights(model):
     assert {id(p) for p in wrapped.parameters()} == {id(p) for p in model.parameters()} and wrapped.training
     ids = torch.randint(VOCAB, (2, 9))
     with torch.no_grad():
-        assert torch.equal(wrapped.eval().generate(ids, max_new_tokens=5, do_sample=False), model.generate(ids, 5))
+        assert wrapped(ids).past_key_values is None and wrapped.eval()(ids).past_key_values.get_seq_length() == 9
+        assert torch.equal(wrapped(ids).logits, model(ids))
+        assert torch.equal(wrapped.generate(ids, max_new_tokens=5, do_sample=False), model.generate(ids, 5))
     with pytest.raises(ValueError) as error:
         wrapped.save_pretrained("nowhere")
     assert "save the model that this one is around" in one_line(error)
