@@ -41,8 +41,8 @@ if TYPE_CHECKING:  # for signatures alone: when the program runs, each method im
 __all__ = ['Count', 'Size', 'Seed', 'BatchSize', 'Place', 'Model', 'Models', 'Prompt', 'FARTHEST', 'Command', 'NO_MEMORY',
            'Range', 'check', 'free_cores', 'Machine', 'Text', 'Training', 'settings_of', 'describe_model', 'figures_of',
            'write_results', 'save_figure', 'what_is_kept', 'Distill', 'Report', 'Generate', 'open_model', 'stream_text',
-           'Evaluate', 'score_lines', 'bytes_of', 'free_memory', 'Bench', 'speed_line', 'contenders_of', 'Export',
-           'divergence_on_own_text', 'Pretrain', 'interruptible', 'main', 'end']
+           'Evaluate', 'figure_lines', 'score_lines', 'bytes_of', 'free_memory', 'Bench', 'speed_line', 'contenders_of',
+           'Export', 'divergence_on_own_text', 'Pretrain', 'interruptible', 'main', 'end']
 
 # %% ../nbs/99_cli.ipynb #7641ad70
 @dataclass(frozen=True)
@@ -425,15 +425,10 @@ class Evaluate:
             accelerator = self.machine.accelerator()
             measured = self.scores(accelerator.device) if self.tasks else {
                 name: self.figures(name, accelerator.device) for name in self.models}
-        if self.tasks:
-            print(json.dumps([asdict(score) for score in measured]) if self.json else "\n".join(score_lines(measured)))
-        elif self.json:
-            print(json.dumps(measured if len(measured) > 1 else measured[self.models[0]], allow_nan=False))
-        else:
-            for name, figures in measured.items():
-                shown = {key: f"{value:,}" if key == "tokens" else f"{value:.4f}" for key, value in figures.items()}
-                lines = [f"{key.replace('_', ' '):>18}: {value}" for key, value in shown.items()]
-                print(*([f"{name}:"] if len(measured) > 1 else []), *lines, sep="\n")
+        lines = score_lines(measured) if self.tasks else figure_lines(measured)
+        table = [asdict(one) for one in measured] if self.tasks else (
+            measured if len(measured) > 1 else measured[self.models[0]])
+        print(json.dumps(table, allow_nan=False) if self.json else "\n".join(lines))
 
     def figures(self, name: str, device: torch.device) -> dict[str, float]:
         """What is measured of a model. Raises ValueError for two with different tokenizers, and as `figures_of`."""
@@ -465,6 +460,16 @@ class Evaluate:
                          batch_size=self.batch_size)
 
 # %% ../nbs/99_cli.ipynb #1bd21785
+def figure_lines(measured: dict[str, dict[str, float]]) -> list[str]:
+    """The figures of each model, a line for each; where there are several models, with their names."""
+    lines = []
+    for name, figures in measured.items():
+        shown = {key: f"{value:,}" if key == "tokens" else f"{value:.4f}" for key, value in figures.items()}
+        lines += [f"{name}:"] if len(measured) > 1 else []
+        lines += [f"{key.replace('_', ' '):>18}: {value}" for key, value in shown.items()]
+    return lines
+
+
 def score_lines(scores: Sequence[Score]) -> list[str]:
     """A table: a row for each metric of a task, a column for each model, and how each compares with the last one."""
     models = list(dict.fromkeys(score.model for score in scores))

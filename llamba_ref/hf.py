@@ -21,8 +21,8 @@ from .llama import Llama, LlamaConfig
 from .llamba import Llamba
 
 # %% auto #0
-__all__ = ['StateCache', 'padding_of', 'DecoderForCausalLM', 'AutoModelConfig', 'LlambaConfig', 'GateLoopConfig',
-           'LlambaForCausalLM', 'GateLoopForCausalLM', 'as_llama']
+__all__ = ['StateCache', 'padding_of', 'check_loaded', 'TokenEmbedding', 'DecoderForCausalLM', 'AutoModelConfig', 'LlambaConfig',
+           'GateLoopConfig', 'LlambaForCausalLM', 'GateLoopForCausalLM', 'as_llama']
 
 # %% ../nbs/26_transformers.ipynb #5c9c1c42
 class StateCache(Cache):
@@ -72,7 +72,40 @@ def padding_of(
     return new.long().argsort(dim=1, stable=True), pads
 
 # %% ../nbs/26_transformers.ipynb #8bc6cc37
-class DecoderForCausalLM(PreTrainedModel, GenerationMixin):
+def check_loaded(
+    model: PreTrainedModel,  # with a backbone, and a head unless it is tied
+    info: dict,  # what transformers has noticed while it loaded the weights
+) -> None:
+    """Raise ValueError where a weight is missing, unknown or of another shape, or a tied embedding is left on disk."""
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, info[problem])):
+            raise ValueError(f"the weights do not fit the model: {problem.split('_')[0]} {', '.join(names[:5])}")
+    if not hasattr(model, "lm_head") and model.backbone.embedding.weight.is_meta:
+        raise ValueError("device_map leaves backbone.embedding on disk, but it is the head, too: give it a device")
+
+# %% ../nbs/26_transformers.ipynb #3d09f9e9
+class TokenEmbedding:
+    """Where transformers finds the embedding, and what becomes of the vocabulary when it changes it."""
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding."""
+        return self.backbone.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding."""
+        self.backbone.embedding = value
+
+    def resize_token_embeddings(self, *args, **options) -> nn.Embedding:
+        """As in transformers. Raises ValueError for a model `around` another, which would keep its number of tokens."""
+        if self.shared:
+            raise ValueError("this model shares its weights with another, whose tokens would stay: save and load it")
+        embedding = super().resize_token_embeddings(*args, **options)
+        self.backbone.vocab_size = self.config.vocab_size = self.vocab_size = embedding.num_embeddings
+        self.config.pad_vocab_size_multiple = 1  # all rows are tokens now
+        return embedding
+
+# %% ../nbs/26_transformers.ipynb #bee17183
+class DecoderForCausalLM(TokenEmbedding, PreTrainedModel, GenerationMixin):
     """A `Decoder` in the clothes of transformers: the same modules, the same weights, the same numbers.
 
     `around(model)` wraps any model of this package; the subclasses can also be loaded and saved."""
@@ -102,14 +135,9 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **options):
-        """As in transformers, but strict: raises ValueError where a weight is missing, unknown or of another shape, and
-        for a device_map that leaves a tied embedding on disk."""
+        """As in transformers, but strict: raises ValueError as `check_loaded`."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **options)
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if names := sorted(map(str, info[problem])):
-                raise ValueError(f"the weights do not fit the model: {problem.split('_')[0]} {', '.join(names[:5])}")
-        if not hasattr(model, "lm_head") and model.backbone.embedding.weight.is_meta:
-            raise ValueError("device_map leaves backbone.embedding on disk, but it is the head, too: give it a device")
+        check_loaded(model, info)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -124,23 +152,6 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):
         if type(self) is DecoderForCausalLM:
             raise ValueError(f"{type(self.config).__name__}: save the model that this one is around")
         super().save_pretrained(*args, **options)
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding."""
-        return self.backbone.embedding
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the embedding."""
-        self.backbone.embedding = value
-
-    def resize_token_embeddings(self, *args, **options) -> nn.Embedding:
-        """As in transformers. Raises ValueError for a model `around` another, which would keep its number of tokens."""
-        if self.shared:
-            raise ValueError("this model shares its weights with another, whose tokens would stay: save and load it")
-        embedding = super().resize_token_embeddings(*args, **options)
-        self.backbone.vocab_size = self.config.vocab_size = self.vocab_size = embedding.num_embeddings
-        self.config.pad_vocab_size_multiple = 1  # all rows are tokens now
-        return embedding
 
 # %% ../nbs/26_transformers.ipynb #e7b9d02f
 def _walk(model, x, cache, padding):

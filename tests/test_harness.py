@@ -96,8 +96,8 @@ def test_log_likelihood_tasks_by_hand(name, models, scores, texts):
     counts = [0, 0]
     for item in endings(sentences(texts))[:16]:
         start = len(tokenizer(item["context"]).input_ids)
-        sums = [log_p(model, torch.tensor([tokenizer(f"{item['context']} {choice}").input_ids]))[start - 1 :].sum().item()
-                for choice in item["choices"]]
+        whole = [torch.tensor([tokenizer(f"{item['context']} {choice}").input_ids]) for choice in item["choices"]]
+        sums = [log_p(model, ids)[start - 1 :].sum().item() for ids in whole]
         each = [one / len(choice) for one, choice in zip(sums, item["choices"])]
         for i, kind in enumerate((sums, each)):
             counts[i] += kind.index(max(kind)) == item["label"]
