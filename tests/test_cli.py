@@ -183,7 +183,9 @@ def test_unforeseen_errors_keep_their_traceback(monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["distill", "generate", "evaluate"])
-def test_interrupted_before_anything_is_written(command, llamba, monkeypatch):
+def test_interrupted_before_anything_is_written(command, llamba, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where no demo has been run
+
     def interrupted(name):
         raise KeyboardInterrupt
 
@@ -1240,7 +1242,7 @@ def test_help_comes_at_once():
     ("$LLAMBA --help >/dev/full", "No space left on device"),
     ("$LLAMBA generate tiny 'It is' --tokens=-1 >&-", "tokens is -1"),
     ("$LLAMBA generate tiny 'It is' --tokens=-1 <&- >&-", "tokens is -1"),
-    ("$LLAMBA evaluate '' >/dev/full", "model is empty"),
+    ("$LLAMBA evaluate '' >/dev/full", "models is empty"),
     ("$LLAMBA generate \"$(printf 'caf\\351')\"", "model is 'caf"),
     ("$LLAMBA generate tiny \"$(printf '\\377')\"", "prompt is"),
     ("$LLAMBA distill --out \"$(printf '/tmp/\\377')\"", "out is"),
