@@ -20,7 +20,7 @@ from .export import optional, quiet
 
 # %% auto #0
 __all__ = ['SENTENCE', 'BEFORE', 'ITEMS', 'LOCAL', 'PAPER', 'sentences', 'last_words', 'halves', 'endings', 'passages',
-           'local_tasks', 'Score', 'context_of', 'check_tasks', 'run_tasks', 'scores_of']
+           'local_tasks', 'Score', 'common_context', 'check_tasks', 'run_tasks', 'scores_of']
 
 # %% ../nbs/27_harness.ipynb #18d4af5e
 SENTENCE = r"[A-Z][^.!?\"]{80,300} [a-z]{2,}[.!?]"  # long enough to tell something, and ends in a plain word
@@ -134,9 +134,11 @@ class Score:
     higher_is_better: bool  # of this metric
 
 
-def context_of(model: LanguageModel) -> int:
-    """The longest text that a model is given at once: what its config says, or 2048 tokens."""
-    return getattr(model.config, "max_position_embeddings", None) or 2048
+def common_context(models: Iterable[LanguageModel]) -> int:
+    """The longest text that models are given at once, in tokens: the least that a config says, or 2048. The same for
+    all, since a longer window makes every text easier."""
+    return min((model.config.max_position_embeddings for model in models
+                if getattr(model.config, "max_position_embeddings", None)), default=2048)
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
@@ -164,7 +166,7 @@ def run_tasks(
     texts: Sequence[str] = (),  # held-out documents, for the tasks of `LOCAL`
     *,
     limit: int | None = None,  # items of each task at most; None: all, and `ITEMS` of local ones
-    batch_size: int = 8,  # texts at a time; changes no score
+    batch_size: int = 8,  # texts at a time; changes scores by rounding only
     seed: int = 0,  # of the choice of items
 ) -> list[Score]:  # task by task, model by model
     """Evaluate models with lm-eval, zero-shot unless a task says otherwise. Raises what `check_tasks` and `local_tasks`
@@ -174,11 +176,11 @@ def run_tasks(
     wrap = optional("lm_eval.models.huggingface", "eval").HFLM
     from llamba_ref.hf import DecoderForCausalLM  # which changes what transformers' Auto classes know
     local = local_tasks(texts, limit or ITEMS, seed) if set(tasks) & set(LOCAL) else {}
-    scores = {}
+    scores, context = {}, common_context(model for model, _ in models.values())
     for name, (model, tokenizer) in models.items():
         with quiet():
             wrapped = wrap(pretrained=DecoderForCausalLM.around(model).eval(), tokenizer=tokenizer, backend="causal",
-                           batch_size=batch_size, max_length=context_of(model))
+                           batch_size=batch_size, max_length=context)
             found = lm_eval.simple_evaluate(
                 wrapped, tasks=[local.get(task, task) for task in tasks], bootstrap_iters=100, limit=limit,
                 task_manager=manager(include_defaults=not set(tasks) <= set(LOCAL)))

@@ -93,7 +93,9 @@ def test_readme_shows_the_saved_measurements():
 
 def test_the_examples_in_the_readme_run(capsys):
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    distilling, recurrences = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    distilling, recurrences, in_transformers = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(in_transformers.replace("runs/demo/student", str(find_checkpoint("tiny-llamba"))), {})
+    assert len(capsys.readouterr().out.split()) > 20
     exec(distilling.replace('", 50, ', '", 2, '), {})
     assert float(capsys.readouterr().out.splitlines()[-1]) > 1
     exec(recurrences, names := {})
