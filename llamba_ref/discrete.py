@@ -64,11 +64,12 @@ class DiscreteMamba2(SSDMixer):
             self.z_bias.fill_(OPEN_GATE)
 
     def project(
-        self, u: Tensor, state: MambaState | None, tokens: Tensor | None = None, in_place: bool = False
+        self, u: Tensor, state: MambaState | None, tokens: Tensor | None = None, starts: Tensor | None = None,
+        in_place: bool = False,
     ) -> tuple[Projected, MambaState | None]:
         """What the recurrence needs, and the state, where there is one, with all but its `ssm` new."""
         xBC, z, A_log = self.in_proj(u).split([self.conv1d.out_channels, self.d_inner, self.n_heads], dim=-1)
-        x, B, C, state = convolve(self, xBC, state, tokens, in_place)
+        x, B, C, state = convolve(self, xBC, state, tokens, starts, in_place)
         log_a = F.logsigmoid(-A_log.to(wide_dtype(A_log)))  # = -softplus(A_log)
         return Projected(x, None, log_a, B, C, z), state
 

@@ -11,11 +11,11 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from jaxtyping import Float, Inexact, Int
+from jaxtyping import Bool, Float, Inexact, Int
 from torch import Tensor, nn
 
 from llamba_ref.conventions import (
-    Backend, check_option, check_sizes, checked, find_kernel, is_token, wide_dtype, wrong_widths,
+    Backend, check_option, check_sizes, checked, find_kernel, forget, is_token, wide_dtype, wrong_widths,
 )
 from .scan import factor_out_phase, linear_scan, recurrence
 
@@ -244,11 +244,13 @@ class GateLoop(nn.Module):
         self, u: Float[Tensor, "batch len d_model"],  # normed hidden states
         state: Tensor | None = None,  # state to go on from
         padding: Int[Tensor, "batch"] | None = None,  # pads on the left of each row; where any, `state` is zero
+        starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
     ):  # (batch, len, d_model), and the new state if one was given
         """Mix along the sequence."""
         q, k, v, log_a, phase, z = self.project(u)
         if padding is not None:  # what is padding writes nothing
             v = v.masked_fill(~is_token(padding, u.shape[1])[..., None, None], 0)
+        log_a = forget(log_a, starts)
         y, new_state = gateloop(q, k, v, log_a, phase, mode=self.mode, initial_state=state, return_state=True)
         y = self.out_proj(rearrange(y.real, "b l h p -> b l (h p)").to(z.dtype) * F.silu(z))
         return y if state is None else (y, new_state)
@@ -258,7 +260,9 @@ class GateLoop(nn.Module):
         y, state = self(u_t.unsqueeze(1), state)
         return y.squeeze(1), state
 
-    def matrix(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch heads len len"]:
+    def matrix(
+        self, u: Float[Tensor, "batch len d_model"], starts: Bool[Tensor, "batch len"] | None = None
+    ) -> Float[Tensor, "batch heads len len"]:
         """The matrix that each head applies to its values: the real part of the surrogate attention."""
         q, k, _, log_a, phase, _ = self.project(u)
-        return gateloop_matrix(q, k, log_a, phase).real
+        return gateloop_matrix(q, k, forget(log_a, starts), phase).real

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .conv import causal_conv, causal_conv_step
-from .conventions import check_sizes, is_token, wide_dtype
+from .conventions import check_sizes, forget, is_token, wide_dtype
 from .convert import LanguageModel, ModelConfig
 from .decoder import Backbone
 from .ssd import ssd, ssd_matrix, ssd_step
@@ -117,10 +117,12 @@ class SSDMixer(nn.Module):
         u: Float[Tensor, "batch len d_model"],  # normed hidden states
         state: MambaState | None = None,  # state to go on from
         padding: Int[Tensor, "batch"] | None = None,  # pads on the left of each row; where any, `state` is zero
+        starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
     ):  # (batch, len, d_model), and the new state if one was given
         """Mix along the sequence with the chunked `ssd`."""
-        p, carried = self.project(u, state, None if padding is None else is_token(padding, u.shape[1])[..., None])
-        inputs, options = (p.written, p.log_a, p.B, p.C), {"chunk_size": self.chunk_size}
+        tokens = None if padding is None else is_token(padding, u.shape[1])[..., None]
+        p, carried = self.project(u, state, tokens, starts)
+        inputs, options = (p.written, forget(p.log_a, starts), p.B, p.C), {"chunk_size": self.chunk_size}
         if state is None:
             return self.gate_and_project(ssd(*inputs, **options), p.x, p.z)
         y, ssm = ssd(*inputs, initial_state=state.ssm, return_state=True, **options)
@@ -134,13 +136,18 @@ class SSDMixer(nn.Module):
         """`step` that overwrites the old state. Raises RuntimeError where a gradient is wanted."""
         return _step(self, u_t, state, in_place=True)
 
-    def matrix_factors(self, u: Float[Tensor, "batch len d_model"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def matrix_factors(
+        self, u: Float[Tensor, "batch len d_model"], starts: Bool[Tensor, "batch len"] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log_a, B, C and D, of which `ssd_matrix` makes the matrix."""
-        return *self.project(u, None)[0].factors(), self.D
+        log_a, B, C = self.project(u, None, starts=starts)[0].factors()
+        return forget(log_a, starts), B, C, self.D
 
-    def matrix(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch heads len len"]:
+    def matrix(
+        self, u: Float[Tensor, "batch len d_model"], starts: Bool[Tensor, "batch len"] | None = None
+    ) -> Float[Tensor, "batch heads len len"]:
         """The matrix that each head applies to its x: a column for each token that is written, D on the diagonal."""
-        return ssd_matrix(*self.matrix_factors(u))
+        return ssd_matrix(*self.matrix_factors(u, starts))
 
 # %% ../nbs/09_mamba2.ipynb #6778f2cb
 def _step(mixer, u_t, state, in_place):
@@ -155,6 +162,7 @@ def convolve(
     xBC: Float[Tensor, "batch len channels"],  # its input
     state: MambaState | None,  # what is remembered of the tokens before; None: nothing
     tokens: Bool[Tensor, "batch len 1"] | None = None,  # False: nothing enters, and nothing is written; None: all True
+    starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees no input from before
     in_place: bool = False,  # overwrite the window of the state, if it has the input's type; for one token
 ) -> tuple[Tensor, Tensor, Tensor, MambaState | None]:  # x, B and C by heads or groups, the state with a new window
     """The convolution of a mixer, and its output in three."""
@@ -163,7 +171,7 @@ def convolve(
     if in_place and window.dtype == xBC.dtype:  # under autocast a first window may be wider
         xBC = causal_conv_step(xBC[:, 0], *weights, window, activation=mixer.activation)[:, None]
     else:
-        xBC, window = causal_conv(xBC, *weights, window, activation=mixer.activation)
+        xBC, window = causal_conv(xBC, *weights, window, starts, activation=mixer.activation)
     keys = mixer.n_groups * mixer.d_state
     x, B, C = xBC.split([mixer.d_inner, keys, keys], dim=-1)
     x = x if tokens is None else x.masked_fill(~tokens, 0)  # the convolution's bias would write padding into the state
@@ -219,11 +227,12 @@ class Mamba2(SSDMixer):
         self.norm.weight.fill_(1)
 
     def project(
-        self, u: Tensor, state: MambaState | None, tokens: Tensor | None = None, in_place: bool = False
+        self, u: Tensor, state: MambaState | None, tokens: Tensor | None = None, starts: Tensor | None = None,
+        in_place: bool = False,
     ) -> tuple[Projected, MambaState | None]:
         """What the recurrence needs, and the state, where there is one, with all but its `ssm` new."""
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv1d.out_channels, self.n_heads], dim=-1)
-        x, B, C, state = convolve(self, xBC, state, tokens, in_place)
+        x, B, C, state = convolve(self, xBC, state, tokens, starts, in_place)
         wide = wide_dtype(dt)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.dt_limit)
         return Projected(x, dt, -self.A_log.to(wide).exp() * dt, B, C, z), state

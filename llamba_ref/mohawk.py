@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .conventions import Backend, check_option, checked, find_kernel, wide_dtype, wrong_widths
+from .conventions import Backend, check_option, checked, find_kernel, forget, wide_dtype, wrong_widths
 from .decoder import Decoder, LayerView, check_sizes_of
 from .llama import Attention, attention_matrix
 from .mamba2 import SSDMixer
@@ -90,12 +90,14 @@ def matrix_distance(
     B: Float[Tensor, "batch len groups state"],  # its keys, each for heads / groups neighbouring heads
     C: Float[Tensor, "batch len groups state"],  # its queries, grouped as B
     D: Float[Tensor, "heads"] | None = None,  # its skip connection, on the diagonal of its matrix
+    starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
     *,
     scale: float | None = None,  # the teacher's scores are scale * q.k; None: 1 / sqrt(width)
     backend: Backend = "auto",  # "naive", "triton" or "auto"
 ) -> Float[Tensor, "batch heads"]:  # Frobenius norms, float32 at least
     """How far `ssd_matrix(log_a, B, C, D)` is from causal softmax attention, for each head (Bick et al. 2024, equation
-    3 before the mean). The Triton path forms no matrix: its memory grows with len, not with its square.
+    3 before the mean), both within documents. The Triton path forms no matrix: its memory grows with len, not with its
+    square.
 
     Raises ValueError when an argument is not what the signature says, the sequence is empty, a log_a is positive, or
     scale is no finite number; RuntimeError when backend="triton" cannot run here."""
@@ -105,10 +107,11 @@ def matrix_distance(
     obstacle = wrong_widths("matrix_distance", 16, 128, width=width, state=B.shape[-1])
     kernel = find_kernel("matrix_distance.triton_distance", backend, *inputs, obstacle=obstacle)
     if kernel is not None:
-        return kernel(*inputs, width**-0.5 if scale is None else float(scale))
+        return kernel(*inputs, width**-0.5 if scale is None else float(scale), starts)
     wide = wide_dtype(*inputs)
     q, k, B, C = (z.to(wide) for z in (q.detach(), k.detach(), B, C))
-    return torch.linalg.matrix_norm(ssd_matrix(log_a, B, C, D) - attention_matrix(q, k, scale))
+    ours, theirs = ssd_matrix(forget(log_a, starts), B, C, D), attention_matrix(q, k, scale, starts)
+    return torch.linalg.matrix_norm(ours - theirs)
 
 # %% ../nbs/16_mohawk.ipynb #56f8d0cf
 def match_matrix(
@@ -121,10 +124,10 @@ def match_matrix(
     Raises ValueError when the matrices have different shapes, RuntimeError when backend="triton" cannot run here."""
     ours, theirs, u = block.mixer, layer.block.mixer, block.input_layernorm(layer.input)
     if find_kernel("matrix_distance.triton_distance", backend, u, obstacle=_needs_matrices(ours, theirs)) is None:
-        return orientation_loss(ours.matrix(u), layer.matrix())
+        return orientation_loss(ours.matrix(u, **layer.marks), layer.matrix())
     with torch.no_grad():
-        q, k = theirs.queries_and_keys(layer.mixer_input)
-    return matrix_distance(q, k, *ours.matrix_factors(u), backend="triton").mean()
+        q, k = theirs.queries_and_keys(layer.mixer_input, **layer.marks)
+    return matrix_distance(q, k, *ours.matrix_factors(u, **layer.marks), **layer.marks, backend="triton").mean()
 
 
 def _needs_matrices(ours: nn.Module, theirs: nn.Module) -> str | None:
