@@ -418,7 +418,8 @@ class Decoder(nn.Module):
 
     A mixer is a module with `forward(u)` -> y, `forward(u, state)` -> (y, state), `step(u_t, state)` -> (y_t, state),
     `matrix(u)` -> (batch, heads, len, len) and `init_state(batch)`; `forward` takes `padding=` for padded batches and,
-    like `matrix`, `starts=` for rows of several documents. It may have `step_in_place(u_t, state)`, which overwrites the state."""
+    like `matrix`, `starts=` for rows of several documents. It may have `step_in_place(u_t, state)`, which overwrites
+    the state."""
 
     hidden, prefill, read, generate, walk = hidden, prefill, read, generate, walk  # the functions above, as methods
 

@@ -490,7 +490,7 @@ def epochs_of(stream: StreamBatches, tokenizer, epochs: int) -> list[list[str]]:
     for tokens, place in stream.windows:
         if place["epoch"] == epochs:
             return found
-        found[place["epoch"]] += tokenizer.decode(tokens).split("<|endoftext|>")[:-1]
+        found[place["epoch"]] += tokenizer.decode(tokens.ids).split("<|endoftext|>")[:-1]
 
 
 @pytest.mark.parametrize("n_files", [1, 2, 4, 14])
@@ -743,7 +743,7 @@ def numbered(n: int) -> TokenBlocks:
 
 
 def draw(batches, steps: int) -> list[int]:
-    return torch.cat([batches.next() for _ in range(steps)]).flatten().tolist() if steps else []
+    return torch.cat([batches.next().ids for _ in range(steps)]).flatten().tolist() if steps else []
 
 
 @settings(max_examples=60, deadline=None)
@@ -772,8 +772,8 @@ def test_batches_are_an_iterator(documents, tokenizer):
     blocks = pack(documents, tokenizer, 16)
     a, b = Batches(blocks, 4), Batches(blocks, 4)
     for batch, _ in zip(a, range(5)):
-        assert batch.shape == (4, 16) and batch.dtype == torch.int64
-        assert torch.equal(batch, b.next())
+        assert batch.ids.shape == (4, 16) and batch.ids.dtype == torch.int64
+        assert torch.equal(batch.ids, b.next().ids)
 
 
 def stream_of(tokenizer, texts=TEXTS, length=16, batch_size=4, **options) -> StreamBatches:
@@ -790,7 +790,7 @@ def test_processes_share_a_batch(documents, tokenizer, kind):
 
     whole, parts = make(), [make(rank=rank, world_size=3) for rank in range(3)]
     for _ in range(40):
-        assert torch.equal(torch.stack([part.next() for part in parts], 1).flatten(0, 1), whole.next())
+        assert torch.equal(torch.stack([part.next().ids for part in parts], 1).flatten(0, 1), whole.next().ids)
 
 
 @pytest.mark.parametrize(
@@ -815,7 +815,7 @@ def test_batch_arguments(tokenizer, options, words):
 @pytest.mark.parametrize("kind", ["blocks", "stream"])
 def test_the_largest_seed(documents, tokenizer, kind):
     blocks = pack(documents, tokenizer, 16)
-    first = [make_kind(kind, blocks, tokenizer, seed).next() for seed in (2**64 - 1, 2**64 - 1, 2**64 - 2)]
+    first = [make_kind(kind, blocks, tokenizer, seed).next().ids for seed in (2**64 - 1, 2**64 - 1, 2**64 - 2)]
     assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
 
 
@@ -833,7 +833,7 @@ def test_resume_with_another_number_of_processes(documents, tokenizer, kind):
         for part in parts:
             part.load_state_dict(deepcopy(state))
         for _ in range(9):
-            assert torch.equal(torch.stack([part.next() for part in parts], 1).flatten(0, 1), whole.next())
+            assert torch.equal(torch.stack([part.next().ids for part in parts], 1).flatten(0, 1), whole.next().ids)
         states = [part.state_dict() for part in parts]
         assert all(str(one) == str(states[0]) for one in states)
         state = states[-1]
@@ -901,7 +901,7 @@ def test_a_stream_of_another_text_is_refused(tmp_path, tokenizer):
     (tmp_path / "a").rename(tmp_path / "b")
     same = make(tmp_path / "b")
     same.load_state_dict(state)  # the same files elsewhere
-    assert torch.equal(same.next(), first.next())
+    assert torch.equal(same.next().ids, first.next().ids)
     refuses(state, make(tmp_path / "b", tokenizer=train_tokenizer(TEXTS, 300)))
     refuses(state, make(tmp_path / "b", length=8))
     last = tmp_path / "b/part02.jsonl"
@@ -928,7 +928,7 @@ def test_a_generated_stream_of_another_text_is_refused(tokenizer):
 def test_stream_is_the_text_over_and_over(documents, tokenizer):
     tokens = pack(documents, tokenizer, 1).tokens.flatten().long()
     stream = stream_of(tokenizer)
-    rows = torch.cat([stream.next().flatten() for _ in range(120)])
+    rows = torch.cat([stream.next().ids.flatten() for _ in range(120)])
     assert stream.epoch >= 2
     assert torch.equal(rows, tokens.repeat(stream.epoch + 1)[: len(rows)])
 
@@ -946,7 +946,7 @@ def test_stream_resumes_exactly(tmp_path, tokenizer, buffer, source):
     def make():
         return StreamBatches(rows, tokenizer, 16, 4, shuffle_buffer=buffer, seed=5)
 
-    unbroken = [batch for batch, _ in zip(make(), range(90))]
+    unbroken = [batch.ids for batch, _ in zip(make(), range(90))]
     state, before = make().state_dict(), 0
     for killed_after in (1, 2, 17, 40, 77):  # each goes on from the one before
         first, second = make(), make()
@@ -957,7 +957,7 @@ def test_stream_resumes_exactly(tmp_path, tokenizer, buffer, source):
         first.next()  # the saved state does not move with its stream
         torch.save(state, tmp_path / "state.pt")
         second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-        assert all(torch.equal(second.next(), batch) for batch in unbroken[killed_after:])
+        assert all(torch.equal(second.next().ids, batch) for batch in unbroken[killed_after:])
     assert first.epoch >= 1 and second.epoch >= 1  # over the end of an epoch, too
 
 
@@ -972,32 +972,32 @@ def test_resuming_reads_on_and_not_again(tmp_path, tokenizer, monkeypatch, buffe
         first.next()
     second, read = StreamBatches(training, tokenizer, 64, 8, shuffle_buffer=buffer), []
     state = first.state_dict()
-    expected = [first.next() for _ in range(20)]
+    expected = [first.next().ids for _ in range(20)]
     monkeypatch.setattr(data, "is_held_out", lambda text, every: read.append(text) or is_held_out(text, every))
     second.load_state_dict(state)
-    assert all(torch.equal(second.next(), batch) for batch in expected)
+    assert all(torch.equal(second.next().ids, batch) for batch in expected)
     new = second.place["documents"] - state["place"]["documents"]
     assert 0 < new <= len(read) <= 1.1 * new + 20  # one in 20 is held out; the fingerprint reads one
 
 
 def test_readers_of_one_stream_do_not_disturb_each_other(tmp_path, tokenizer):
     training, held_out = split_documents(load_documents(write_files(tmp_path, TEXTS, 4), streaming=True), 9)
-    alone = [batch for batch, _ in zip(StreamBatches(training, tokenizer, 16, 4), range(60))]
+    alone = [batch.ids for batch, _ in zip(StreamBatches(training, tokenizer, 16, 4), range(60))]
     first, second = (StreamBatches(training, tokenizer, 16, 4) for _ in range(2))
     for i in range(40):
-        assert torch.equal(first.next(), alone[i])
+        assert torch.equal(first.next().ids, alone[i])
         if i % 7 == 0:
             pack(held_out, tokenizer, 16)
             second.next()
     second.load_state_dict(first.state_dict())
-    assert all(torch.equal(second.next(), batch) for batch in alone[40:])
+    assert all(torch.equal(second.next().ids, batch) for batch in alone[40:])
 
 
 def test_shuffled_epochs_hold_the_same_documents_in_another_order(tokenizer):
     texts = [f"{i:03d}" for i in range(50)]
     stream = stream_of(tokenizer, texts, length=1, batch_size=1, shuffle_buffer=20)
     n = sum(len(ids) for ids in tokenize(texts, tokenizer))
-    ids = [stream.next().item() for _ in range(2 * n)]
+    ids = [stream.next().ids.item() for _ in range(2 * n)]
     epochs = [tokenizer.decode(ids[k * n : (k + 1) * n]).split("<|endoftext|>")[:-1] for k in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == texts
     assert epochs[0] != texts and epochs[0] != epochs[1]
@@ -1015,7 +1015,7 @@ def test_stream_too_short(tokenizer):
 
 def test_stream_shorter_than_a_batch_repeats(tokenizer):
     tokens = torch.from_numpy(tokenize([TEXTS[0]], tokenizer)[0]).long()
-    batch = stream_of(tokenizer, TEXTS[:1], length=8, batch_size=20).next()
+    batch = stream_of(tokenizer, TEXTS[:1], length=8, batch_size=20).next().ids
     assert torch.equal(batch.flatten(), tokens.repeat(30)[:160])
 
 
