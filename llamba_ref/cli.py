@@ -81,7 +81,7 @@ def check(options) -> None:
                     raise ValueError(f"{name} is {word!r}: there is no such home directory")
             setattr(options, name, places if isinstance(value, tuple) else places[0])
         if value == () and getattr(type(options), name) != ():
-            raise ValueError(f"{name} is empty: give at least one number")
+            raise ValueError(f"{name} is empty: give at least one")
         for bounds in (mark for mark in marks if isinstance(mark, Range)):
             for number in value if isinstance(value, tuple) else (value,):
                 if not bounds.least <= number <= bounds.most:  # nan is in no range
@@ -131,30 +131,70 @@ class Machine:
 class Text:
     """Options about the text."""
 
-    # austen, sotu, a file (.txt .md .jsonl .parquet .csv), a directory of .txt, or a hub name owner/name[:config]
-    text: Place = "austen"
+    # austen, sotu, a file (.txt .md .jsonl .parquet .csv), a directory of .txt, or a hub name owner/name[:config];
+    # several are mixed by their weights
+    text: Annotated[tuple[str, ...], "path"] = ("austen",)
+    weights: Annotated[tuple[float, ...], Range(1e-6, 1e6)] = ()  # shares of several texts, as 3 1; none: all alike
+    # no: plain text. assistant, all: conversations, the column messages of a table, of which this counts; one word for
+    # all texts, or one for each
+    chat: tuple[Literal["no", "assistant", "all"], ...] = ("no",)
+    packing: Literal["joined", "resets"] = "joined"  # where a document ends in a row, models read on, or forget
     text_field: str = "text"  # column of a table that holds the text
     separator: str = r"\n{4,}"  # regular expression between the documents of plain text
     held_out: Annotated[int, Range(2)] = 20  # one document in this many is for validation, and never trained on
     streaming: bool = False  # read the text as it is needed: for what does not fit in memory
     length: Annotated[int, Range(2)] = 256  # tokens of a block
-    validation_blocks: Count = 0  # evaluate on this many blocks at most; 0: all
+    validation_blocks: Count = 0  # evaluate on this many blocks of each text at most; 0: all
 
-    def documents(self) -> tuple:
-        """Train and validation documents. Raises ValueError when there are too few to hold one out."""
-        options = {name: getattr(self, name) for name in ("text_field", "separator", "streaming")}
-        documents = lr.load_documents(self.text, **options)
-        try:
-            return lr.split_documents(documents, self.held_out)
-        except ValueError as err:  # `every` is called held_out here
-            raise ValueError(f"{self.text}: {re.sub('every', 'held_out', str(err))}") from err
+    def each(self, name: str) -> tuple:
+        """`weights` or `chat`, one for each text. Raises ValueError for another number of them."""
+        given, count = getattr(self, name), len(self.text)
+        given = given or (1.0,)  # only weights may be none
+        given = given * count if len(given) == 1 else given
+        if len(given) != count:
+            raise ValueError(f"{name} is {' '.join(map(str, given))}: it must be one, or one for each of {count} texts")
+        return given
 
-    def validation(self, documents, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
-        """Blocks of held-out text. Raises ValueError when it does not fill one."""
-        try:
-            return lr.pack(documents, tokenizer, self.length, max_blocks=self.validation_blocks or None)
-        except ValueError as err:
-            raise ValueError(f"{self.text}, the held-out part: {err}") from err
+    def documents(self) -> list[tuple]:
+        """Train and validation documents of each text. Raises ValueError when there are too few to hold one out."""
+        options, found = {name: getattr(self, name) for name in ("text_field", "separator", "streaming")}, []
+        for name, chat in zip(self.text, self.each("chat")):
+            documents = lr.load_documents(name, chat=chat != "no", **options)
+            try:
+                found.append(lr.split_documents(documents, self.held_out))
+            except ValueError as err:  # `every` is called held_out here
+                raise ValueError(f"{name}: {re.sub('every', 'held_out', str(err))}") from err
+        return found
+
+    def validation(self, documents: list[tuple], tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+        """Blocks of held-out text, of all texts. Raises ValueError when one does not fill any."""
+        from llamba_ref.data import TokenBlocks
+        parts, options = [], {"max_blocks": self.validation_blocks or None, "resets": self.packing == "resets"}
+        for name, chat, (_, held_out) in zip(self.text, self.each("chat"), documents):
+            try:
+                parts.append(lr.pack(held_out, tokenizer, self.length, chat=chat, **options))
+            except ValueError as err:
+                raise ValueError(f"{name}, the held-out part: {err}") from err
+        return TokenBlocks.join(parts)
+
+    def batches(self, documents: list[tuple], tokenizer: PreTrainedTokenizerBase, **rows) -> tuple:
+        """Training batches, of one text or of a mix, and a few words about them. Raises ValueError as `pack` does."""
+        sources, words, weights = [], [], self.each("weights")
+        own = rows if len(self.text) == 1 else {"batch_size": 1, "seed": rows["seed"]}
+        for name, chat, weight, (training, _) in zip(self.text, self.each("chat"), weights, documents):
+            marks = {"resets": self.packing == "resets", "chat": chat}
+            if self.streaming:
+                size = "a stream"
+                sources.append(lr.StreamBatches(training, tokenizer, self.length, shuffle_buffer=1000, **own, **marks))
+            else:
+                blocks = lr.pack(training, tokenizer, self.length, **marks)
+                size = f"{len(blocks):,} blocks"
+                sources.append(lr.Batches(blocks, **own))
+            words.append(f"{name}: {size}" + (len(self.text) > 1) * f", {weight / sum(weights):.0%} of the rows")
+        if len(sources) == 1:
+            return sources[0], words[0]
+        places = {name: rows[name] for name in ("batch_size", "rank", "world_size")}
+        return lr.MixedBatches(sources, weights, **places), "; ".join(words)
 
 # %% ../nbs/99_cli.ipynb #bcc8364f
 @dataclass
@@ -183,18 +223,13 @@ class Training:
         self,
         accelerator: Accelerator,  # which process this is
         tokenizer: PreTrainedTokenizerBase,  # what makes the ids
-        documents: tuple,  # to train on, and held out
+        documents: list[tuple],  # of each text to train on, and held out
         **models: lr.Decoder,  # to describe, by what they are here
     ):
         """Training batches, held-out blocks, and the run's directory, last of all. Raises ValueError, OSError."""
-        length, rows = self.corpus.length, {"batch_size": self.batch_size, "seed": self.seed}
-        rows |= {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-        if self.corpus.streaming:
-            data, size = lr.StreamBatches(documents[0], tokenizer, length, shuffle_buffer=1000, **rows), "a stream"
-        else:
-            data = lr.Batches(lr.pack(documents[0], tokenizer, length), **rows)
-            size = f"{len(data.blocks):,} blocks"
-        blocks = self.corpus.validation(documents[1], tokenizer)
+        place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        data, words = self.corpus.batches(documents, tokenizer, batch_size=self.batch_size, seed=self.seed, **place)
+        blocks = self.corpus.validation(documents, tokenizer)
         with accelerator.main_process_first():  # which begins the run; the others join it
             run = lr.Run(self.out, settings_of(self), self.resume or not accelerator.is_main_process)
         machine = run.path / "machine.json"
@@ -202,8 +237,8 @@ class Training:
             machine.write_text(json.dumps({"threads": self.machine.threads, "device": str(accelerator.device)}) + "\n")
         for name, model in models.items():
             accelerator.print(f"{name} {describe_model(model)}")
-        accelerator.print(f"text {self.corpus.text}: {size} to train on, {len(blocks):,} held-out blocks of "
-                          f"{blocks.length} tokens to evaluate on")
+        accelerator.print(f"text {words} to train on, {len(blocks):,} held-out blocks of {blocks.length} tokens to "
+                          "evaluate on")
         return data, blocks, run
 
 # %% ../nbs/99_cli.ipynb #461b15cb
@@ -346,7 +381,8 @@ class Report:
         self.measure(step, f"after {stage.objective}")
         if stage.objective == "orientation":
             fresh = self.command.student(self.teacher, self.student.config.kept)
-            save_figure(self.run, "matrices.png", draw_matrices(self.teacher, fresh, self.student, self.blocks[:1]))
+            first = self.blocks.batch(slice(1))
+            save_figure(self.run, "matrices.png", draw_matrices(self.teacher, fresh, self.student, first))
 
     def at_the_end(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the student and the figure of the run, and let both models continue the prompt."""
@@ -426,7 +462,9 @@ class Evaluate:
         """What is measured. Raises ValueError for two models with different tokenizers, and as `figures_of`."""
         accelerator = self.machine.accelerator()
         model, tokenizer = open_model(self.model, accelerator.device)
-        blocks = self.corpus.validation(self.corpus.documents()[1], tokenizer)
+        blocks = self.corpus.validation(self.corpus.documents(), tokenizer)
+        if blocks.starts is not None and not isinstance(model, lr.Decoder):
+            raise ValueError("packing is 'resets': an exported file reads one text at a time, and cannot forget in it")
         if not self.teacher:
             result = lr.evaluate(model, blocks, self.batch_size)
             return figures_of(result) | {"tokens": result.tokens}
@@ -610,7 +648,8 @@ class Pretrain(Training):
         from llamba_ref.training import CrossEntropy
         accelerator, stages = self.accelerator(), [lr.Stage("language", self.steps, self.lr)]
         documents = self.corpus.documents()
-        tokenizer = train_tokenizer((row["text"] for row in documents[0]), self.vocab_size)
+        texts = (row["text"] for training, _ in documents for row in training)
+        tokenizer = train_tokenizer(texts, self.vocab_size)
         model = self.model(tokenizer)
         data, blocks, run = self.begin(accelerator, tokenizer, documents, model=model)
         options = {"accelerator": accelerator, "run": run, "save_every": self.save_every}

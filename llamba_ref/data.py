@@ -541,6 +541,13 @@ class TokenBlocks:
     def __getitem__(self, index) -> Int64[Tensor, "*rows length"]:
         return self.tokens[index].long()
 
+    @classmethod
+    def join(cls, parts: Sequence[TokenBlocks]) -> TokenBlocks:
+        """The blocks of several corpora, one after another."""
+        rows = Batch.join([part.marked for part in parts])
+        sums = (sum(getattr(part, name) for part in parts) for name in ("n_tokens", "n_documents", "n_bytes"))
+        return cls(rows.ids, *sums, rows.starts, rows.asked)
+
     @property
     def marked(self) -> Batch:
         """All rows with their marks, as they are kept."""

@@ -235,7 +235,7 @@ def test_run_directory(run, toy):
     others = {"student/generation_config.json", *(f"checkpoints/step-0000000{step}/checksums.json" for step in (4, 6))}
     assert expected <= files <= expected | others
     config = json.loads((run / "config.json").read_text())
-    assert config["steps"] == [2, 2, 2] and config["text"] == str(toy / "text.txt") and config["length"] == 32
+    assert config["steps"] == [2, 2, 2] and config["text"] == [str(toy / "text.txt")] and config["length"] == 32
     for figure in (run / "figures").glob("*.png"):
         assert figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size > 5000
 
