@@ -16,7 +16,7 @@ import tyro
 from accelerate import Accelerator
 
 from bench.common import save
-from llamba_ref.cli import Distill
+from llamba_ref.cli import Distill, batches_of
 from llamba_ref.evaluate import compare
 from llamba_ref.models import load_model
 from llamba_ref.mohawk import distill
@@ -39,7 +39,7 @@ def run(text: str, packing: str, seed: int) -> dict:
     teacher, tokenizer = load_model(command.teacher)
     student, documents = command.student(teacher), command.corpus.documents()
     place = {"batch_size": command.batch_size, "seed": seed, "rank": 0, "world_size": 1}
-    data, _ = command.corpus.batches(documents, tokenizer, **place)
+    data, _ = batches_of(command.corpus, documents, tokenizer, **place)
     distill(teacher, student, data, command.stages(), accelerator=Accelerator(cpu=True), progress=False)
     row = {"text": text, "trained": packing, "seed": seed}
     for judged in PACKINGS:

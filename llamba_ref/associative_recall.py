@@ -113,8 +113,6 @@ class WithConvolution(nn.Module):
         y_t, inner = self.mixer.step(u[:, 0], state[1])
         return y_t, (window, inner)
 
-    def matrix(
-        self, u: Float[Tensor, "batch len d_model"], starts: Bool[Tensor, "batch len"] | None = None
-    ) -> Float[Tensor, "batch heads len len"]:
+    def matrix(self, u: Float[Tensor, "batch len d_model"], starts=None) -> Float[Tensor, "batch heads len len"]:
         """The matrix that each head applies to its values, which come from the convolved input."""
         return self.mixer.matrix(causal_conv(u, self.conv1d.weight, self.conv1d.bias, starts=starts)[0], starts)

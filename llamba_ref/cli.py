@@ -38,9 +38,9 @@ if TYPE_CHECKING:  # for signatures alone: when the program runs, each method im
 
 # %% auto #0
 __all__ = ['Count', 'Size', 'Seed', 'BatchSize', 'Place', 'Model', 'Models', 'Prompt', 'FARTHEST', 'Command', 'NO_MEMORY',
-           'Range', 'check', 'free_cores', 'Machine', 'Text', 'Training', 'settings_of', 'describe_model', 'figures_of',
-           'write_results', 'save_figure', 'what_is_kept', 'Distill', 'Report', 'Generate', 'open_model', 'stream_text',
-           'Evaluate', 'bytes_of', 'free_memory', 'Bench', 'speed_line', 'contenders_of', 'Export',
+           'Range', 'check', 'free_cores', 'Machine', 'Text', 'batches_of', 'Training', 'settings_of', 'describe_model',
+           'figures_of', 'write_results', 'save_figure', 'what_is_kept', 'Distill', 'Report', 'Generate', 'open_model',
+           'stream_text', 'Evaluate', 'bytes_of', 'free_memory', 'Bench', 'speed_line', 'contenders_of', 'Export',
            'divergence_on_own_text', 'Pretrain', 'interruptible', 'main', 'end']
 
 # %% ../nbs/99_cli.ipynb #7641ad70
@@ -177,24 +177,30 @@ class Text:
                 raise ValueError(f"{name}, the held-out part: {err}") from err
         return TokenBlocks.join(parts)
 
-    def batches(self, documents: list[tuple], tokenizer: PreTrainedTokenizerBase, **rows) -> tuple:
-        """Training batches, of one text or of a mix, and a few words about them. Raises ValueError as `pack` does."""
-        sources, words, weights = [], [], self.each("weights")
-        own = rows if len(self.text) == 1 else {"batch_size": 1, "seed": rows["seed"]}
-        for name, chat, weight, (training, _) in zip(self.text, self.each("chat"), weights, documents):
-            marks = {"resets": self.packing == "resets", "chat": chat}
-            if self.streaming:
-                size = "a stream"
-                sources.append(lr.StreamBatches(training, tokenizer, self.length, shuffle_buffer=1000, **own, **marks))
-            else:
-                blocks = lr.pack(training, tokenizer, self.length, **marks)
-                size = f"{len(blocks):,} blocks"
-                sources.append(lr.Batches(blocks, **own))
-            words.append(f"{name}: {size}" + (len(self.text) > 1) * f", {weight / sum(weights):.0%} of the rows")
-        if len(sources) == 1:
-            return sources[0], words[0]
-        places = {name: rows[name] for name in ("batch_size", "rank", "world_size")}
-        return lr.MixedBatches(sources, weights, **places), "; ".join(words)
+# %% ../nbs/99_cli.ipynb #b4b2b9ab
+def batches_of(
+    corpus: Text,  # options about the text
+    documents: list[tuple],  # of each text to train on, and held out
+    tokenizer: PreTrainedTokenizerBase,  # what makes the ids
+    **rows,  # batch_size, seed, rank, world_size: as in `Batches`
+) -> tuple:  # endless batches, and a few words about them
+    """Batches to train on, in memory or as a stream. Raises ValueError as `pack` does."""
+    sources, words, weights, several = [], [], corpus.each("weights"), len(corpus.text) > 1
+    own = {"batch_size": 1, "seed": rows["seed"]} if several else rows
+    for name, chat, weight, (training, _) in zip(corpus.text, corpus.each("chat"), weights, documents):
+        marks = {"resets": corpus.packing == "resets", "chat": chat}
+        if corpus.streaming:
+            size = "a stream"
+            sources.append(lr.StreamBatches(training, tokenizer, corpus.length, shuffle_buffer=1000, **own, **marks))
+        else:
+            blocks = lr.pack(training, tokenizer, corpus.length, **marks)
+            size = f"{len(blocks):,} blocks"
+            sources.append(lr.Batches(blocks, **own))
+        words.append(f"{name}: {size}" + several * f", {weight / sum(weights):.0%} of the rows")
+    if not several:
+        return sources[0], words[0]
+    places = {name: rows[name] for name in ("batch_size", "rank", "world_size")}
+    return lr.MixedBatches(sources, weights, **places), "; ".join(words)
 
 # %% ../nbs/99_cli.ipynb #bcc8364f
 @dataclass
@@ -228,7 +234,8 @@ class Training:
     ):
         """Training batches, held-out blocks, and the run's directory, last of all. Raises ValueError, OSError."""
         place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-        data, words = self.corpus.batches(documents, tokenizer, batch_size=self.batch_size, seed=self.seed, **place)
+        place |= {"batch_size": self.batch_size, "seed": self.seed}
+        data, words = batches_of(self.corpus, documents, tokenizer, **place)
         blocks = self.corpus.validation(documents, tokenizer)
         with accelerator.main_process_first():  # which begins the run; the others join it
             run = lr.Run(self.out, settings_of(self), self.resume or not accelerator.is_main_process)

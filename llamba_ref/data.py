@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
 from huggingface_hub import constants
 from jaxtyping import Bool, Int, Int32, Int64
-from jinja2 import TemplateError
 from tokenizers.implementations import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -42,8 +41,8 @@ __all__ = ['SEPARATOR', 'LOADERS', 'OPTIONS', 'MARKS_ANSWERS', 'Chat', 'split_te
            'conversation_of', 'files_of', 'digest', 'read_files', 'stream_files', 'require_hub', 'load_hub',
            'sotu_texts', 'austen_text', 'read_texts', 'load_documents', 'chapter_numbers', 'is_held_out',
            'split_documents', 'train_tokenizer', 'end_of', 'tokenize', 'load_tokenizer', 'check_tokenizer', 'Batch',
-           'asked_for_next', 'answers', 'is_answer', 'tokenize_chat', 'encode', 'TokenBlocks', 'pack', 'epoch_seed',
-           'EndlessBatches', 'Batches', 'read_windows', 'StreamBatches', 'MixedBatches']
+           'asked_for_next', 'rendered', 'answers', 'is_answer', 'tokenize_chat', 'encode', 'TokenBlocks', 'pack',
+           'epoch_seed', 'EndlessBatches', 'Batches', 'read_windows', 'StreamBatches', 'MixedBatches']
 
 # %% ../nbs/92_data.ipynb #a51dd63b
 SEPARATOR = r"\n{4,}"  # three blank lines or more
@@ -395,8 +394,8 @@ class Batch:
             if all(z is None for z in known):
                 return None
             return torch.cat([missing(part.ids, dtype=torch.bool) if z is None else z for z, part in zip(known, parts)])
-        ids = torch.cat([part.ids for part in parts])
-        return cls(ids, joined("starts", torch.zeros_like), joined("asked", torch.ones_like))
+        marks = joined("starts", torch.zeros_like), joined("asked", torch.ones_like)
+        return cls(torch.cat([part.ids for part in parts]), *marks)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -424,9 +423,7 @@ class Batch:
         return Batch(**{name: change(z) for name, z in self.tensors.items()})
 
     def of_asked(self, z: Tensor) -> Tensor:
-        """Of something for each token, (rows, len, ...), what belongs to tokens that are asked, one after another.
-
-        Raises ValueError when none is."""
+        """Of (rows, len, ...) what belongs to tokens that are asked. Raises ValueError when none is."""
         if not self.count:
             raise ValueError(f"batch of {tuple(self.ids.shape)} tokens: nothing in it is asked")
         return z.flatten(0, 1) if self.asked is None else z[self.asked]
@@ -445,12 +442,20 @@ def asked_for_next(batch: Batch) -> Bool[Tensor, "*rows len"] | None:  # None: a
     return same if batch.asked is None else same & batch.asked
 
 # %% ../nbs/92_data.ipynb #4575f60e
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options):
+    """What `apply_chat_template` gives. Raises ValueError in one line when the template, a program, raises anything."""
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:
+        raise ValueError(f"the tokenizer's chat template refuses a conversation: {one_line(error)}") from error
+
+
 def answers(
     messages: list[dict],  # with role and content
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
 ) -> tuple[str, list[tuple[int, int]]]:  # the conversation as a text, and from where to where the assistant speaks
     """Found by rendering the messages up to each answer. Raises ValueError when these are not how the text begins."""
-    render = partial(tokenizer.apply_chat_template, tokenize=False)
+    render = partial(rendered, tokenizer, tokenize=False)
     text, spans = render(messages), []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -486,14 +491,11 @@ def tokenize_chat(
         raise ValueError("the tokenizer has no chat template: conversations need one, take a teacher that was tuned "
                          "for them or set tokenizer.chat_template")
     messages = json.loads(conversation)
-    try:
-        if MARKS_ANSWERS.search(tokenizer.get_chat_template()):
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-            found = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-            return text, found["input_ids"], [bool(one) for one in found["assistant_masks"]]
-        text, spans = answers(messages, tokenizer)
-    except TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template refuses a conversation: {one_line(error)}") from error
+    if MARKS_ANSWERS.search(tokenizer.get_chat_template()):
+        found = rendered(tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True)
+        says = [bool(one) for one in found["assistant_masks"]]
+        return rendered(tokenizer, messages, tokenize=False), found["input_ids"], says
+    text, spans = answers(messages, tokenizer)
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return text, found["input_ids"], is_answer([end for _, end in found["offset_mapping"]], spans)
 
@@ -735,14 +737,12 @@ class StreamBatches(EndlessBatches):
     """Endless batches of a stream of documents, read and tokenised as they are needed and never held as a whole.
 
     Tokens that do not fill a batch wait for the next one, across epochs too. Raises ValueError when the stream has
-    fewer tokens than one block, and when a file of it cannot be read.
-    """
+    fewer tokens than one block, and when a file of it cannot be read."""
 
     position = ("place", "waiting")
 
     def __init__(
-        self,
-        documents: IterableDataset,  # one column "text"
+        self, documents: IterableDataset,  # one column "text"
         tokenizer: PreTrainedTokenizerBase,  # what makes the ids
         length: int,  # tokens in a block
         batch_size: int,  # rows of a batch, all processes together
@@ -750,16 +750,14 @@ class StreamBatches(EndlessBatches):
         seed: int = 0,  # of the shuffle, with the epoch
         rank: int = 0,  # this process: it gets rows rank, rank + world_size, ...
         world_size: int = 1,  # processes
-        *,
-        resets: bool = False,  # mark where documents begin, so that models forget there
+        *, resets: bool = False,  # mark where documents begin, so that models forget there
         chat: Chat = "no",  # documents are conversations, of which the answers count, or all
     ):
         super().__init__(length, batch_size, seed, rank, world_size)
         if length < 1 or shuffle_buffer < 0:
             raise ValueError(f"length is {length}, shuffle_buffer {shuffle_buffer}: at least 1 and 0 are wanted")
         check_option("chat", chat, get_args(Chat))
-        self.source = documents, tokenizer, length, shuffle_buffer, seed
-        self.marks = {"resets": resets, "chat": chat}
+        self.source, self.marks = (documents, tokenizer, length, shuffle_buffer, seed), dict(resets=resets, chat=chat)
         self.place = {"epoch": 0, "documents": 0, "tokens": 0, "files": None}
         self.waiting: dict[str, Tensor] = {}  # tokens that do not fill a batch yet, with their marks
         self.windows = read_windows(*self.source, self.place, **self.marks)

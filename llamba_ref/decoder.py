@@ -417,9 +417,8 @@ class Decoder(nn.Module):
     """A language model: backbone and head. Which model it is depends on the mixers alone.
 
     A mixer is a module with `forward(u)` -> y, `forward(u, state)` -> (y, state), `step(u_t, state)` -> (y_t, state),
-    `matrix(u)` -> (batch, heads, len, len) and `init_state(batch)`; `forward` takes `padding=` for padded batches and,
-    like `matrix`, `starts=` for rows of several documents. It may have `step_in_place(u_t, state)`, which overwrites
-    the state."""
+    `matrix(u)` -> (batch, heads, len, len) and `init_state(batch)`; `forward` takes `padding=` and `starts=`, `matrix`
+    the latter. It may have `step_in_place(u_t, state)`, which overwrites the state."""
 
     hidden, prefill, read, generate, walk = hidden, prefill, read, generate, walk  # the functions above, as methods
 
@@ -448,8 +447,7 @@ class Decoder(nn.Module):
         return logits[..., : self.vocab_size]
 
     def forward(
-        self,
-        input_ids: Int[Tensor, "batch len"],  # token ids
+        self, input_ids: Int[Tensor, "batch len"],  # token ids
         attention_mask: Shaped[Tensor, "batch len"] | None = None,  # 1 token, 0 padding (left, right or between)
         starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
     ) -> Float[Tensor, "batch len vocab"]:  # logits; those at padding mean nothing

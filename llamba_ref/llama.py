@@ -21,8 +21,8 @@ from .convert import LanguageModel, ModelConfig, check_fields
 from .decoder import Backbone, init_weights
 
 # %% auto #0
-__all__ = ['Rope', 'rope_frequencies', 'turn_pairs', 'apply_rope', 'rotate', 'KVCache', 'causal_mask', 'causal_attention',
-           'attention_matrix', 'Attention', 'LlamaConfig', 'Llama']
+__all__ = ['Rope', 'rope_frequencies', 'turn_pairs', 'apply_rope', 'rotate', 'KVCache', 'first_keys', 'causal_mask',
+           'causal_attention', 'attention_matrix', 'Attention', 'LlamaConfig', 'Llama']
 
 # %% ../nbs/11_llama.ipynb #4c3315a6
 @dataclass(frozen=True)
@@ -139,6 +139,16 @@ class KVCache(NamedTuple):
         return KVCache(k, v, None if self.padding is None else self.padding.clamp(max=length))
 
 # %% ../nbs/11_llama.ipynb #5861d210
+def first_keys(
+    past: int,  # number of keys before the first query
+    padding: Int[Tensor, "batch"] | None,  # first keys of each row that no query may see
+    starts: Bool[Tensor, "batch len"] | None,  # which queries begin a document
+) -> Int[Tensor, "batch #len"] | None:  # the first key that each query may see, or all of a row; None: 0
+    """Where the document of each query begins, or the padding ends."""
+    first = None if padding is None else padding[:, None]
+    return first if starts is None else past + document_begin(starts, (0 if first is None else first) - past)
+
+
 def causal_mask(
     queries: int,  # number of queries
     past: int,  # number of keys before the first query
@@ -183,8 +193,8 @@ def attention_matrix(
     """Causal softmax attention as a matrix for each query head. Computed in float32 at least from the scores on."""
     q, k = rearrange(q, "b l h d -> b h l d"), repeat(k, "b l h d -> b (h r) l d", r=q.shape[2] // k.shape[2])
     scores = q @ k.mT / q.shape[-1] ** 0.5 if scale is None else q @ k.mT * scale
-    first = None if starts is None else document_begin(starts)
-    scores = scores.masked_fill(~causal_mask(q.shape[2], 0, first, q.device), float("-inf"))
+    mask = causal_mask(q.shape[2], 0, first_keys(0, None, starts), q.device)
+    scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
 
 # %% ../nbs/11_llama.ipynb #6031ffa3
@@ -192,8 +202,7 @@ class Attention(nn.Module):
     """Causal softmax attention with rotary positions and grouped queries: the mixer of Llama."""
 
     def __init__(
-        self,
-        d_model: int,  # width of the residual stream
+        self, d_model: int,  # width of the residual stream
         n_heads: int,  # query heads
         n_kv_heads: int,  # key and value heads; n_heads is a multiple
         head_dim: int,  # width of a head, even
@@ -221,8 +230,7 @@ class Attention(nn.Module):
         return rotate(q, self.rope, past, first), rotate(k, self.rope, past, first), v
 
     def forward(
-        self,
-        u: Float[Tensor, "batch len d_model"],  # normed hidden states
+        self, u: Float[Tensor, "batch len d_model"],  # normed hidden states
         state: KVCache | None = None,  # cache to go on from
         padding: Int[Tensor, "batch"] | None = None,  # padding on the left of each row of `u`
         starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
@@ -230,12 +238,9 @@ class Attention(nn.Module):
         """Attend to everything of a document up to and including each position."""
         past, before = (0, None) if state is None else (state.k.shape[2], state.padding)
         padding = before if padding is None else padding if before is None else before + padding  # in several pieces
-        first = None if padding is None else padding[:, None]
-        if starts is not None:
-            first = past + document_begin(starts, (0 if first is None else first) - past)
-            padding = first[:, -1]  # what comes later sees the last document alone
+        first = first_keys(past, padding, starts)
         q, k, v = self.project(u, past, first)
-        cache = None if state is None else state._replace(padding=padding).extend(k, v)
+        cache = state and state._replace(padding=padding if starts is None else first[:, -1]).extend(k, v)
         y = causal_attention(q, *((k, v) if cache is None else cache[:2]), first)
         y = self.o_proj(rearrange(y, "b h l d -> b l (h d)"))
         return y if cache is None else (y, cache)
@@ -245,16 +250,11 @@ class Attention(nn.Module):
         y, state = self(u_t[:, None], state)
         return y[:, 0], state
 
-    def queries_and_keys(
-        self, u: Float[Tensor, "batch len d_model"], starts: Bool[Tensor, "batch len"] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def queries_and_keys(self, u: Float[Tensor, "batch len d_model"], starts=None) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys, (batch, len, heads or kv_heads, headdim), from which `attention_matrix` follows."""
-        first = None if starts is None else document_begin(starts)
-        return tuple(z.transpose(1, 2) for z in self.project(u, 0, first)[:2])
+        return tuple(z.transpose(1, 2) for z in self.project(u, 0, first_keys(0, None, starts))[:2])
 
-    def matrix(
-        self, u: Float[Tensor, "batch len d_model"], starts: Bool[Tensor, "batch len"] | None = None
-    ) -> Float[Tensor, "batch heads len len"]:
+    def matrix(self, u: Float[Tensor, "batch len d_model"], starts=None) -> Float[Tensor, "batch heads len len"]:
         """The attention matrix of each query head: row t holds the weights that position t gives to positions 0..t."""
         return attention_matrix(*self.queries_and_keys(u, starts), starts=starts).to(u.dtype)
 

@@ -173,9 +173,7 @@ class MixedHeads(nn.Module):
         z, cache = self.attention.step(u_t, state.cache)
         return y + z, MixedState(recurrent, cache)
 
-    def matrix(
-        self, u: Float[Tensor, "batch len d_model"], starts: Bool[Tensor, "batch len"] | None = None
-    ) -> Float[Tensor, "batch heads len len"]:
+    def matrix(self, u: Float[Tensor, "batch len d_model"], starts=None) -> Float[Tensor, "batch heads len len"]:
         """The matrix of each head, of whichever kind it is. Those of attention have no gradient: stage 1 of MOHAWK
         would move them away from the teacher's, which they are."""
         matrix = self.recurrent.matrix(u, starts).clone()

@@ -86,8 +86,7 @@ class SSDMixer(nn.Module):
     """A mixer around `ssd`. `project` of a subclass says what enters it, `gate_and_project` what becomes of it."""
 
     def __init__(
-        self,
-        d_model: int,  # width of the residual stream
+        self, d_model: int,  # width of the residual stream
         d_inner: int,  # width of all heads together
         d_state: int,  # width N of a key
         n_heads: int,  # heads
@@ -113,8 +112,7 @@ class SSDMixer(nn.Module):
         return MambaState(window, weight.new_zeros(shape, dtype=wide_dtype(weight)))
 
     def forward(
-        self,
-        u: Float[Tensor, "batch len d_model"],  # normed hidden states
+        self, u: Float[Tensor, "batch len d_model"],  # normed hidden states
         state: MambaState | None = None,  # state to go on from
         padding: Int[Tensor, "batch"] | None = None,  # pads on the left of each row; where any, `state` is zero
         starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
@@ -122,7 +120,7 @@ class SSDMixer(nn.Module):
         """Mix along the sequence with the chunked `ssd`."""
         tokens = None if padding is None else is_token(padding, u.shape[1])[..., None]
         p, carried = self.project(u, state, tokens, starts)
-        inputs, options = (p.written, forget(p.log_a, starts), p.B, p.C), {"chunk_size": self.chunk_size}
+        inputs, options = (p.written, p.log_a, p.B, p.C), {"chunk_size": self.chunk_size}
         if state is None:
             return self.gate_and_project(ssd(*inputs, **options), p.x, p.z)
         y, ssm = ssd(*inputs, initial_state=state.ssm, return_state=True, **options)
@@ -136,16 +134,11 @@ class SSDMixer(nn.Module):
         """`step` that overwrites the old state. Raises RuntimeError where a gradient is wanted."""
         return _step(self, u_t, state, in_place=True)
 
-    def matrix_factors(
-        self, u: Float[Tensor, "batch len d_model"], starts: Bool[Tensor, "batch len"] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def matrix_factors(self, u: Float[Tensor, "batch len d_model"], starts=None) -> tuple[Tensor, ...]:
         """log_a, B, C and D, of which `ssd_matrix` makes the matrix."""
-        log_a, B, C = self.project(u, None, starts=starts)[0].factors()
-        return forget(log_a, starts), B, C, self.D
+        return *self.project(u, None, starts=starts)[0].factors(), self.D
 
-    def matrix(
-        self, u: Float[Tensor, "batch len d_model"], starts: Bool[Tensor, "batch len"] | None = None
-    ) -> Float[Tensor, "batch heads len len"]:
+    def matrix(self, u: Float[Tensor, "batch len d_model"], starts=None) -> Float[Tensor, "batch heads len len"]:
         """The matrix that each head applies to its x: a column for each token that is written, D on the diagonal."""
         return ssd_matrix(*self.matrix_factors(u, starts))
 
@@ -186,8 +179,7 @@ class Mamba2(SSDMixer):
     Raises ValueError for sizes below 1, heads that do not divide the width, groups the heads, and a bad `dt_limit`."""
 
     def __init__(
-        self,
-        d_model: int,  # width of the residual stream
+        self, d_model: int,  # width of the residual stream
         d_state: int = 128,  # width N of a key
         headdim: int = 64,  # width P of a head
         *,
@@ -235,7 +227,7 @@ class Mamba2(SSDMixer):
         x, B, C, state = convolve(self, xBC, state, tokens, starts, in_place)
         wide = wide_dtype(dt)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.dt_limit)
-        return Projected(x, dt, -self.A_log.to(wide).exp() * dt, B, C, z), state
+        return Projected(x, dt, forget(-self.A_log.to(wide).exp() * dt, starts), B, C, z), state
 
     def gate_and_project(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
         """Add the skip D x, gate and norm, and project back to d_model."""

@@ -335,7 +335,7 @@ def test_a_run_on_everything_at_once(toy, talks, tmp_path, llamba, no_pictures, 
             command.append("--resume")
         code, out, err = llamba(*command)
         assert code == 0, err
-        assert "text.txt: " in out and "75% of the rows; " in out and "talks.jsonl: " in out and "25% of the rows" in out
+        assert all(words in out for words in ("text.txt: ", "75% of the rows; ", "talks.jsonl: ", "25% of the rows"))
         runs[name] = [{key: value for key, value in record.items() if key != "tokens_per_second"}
                       for record in read_metrics(tmp_path / name)]
     assert runs["whole"] == runs["killed"]
@@ -360,7 +360,8 @@ def stop_after(steps: int):
 
 def test_evaluate_in_both_packings(toy, talks, llamba):
     """Of the same text: other contexts, so other figures; and fewer tokens that something predicts."""
-    text, found = ["--text", toy / "text.txt", "--held-out", "4", "--length", "256", "--separator", r"\n+", "--json"], {}
+    text = ["--text", toy / "text.txt", "--held-out", "4", "--length", "256", "--separator", r"\n+", "--json"]
+    found = {}
     for packing in ("joined", "resets"):
         code, out, err = llamba("evaluate", toy / "teacher", *text, "--packing", packing)
         assert code == 0, err
