@@ -65,10 +65,10 @@ def filtered(
     if BIAS:
         y = tl.load(bias_ptr + d, d < channels, other=0.0).to(tl.float32)[None, :]
     for k in tl.static_range(W):
+        taps = load_taps(weight_ptr, k, d, channels, W)
         x = load_inputs(x_ptr, window_ptr, t - (W - 1 - k), begin, d, length, channels,
                         x_row, window_channel, window_tap, W, WINDOW)
-        y += load_taps(weight_ptr, k, d, channels, W) * of_document(
-            x, since_ptr, t, begin, W - 1 - k, length, STARTS)
+        y += taps * of_document(x, since_ptr, t, begin, W - 1 - k, length, STARTS)
     return y
 
 # %% ../../nbs/19_conv_kernel.ipynb #7602a18a
