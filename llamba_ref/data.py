@@ -495,6 +495,9 @@ def tokenize_chat(
         found = rendered(tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True)
         says = [bool(one) for one in found["assistant_masks"]]
         return rendered(tokenizer, messages, tokenize=False), found["input_ids"], says
+    if not tokenizer.is_fast:
+        raise ValueError("the tokenizer does not say where its tokens lie in a text, and its chat template has no "
+                         "{% generation %}: what the assistant says cannot be told")
     text, spans = answers(messages, tokenizer)
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return text, found["input_ids"], is_answer([end for _, end in found["offset_mapping"]], spans)
@@ -616,7 +619,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 # %% ../nbs/92_data.ipynb #20de4726
 class EndlessBatches(Iterator):
-    """What `Batches` and `StreamBatches` share: no end, each process with its rows of every batch, a state."""
+    """What all kinds of batches share: no end, each process with its rows of every batch, a state."""
 
     fingerprint: str  # of the text
     position: tuple[str, ...]  # names of the attributes that are the state

@@ -127,7 +127,8 @@ class KVCache(NamedTuple):
 
     def crop(self, length: int) -> KVCache:
         """The cache as it was after `length` entries, in the same memory, which may be overwritten from there on: this
-        one is given up, with all others that are longer and were made from the same one.
+        one is given up, with all others that are longer and were made from the same one. It does not go back into a
+        document that has ended: where that began is forgotten.
 
         Raises ValueError for a length that is negative or more than there is."""
         if not 0 <= length <= self.k.shape[2]:

@@ -233,7 +233,7 @@ def check_separate(teacher: nn.Module, student: nn.Module) -> None:
 def distill(
     teacher: Decoder,  # the Transformer; its weights are not changed
     student: Decoder,  # from `Llamba.from_teacher`, or any Decoder of as many layers; trained in place
-    data,  # `Batches` or `StreamBatches`
+    data,  # `Batches`, `StreamBatches` or `MixedBatches`
     stages: Sequence[Stage],  # usually orientation, alignment, distillation
     *,
     accelerator: Accelerator | None = None,  # device, precision, processes; None: Accelerator()

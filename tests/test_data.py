@@ -1116,6 +1116,13 @@ def test_conversations_that_cannot_be_told_apart(speaker, template, talk, words)
     assert "\n" not in str(error.value)
 
 
+def test_a_tokenizer_without_offsets(speaker, monkeypatch):
+    monkeypatch.setattr(type(speaker), "is_fast", False)
+    with pytest.raises(ValueError, match="does not say where its tokens lie in a text"):
+        data.tokenize_chat(json.dumps(TALKS[0]), speaker)
+    assert data.tokenize_chat(json.dumps(TALKS[0]), with_template(speaker, MARKED))[2].count(True) > 0
+
+
 def write_talks(path: Path, talks=TALKS) -> Path:
     rows = Dataset.from_dict({"messages": talks, "id": list(range(len(talks)))})
     rows.to_parquet(path) if path.suffix == ".parquet" else rows.to_json(path)
