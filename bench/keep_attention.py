@@ -60,8 +60,8 @@ def hybrids(teacher: Llama) -> tuple[dict[int, torch.Tensor], Callable[[Sequence
 def main() -> None:
     torch.set_num_threads(1)
     teacher, tokenizer = load_model("smollm2")
-    corpus = Text("sotu")
-    blocks = pack(corpus.documents()[1], tokenizer, corpus.length, max_blocks=BLOCKS)
+    corpus = Text(("sotu",))
+    blocks = pack(corpus.documents()[0][1], tokenizer, corpus.length, max_blocks=BLOCKS)
     need, keeping = hybrids(teacher)
     rows = []
     for count in KEPT:

@@ -46,7 +46,7 @@ def models(teacher: Llama) -> Iterator[tuple[str, Decoder]]:
 def main() -> None:
     torch.set_num_threads(1)
     teacher, tokenizer = load_model("smollm2")
-    blocks = pack(OPTIONS.corpus.documents()[1], tokenizer, 256, max_blocks=8)
+    blocks = pack(OPTIONS.corpus.documents()[0][1], tokenizer, 256, max_blocks=8)
     filler, rows = blocks.blocks.flatten(), []
     for name, model in models(teacher):
         row = {"name": name, "ratio": compare(teacher, model, blocks, 1).ratio,

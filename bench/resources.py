@@ -39,6 +39,11 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def documents(length: int, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+    """What kernels are told of documents: nothing, and in one type a number for each token."""
+    return [(), *[(torch.empty(1, length, dtype=torch.int32, device="meta"),)] * (dtype == torch.bfloat16)]
+
+
 def call_scan(dtype: torch.dtype) -> None:
     """GateLoop with one number a head: 2048 channels, gates of their own."""
     x, gates = empty(1, 8192, 2048, dtype=dtype), empty(1, 8192, 2048)
@@ -74,8 +79,9 @@ def call_distance(dtype: torch.dtype) -> None:
     log_a, D, lse = empty(1, 8192, 32), empty(32), empty(1, 32, 8192)
     B = C = empty(1, 8192, 32, 64, dtype=dtype)
     inputs = (empty(1, 8192, 32, 128, dtype=dtype), empty(1, 8192, 8, 128, dtype=dtype), log_a, B, C, D)
-    distance, _ = matrix_distance_forward(*inputs, 128**-0.5)
-    matrix_distance_backward(distance, distance, lse, *inputs, 128**-0.5)
+    for marks in documents(8192, dtype):
+        distance, _ = matrix_distance_forward(*inputs, 128**-0.5, *marks)
+        matrix_distance_backward(distance, distance, lse, *inputs, 128**-0.5, *marks)
 
 
 def call_conv(dtype: torch.dtype) -> None:
@@ -92,8 +98,9 @@ def call_conv(dtype: torch.dtype) -> None:
             empty(1, channels, width, dtype=dtype),
         )
         for silu in (False, True) if width == 4 else (True,):
-            grad = conv_forward(x, weight, bias, window, silu)
-            conv_backward(grad, x, weight, bias, window, silu)
+            for marks in documents(8192, dtype)[: 1 + silu]:
+                grad = conv_forward(x, weight, bias, window, silu, *marks)
+                conv_backward(grad, x, weight, bias, window, silu, *marks)
         conv_step(x[:, 0], weight, bias, window, True)
 
 

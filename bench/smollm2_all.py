@@ -31,7 +31,7 @@ OPTIONS = distill_options(COMMAND)
 def main() -> None:
     torch.set_num_threads(OPTIONS.machine.threads)
     teacher, tokenizer = load_model(OPTIONS.teacher)
-    training, held_out = OPTIONS.corpus.documents()
+    (training, held_out), = OPTIONS.corpus.documents()
     blocks = evaluation_blocks(OPTIONS.corpus, held_out, tokenizer)
     student, length = OPTIONS.student(teacher), OPTIONS.corpus.length
     data = Batches(pack(training, tokenizer, length), OPTIONS.batch_size, OPTIONS.seed)

@@ -82,7 +82,7 @@ def main() -> None:
     steps = [record for record in records if "stage" in record]
     torch.set_num_threads(OPTIONS.machine.threads)
     teacher, tokenizer = load_model(OPTIONS.teacher)
-    training, held_out = OPTIONS.corpus.documents()
+    (training, held_out), = OPTIONS.corpus.documents()
     blocks = evaluation_blocks(OPTIONS.corpus, held_out, tokenizer)
     rows = [measured("student", teacher, load_model(str(OUT))[0], blocks),
             measured("window, untrained", teacher, with_mixers(teacher, Window, LAYERS), blocks)]

@@ -38,7 +38,7 @@ from accelerate import Accelerator
 
 from bench.common import best_rate_runs, parameters, save
 from llamba_ref.cli import Distill
-from llamba_ref.data import Batches, load_documents, pack, split_documents
+from llamba_ref.data import Batch, Batches, load_documents, pack, split_documents
 from llamba_ref.decoder import Decoder
 from llamba_ref.evaluate import compare, evaluate
 from llamba_ref.llama import Attention, Llama
@@ -126,10 +126,11 @@ def match_mixer(block: nn.Module, layer) -> Tensor:
 class ReverseKL(EndToEnd):
     """Stage 3 with the divergence the other way round: the student is to predict nothing that the teacher does not."""
 
-    def __call__(self, input_ids: Tensor, backward: Callable[[Tensor], None]) -> Tensor:
+    def __call__(self, batch: Batch | Tensor, backward: Callable[[Tensor], None]) -> Tensor:
+        ids = Batch.of(batch).ids
         with torch.no_grad():
-            log_p = self.models["teacher"](input_ids).log_softmax(-1)
-        log_q = self.models["student"](input_ids).log_softmax(-1)
+            log_p = self.models["teacher"](ids).log_softmax(-1)
+        log_q = self.models["student"](ids).log_softmax(-1)
         loss = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
         backward(loss)
         return loss.detach()[None]
@@ -243,7 +244,7 @@ def run(name: str, rate: float, seed: int) -> dict:
     if file.exists():
         return json.loads(file.read_text())
     teacher, tokenizer = load_model(demo.teacher)
-    training, held_out = split_documents(load_documents(demo.corpus.text), demo.corpus.held_out)
+    training, held_out = split_documents(load_documents(*demo.corpus.text), demo.corpus.held_out)
     blocks, validation = (pack(documents, tokenizer, demo.corpus.length) for documents in (training, held_out))
     choosing, reported = (replace(validation, tokens=validation.tokens[start::2]) for start in (0, 1))
     model, stages = row.build(teacher, seed), row.plan(rate)

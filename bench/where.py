@@ -86,7 +86,7 @@ def written(texts: Tensor, teacher: Llama, theirs: Tensor) -> dict:
 def main() -> None:
     torch.set_num_threads(1)
     teacher, tokenizer = load_model("smollm2")
-    blocks = pack(OPTIONS.corpus.documents()[1], tokenizer, LENGTH, max_blocks=BLOCKS).blocks.long()
+    blocks = pack(OPTIONS.corpus.documents()[0][1], tokenizer, LENGTH, max_blocks=BLOCKS).blocks.long()
     kind = torch.tensor([kinds(row, Window.window) for row in blocks.tolist()])
     place = torch.arange(1, LENGTH).expand_as(kind)
     groups = {"place": {f"{low} to {high}": (place >= low) & (place < high) for low, high in zip(PLACES, PLACES[1:])},

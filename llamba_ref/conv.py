@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .conventions import Backend, checked, find_kernel, wrong_widths
+from .conventions import Backend, checked, document_begin, find_kernel, wrong_widths
 
 # %% auto #0
 __all__ = ['causal_conv', 'causal_conv_step']
@@ -28,12 +28,18 @@ def _filtered(inputs, weight, bias, activation):
     return F.silu(y) if activation == "silu" else y
 
 
+def _of_document(earlier, since, distance):
+    """Inputs `distance` tokens back, as they are, or 0 where they belong to another document: fewer came `since`."""
+    return earlier if since is None else earlier.masked_fill((since < distance)[..., None], 0)
+
+
 @checked()
 def causal_conv(
     x: Float[Tensor, "batch len channels"],  # input
     weight: Float[Tensor, "channels 1 width"],  # one filter a channel; the last tap meets the current position
     bias: Float[Tensor, "channels"] | None,  # added to every position
     window: Float[Tensor, "batch channels width"] | None = None,  # the last inputs before `x`; None: zeros
+    starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees no input from before
     *,
     activation: Literal["identity", "silu"] = "identity",  # of the output
     backend: Backend = "auto",  # "naive", "triton" or "auto"
@@ -41,20 +47,27 @@ def causal_conv(
     """Causal depthwise convolution that can go on where another call stopped: `window` holds the last `width` inputs.
 
     Computed as `width` shifted copies of the input, each times its tap: on a CPU faster than a grouped `conv1d`, most
-    of all for one token. The kernel takes up to 8 taps. Raises ValueError when an argument is not what the signature
-    says or there is no token; RuntimeError when backend="triton" cannot run here."""
-    width, window = weight.shape[-1], None if window is None else window.to(x.dtype)
+    of all for one token. The kernel takes up to 8 taps. With `starts` the last inputs are those of the last document.
+    Raises ValueError when an argument is not what the signature says or there is no token; RuntimeError when
+    backend="triton" cannot run here."""
+    (length, width), window = (x.shape[1], weight.shape[-1]), None if window is None else window.to(x.dtype)
     past = x.new_zeros(len(x), width, x.shape[2]) if window is None else rearrange(window, "b c w -> b w c")
+    since = None  # for each token, how many of its document came before it: those of the window count too
+    if starts is not None:
+        since = torch.arange(length, device=x.device) - document_begin(starts, earliest=-width)
     obstacle = wrong_widths("conv", 1, 8, width=width)
     kernel = find_kernel("conv.conv_op", backend, x, weight, bias, window, obstacle=obstacle)
     if kernel is not None:
         inputs = torch.cat([past, x[:, -width:]], dim=1)
-        y = kernel(x, weight, bias, window, activation == "silu")
+        y = kernel(x, weight, bias, window, activation == "silu", None if since is None else since.int())
     else:
         inputs = torch.cat([past, x], dim=1)
-        y = _filtered([inputs[:, k + 1 : k + 1 + x.shape[1]] for k in range(width)], weight, bias, activation)
-    last = rearrange(inputs[:, -width:], "b w c -> b c w").clone()  # a copy: a view would keep all of `inputs` alive
-    return y, last
+        shifted = [_of_document(inputs[:, k + 1 : k + 1 + length], since, width - 1 - k) for k in range(width)]
+        y = _filtered(shifted, weight, bias, activation)
+    last = inputs[:, -width:]
+    if since is not None:
+        last = _of_document(last, since[:, -1:], torch.arange(width, device=x.device).flip(0))
+    return y, rearrange(last, "b w c -> b c w").clone()  # a copy: a view would keep all of `inputs` alive
 
 # %% ../nbs/08_conv.ipynb #7db34ed2
 @checked()

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 # %% auto #0
 __all__ = ['Backend', 'relative_error', 'check_tensors', 'check_sizes', 'check_option', 'checked', 'unchecked', 'wide_dtype',
            'cumulative_rotation', 'polar_gate', 'choose_backend', 'wrong_widths', 'find_kernel', 'load_result',
-           'peak_bytes', 'is_token']
+           'peak_bytes', 'is_token', 'forget', 'document_begin']
 
 # %% ../nbs/01_conventions.ipynb #c0306d32
 def relative_error(
@@ -57,18 +57,24 @@ def _axis_names(axes: str, ndim: int, several: dict[str, list[str]]) -> list[tup
 def check_tensors(
     inputs: dict[str, tuple[Tensor, str]],  # name of the argument -> the tensor and its axes, "batch len #key"
     complex_too: Collection[str] = (),  # names of the arguments that may be complex
+    masks: Collection[str] = (),  # names of the arguments that hold True and False
 ) -> dict[str, int]:  # size of each axis
     """Raise ValueError unless the tensors fit together.
 
-    That is: one size an axis, at least one token, floating point, and what is named log_a... is at most 0."""
+    That is: one size an axis, at least one token, the right kind of numbers, and what is named log_a... is at most
+    0."""
     sizes: dict[str, int] = {}
     several: dict[str, list[str]] = {}
     for name, (tensor, axes) in inputs.items():
-        real = name not in complex_too
-        if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex() and not real):
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            numbers = "real floating-point numbers" if real else "floating-point numbers"
-            raise ValueError(f"{name} is {kind}: it must be a tensor of {numbers}")
+        kind = tensor.dtype if isinstance(tensor, Tensor) else None
+        if name in masks:
+            good, wanted = kind is torch.bool, "bool"
+        elif name in complex_too:
+            good, wanted = kind is not None and (kind.is_floating_point or kind.is_complex), "floating-point numbers"
+        else:
+            good, wanted = kind is not None and kind.is_floating_point, "real floating-point numbers"
+        if not good:
+            raise ValueError(f"{name} is {kind or type(tensor).__name__}: it must be a tensor of {wanted}")
         names = _axis_names(axes, tensor.ndim, several)
         known = sizes | {axis: int(axis) for axis, _ in names if axis.isdigit()}
         fits = (size == known.get(axis, size) or one and size == 1 for (axis, one), size in zip(names, tensor.shape))
@@ -118,6 +124,7 @@ def checked(
         hints = {name: get_args(hints[name])[0] if name in optional else hints[name] for name in signature.parameters}
         axes = {name: hint.dim_str for name, hint in hints.items() if hasattr(hint, "dim_str")}
         axes = {name: axes[name] for name in sorted(axes, key=lambda name: "#" in axes[name])}  # sizes come first
+        masks = {name for name in axes if hints[name].dtype is Bool}
         complex_too = {name for name in axes if hints[name].dtype is not Float}
         options = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
         counts = [name for name, hint in hints.items() if hint is int]
@@ -131,7 +138,7 @@ def checked(
             given = signature.bind(*args, **kwargs).arguments
             inputs = {name: (given[name], axes[name]) for name in axes if name in given}
             inputs = {name: z for name, z in inputs.items() if not (z[0] is None and name in optional)}
-            sizes = check_tensors(inputs, complex_too)
+            sizes = check_tensors(inputs, complex_too, masks)
             for part, whole in divisors.items():
                 if sizes[part] < 1 or sizes[whole] % sizes[part]:
                     name = next(name for name in inputs if part in axes[name].split())
@@ -316,3 +323,20 @@ def is_token(
 ) -> Bool[Tensor, "batch len"]:
     """Where the tokens are in rows whose padding lies on the left: what a mixer needs to know to skip the rest."""
     return torch.arange(length, device=padding.device) >= padding[:, None]
+
+# %% ../nbs/01_conventions.ipynb #4d8c5227
+def forget(
+    log_a: Float[Tensor, "batch len *rest"],  # logs of gates
+    starts: Bool[Tensor, "batch len"] | None,  # where a document begins; None: nowhere
+) -> Float[Tensor, "batch len *rest"]:
+    """Gates that let nothing into a document from what came before it: $\\log a_t = -\\infty$ at its first token."""
+    return log_a if starts is None else log_a.masked_fill(starts[(..., *[None] * (log_a.ndim - 2))], -torch.inf)
+
+# %% ../nbs/01_conventions.ipynb #2a9297c4
+def document_begin(
+    starts: Bool[Tensor, "batch len"],  # where a document begins
+    earliest: int | Int[Tensor, "batch 1"] = 0,  # the answer before the first start of a row
+) -> Int[Tensor, "batch len"]:  # the position at which the document of each token begins
+    """The last start up to and including each position."""
+    places = torch.arange(starts.shape[1], device=starts.device)
+    return torch.where(starts, places, earliest).cummax(1).values

@@ -6,38 +6,43 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, fields
+from functools import cache, cached_property, partial
 from glob import escape
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
 from huggingface_hub import constants
-from jaxtyping import Int, Int32, Int64
+from jaxtyping import Bool, Int, Int32, Int64
 from tokenizers.implementations import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .checkpoint import hub_problem, is_hub_name, one_line, read_json
-from .conventions import check_sizes
+from .conventions import check_option, check_sizes
 
 logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # prints the errors that are raised below
 logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)  # warns of a shuffle buffer, here of 1: empty
 
 # %% auto #0
-__all__ = ['SEPARATOR', 'LOADERS', 'OPTIONS', 'split_text', 'loader_of', 'read_rows', 'text_of', 'files_of', 'digest',
-           'read_files', 'stream_files', 'require_hub', 'load_hub', 'sotu_texts', 'austen_text', 'read_texts',
-           'load_documents', 'chapter_numbers', 'is_held_out', 'split_documents', 'train_tokenizer', 'tokenize',
-           'load_tokenizer', 'check_tokenizer', 'TokenBlocks', 'pack', 'epoch_seed', 'EndlessBatches', 'Batches',
-           'read_windows', 'StreamBatches']
+__all__ = ['SEPARATOR', 'LOADERS', 'OPTIONS', 'MARKS_ANSWERS', 'Chat', 'split_text', 'loader_of', 'read_rows', 'text_of',
+           'conversation_of', 'files_of', 'digest', 'read_files', 'stream_files', 'require_hub', 'load_hub',
+           'sotu_texts', 'austen_text', 'read_texts', 'load_documents', 'chapter_numbers', 'is_held_out',
+           'split_documents', 'train_tokenizer', 'end_of', 'tokenize', 'load_tokenizer', 'check_tokenizer', 'Batch',
+           'asked_for_next', 'rendered', 'answers', 'is_answer', 'tokenize_chat', 'encode', 'TokenBlocks', 'pack',
+           'epoch_seed', 'EndlessBatches', 'Batches', 'read_windows', 'StreamBatches', 'MixedBatches']
 
 # %% ../nbs/92_data.ipynb #a51dd63b
 SEPARATOR = r"\n{4,}"  # three blank lines or more
@@ -90,6 +95,20 @@ def text_of(row: dict, column: str, name: str | Path) -> str:
     return row[column] or ""
 
 # %% ../nbs/92_data.ipynb #03310372
+def conversation_of(row: dict, name: str | Path) -> str:
+    """The conversation in a row of `name`, its column "messages", as JSON; "" where there is none.
+
+    Raises ValueError when it has no such column, or anything but messages with a role and a content in it."""
+    if "messages" not in row:
+        raise ValueError(f"{name} has no column 'messages': a conversation needs one, there are {sorted(row)}")
+    messages = row["messages"] or []
+    if not isinstance(messages, list) or not all(isinstance(message, dict) and all(
+            isinstance(message.get(part), str) for part in ("role", "content")) for message in messages):
+        raise ValueError(f"column 'messages' of {name}: a row must be a list of messages with role and content as text")
+    known = [{part: value for part, value in message.items() if value is not None} for message in messages]
+    return json.dumps(known, ensure_ascii=False) if known else ""
+
+# %% ../nbs/92_data.ipynb #cf7b7aaf
 def files_of(path: Path) -> list[Path]:
     """The files of a source, sorted. Hidden ones and README.md are no part of it, as for `datasets`.
 
@@ -117,20 +136,21 @@ def read_files(
     files: list[Path],  # of one kind
     text_field: str,  # the column of a table that holds the text
     separator: str,  # regular expression between the documents of a text file
+    chat: bool = False,  # read conversations, the column "messages" of a table
 ) -> Iterator[dict]:
     """Documents of files, one file after the other, as rows with "text" alone. Rows without text are left out.
 
-    Raises ValueError that names the file when it cannot be read or has no such column of strings."""
+    Raises ValueError that names the file when it cannot be read or has no such column of strings, or messages."""
     for file in files:
         is_table = loader_of(file) != "text"
         for row in read_rows(file):
-            text = text_of(row, text_field if is_table else "text", file)
+            text = conversation_of(row, file) if chat else text_of(row, text_field if is_table else "text", file)
             for piece in [text] if is_table else split_text(text, separator):
                 if piece.strip():
                     yield {"text": piece}
 
 
-def stream_files(path: Path, text_field: str, separator: str) -> IterableDataset:
+def stream_files(path: Path, text_field: str, separator: str, chat: bool = False) -> IterableDataset:
     """What `read_files` gives for the files of a source, as a stream that can be shuffled by files and resumed."""
     found, known = files_of(path), {}
     for file in found:
@@ -141,7 +161,7 @@ def stream_files(path: Path, text_field: str, separator: str) -> IterableDataset
                 known[str(file)] = {"num_bytes": size, "checksum": digest(first + opened.read())}
         except OSError as error:
             raise ValueError(f"{file} cannot be read as {loader_of(file)}: {one_line(error)}") from error
-    arguments = {"files": found, "text_field": text_field, "separator": separator}
+    arguments = {"files": found, "text_field": text_field, "separator": separator, "chat": chat}
     documents = IterableDataset.from_generator(read_files, gen_kwargs=arguments)
     documents.info.download_checksums = known
     return documents
@@ -159,6 +179,7 @@ def load_hub(
     name: str,  # "owner/name" or "owner/name:config"
     text_field: str,  # the column that holds the text
     streaming: bool,  # read row by row instead of fetching all of it
+    chat: bool = False,  # read conversations, its column "messages"
 ) -> Dataset | IterableDataset:  # one column "text" of its train split
     """Read a dataset of the Hugging Face hub. Raises ConnectionError, FileNotFoundError or ValueError in one line."""
     require_hub(name)
@@ -170,14 +191,18 @@ def load_hub(
         rows = builder.as_streaming_dataset("train") if streaming else builder.as_dataset("train")
         rows.info.download_checksums = {  # the addresses hold the revision
             file: {"num_bytes": None, "checksum": file} for file in builder.config.data_files["train"]}
-        first = next(iter(rows), {text_field: None})
+        column = "messages" if chat else text_field
+        first = next(iter(rows), {column: None})
     except Exception as error:
         kind = next((kind for kind in (ConnectionError, FileNotFoundError) if isinstance(error, kind)), ValueError)
         problem = one_line(error.__cause__ or error)
         raise kind(f"{name} is no local path, and cannot be read from the Hugging Face hub: {problem}") from error
-    text_of(first, text_field, name)
-    rows = rows.select_columns([text_field]).filter(lambda row: bool(text_of(row, text_field, name).strip()))
-    return rows if text_field == "text" else rows.rename_column(text_field, "text")
+    text = partial(conversation_of, name=name) if chat else partial(text_of, column=text_field, name=name)
+    text(first)
+    rows = rows.select_columns([column]).filter(lambda row: bool(text(row).strip()))
+    if chat:
+        return rows.map(lambda row: {"text": text(row)}, remove_columns=[column])
+    return rows if column == "text" else rows.rename_column(column, "text")
 
 # %% ../nbs/92_data.ipynb #8ba187e3
 def sotu_texts() -> list[str]:
@@ -214,17 +239,20 @@ def load_documents(
     text_field: str = "text",  # the column of a table (.jsonl, .json, .parquet, .csv, hub) that holds the text
     separator: str = SEPARATOR,  # regular expression between documents in plain text
     streaming: bool = False,  # read row by row: for what does not fit in memory
+    chat: bool = False,  # read conversations, the column "messages" of a table, each as JSON
 ) -> Dataset | IterableDataset:  # one column "text", one row a document
     """Read documents, always in the same order. Raises FileNotFoundError, ConnectionError or ValueError in one line."""
     name, path = str(source), Path(source).expanduser()
+    if chat and (name in ("austen", "sotu") or loader_of(path) == "text"):
+        raise ValueError(f"{name} is plain text: conversations are read from the column 'messages' of a table")
     if name in ("austen", "sotu"):
         texts = split_text(austen_text(), separator) if name == "austen" else sotu_texts()
         documents = Dataset.from_dict({"text": texts})
         return documents.to_iterable_dataset() if streaming else documents
     if not path.exists() and loader_of(path) is None and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
-        documents = load_hub(name, text_field, streaming)
+        documents = load_hub(name, text_field, streaming, chat)
     else:
-        documents = stream_files(path, text_field, separator)
+        documents = stream_files(path, text_field, separator, chat)
         if not streaming:
             documents = Dataset.from_dict({"text": list(read_texts(documents))})
     if next(read_texts(documents), None) is None:
@@ -286,14 +314,19 @@ def train_tokenizer(
                                    bos_token=end, eos_token=end, pad_token=end)
 
 # %% ../nbs/92_data.ipynb #64c8fb12
+def end_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The end-of-text token. Raises ValueError when the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos_token: packed documents need one between them")
+    return tokenizer.eos_token_id
+
+
 def tokenize(
     texts: Iterable[str],  # documents
     tokenizer: PreTrainedTokenizerBase,  # what makes the ids; one that adds a first token keeps doing so
 ) -> list[np.ndarray]:  # one int32 array a document, each ending with the end-of-text token
     """Turn documents into token ids. Raises ValueError when the tokenizer has no end-of-text token."""
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError("the tokenizer has no eos_token: packed documents need one between them")
+    eos = end_of(tokenizer)
     rows = tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
     return [np.array(row if row[-1:] == [eos] else row + [eos], dtype=np.int32) for row in rows]
 
@@ -339,6 +372,162 @@ def check_tokenizer(
         problem = f"its largest id is {largest}, vocab_size is {vocab_size}"
         raise ValueError(f"the tokenizer does not fit the model: {problem}")
 
+# %% ../nbs/92_data.ipynb #b45b81f5
+@dataclass(frozen=True)
+class Batch:
+    """Token ids, with what is known of each token: rows that go through a model, or a text of one dimension."""
+
+    ids: Int[Tensor, "*rows len"]  # token ids
+    starts: Bool[Tensor, "*rows len"] | None = None  # where a document begins, which sees nothing from before
+    asked: Bool[Tensor, "*rows len"] | None = None  # whether what is predicted after a token counts; None: everywhere
+
+    @classmethod
+    def of(cls, rows: Batch | Tensor) -> Batch:
+        """A batch as it is; ids alone as a batch."""
+        return rows if isinstance(rows, cls) else cls(rows)
+
+    @classmethod
+    def join(cls, parts: Sequence[Batch]) -> Batch:
+        """Several batches, one after the other; what a part does not say is false for `starts`, true for `asked`."""
+        def joined(name, missing):
+            known = [getattr(part, name) for part in parts]
+            if all(z is None for z in known):
+                return None
+            return torch.cat([missing(part.ids, dtype=torch.bool) if z is None else z for z, part in zip(known, parts)])
+        marks = joined("starts", torch.zeros_like), joined("asked", torch.ones_like)
+        return cls(torch.cat([part.ids for part in parts]), *marks)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index) -> Batch:
+        return self.map(lambda z: z[index])
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is, by its name."""
+        return {field.name: z for field in fields(self) if (z := getattr(self, field.name)) is not None}
+
+    @property
+    def count(self) -> int:
+        """Tokens after which the prediction counts."""
+        return self.ids.numel() if self.asked is None else int(self.asked.sum())
+
+    @property
+    def marks(self) -> dict[str, Tensor]:
+        """What mixers have to know: `starts`, if rows hold several documents."""
+        return {} if self.starts is None else {"starts": self.starts}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same change to everything that there is."""
+        return Batch(**{name: change(z) for name, z in self.tensors.items()})
+
+    def of_asked(self, z: Tensor) -> Tensor:
+        """Of (rows, len, ...) what belongs to tokens that are asked. Raises ValueError when none is."""
+        if not self.count:
+            raise ValueError(f"batch of {tuple(self.ids.shape)} tokens: nothing in it is asked")
+        return z.flatten(0, 1) if self.asked is None else z[self.asked]
+
+    def split(self, rows: int) -> list[Batch]:
+        """In pieces of so many rows."""
+        pieces = zip(*(z.split(rows) for z in self.tensors.values()))
+        return [Batch(**dict(zip(self.tensors, piece))) for piece in pieces]
+
+# %% ../nbs/92_data.ipynb #9963a40b
+def asked_for_next(batch: Batch) -> Bool[Tensor, "*rows len"] | None:  # None: after every token
+    """Where the next token is asked for and of the same document: the first token of a document follows nothing."""
+    if batch.starts is None:
+        return batch.asked
+    same = ~F.pad(batch.starts[..., 1:], (0, 1))
+    return same if batch.asked is None else same & batch.asked
+
+# %% ../nbs/92_data.ipynb #4575f60e
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options):
+    """What `apply_chat_template` gives. Raises ValueError in one line when the template, a program, raises anything."""
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:
+        raise ValueError(f"the tokenizer's chat template refuses a conversation: {one_line(error)}") from error
+
+
+def answers(
+    messages: list[dict],  # with role and content
+    tokenizer: PreTrainedTokenizerBase,  # with a chat template
+) -> tuple[str, list[tuple[int, int]]]:  # the conversation as a text, and from where to where the assistant speaks
+    """Found by rendering the messages up to each answer. Raises ValueError when these are not how the text begins."""
+    render = partial(rendered, tokenizer, tokenize=False)
+    text, spans = render(messages), []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            if i == 0:
+                raise ValueError("a conversation begins with the assistant: without {% generation %} in the chat "
+                                 "template, where the answer begins cannot be told")
+            before, after = render(messages[:i], add_generation_prompt=True), render(messages[: i + 1])
+            if not (text.startswith(after) and after.startswith(before)):
+                raise ValueError("the tokenizer's chat template writes the beginning of a conversation otherwise when "
+                                 "more follows, and has no {% generation %}: what the assistant says cannot be told")
+            spans.append((len(before), len(after)))
+    return text, spans
+
+
+def is_answer(
+    ends: list[int],  # where each token ends in the text
+    spans: list[tuple[int, int]],  # from where to where the assistant speaks
+) -> list[bool]:
+    """Whether each token begins in one of the spans. (It begins where the one before it ends.)"""
+    begins = np.maximum.accumulate([0, *ends])[:-1]
+    return [any(first <= begin < last for first, last in spans) for begin in begins]
+
+# %% ../nbs/92_data.ipynb #0bf56d26
+MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # in a chat template
+
+
+def tokenize_chat(
+    conversation: str,  # messages as JSON
+    tokenizer: PreTrainedTokenizerBase,  # with a chat template
+) -> tuple[str, list[int], list[bool]]:  # the text, its token ids, whether the assistant says them
+    """A conversation, written out by the chat template. Raises ValueError in one line when it cannot be."""
+    if tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template: conversations need one, take a teacher that was tuned "
+                         "for them or set tokenizer.chat_template")
+    messages = json.loads(conversation)
+    if MARKS_ANSWERS.search(tokenizer.get_chat_template()):
+        found = rendered(tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True)
+        says = [bool(one) for one in found["assistant_masks"]]
+        return rendered(tokenizer, messages, tokenize=False), found["input_ids"], says
+    if not tokenizer.is_fast:
+        raise ValueError("the tokenizer does not say where its tokens lie in a text, and its chat template has no "
+                         "{% generation %}: what the assistant says cannot be told")
+    text, spans = answers(messages, tokenizer)
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return text, found["input_ids"], is_answer([end for _, end in found["offset_mapping"]], spans)
+
+# %% ../nbs/92_data.ipynb #538341c9
+Chat = Literal["no", "assistant", "all"]  # documents are texts; conversations of which the answers count, or all
+
+
+def encode(
+    documents: list[str],  # texts, or conversations as JSON
+    tokenizer: PreTrainedTokenizerBase,  # what makes the ids
+    resets: bool = False,  # mark where documents begin
+    chat: Chat = "no",  # whether they are conversations, and what of them counts
+) -> tuple[Batch, int]:  # all tokens one after another, an end-of-text token after each document; UTF-8 bytes
+    """Documents as one text with its marks. Raises ValueError as `tokenize` and `tokenize_chat` do."""
+    if chat == "no":
+        rows, asked = tokenize(documents, tokenizer), None
+    else:
+        eos, (documents, rows, says) = end_of(tokenizer), zip(*(tokenize_chat(one, tokenizer) for one in documents))
+        ends = [row[-1:] == [eos] for row in rows]  # else the end-of-text token counts if what is before it does
+        says = [one if end else one + one[-1:] for one, end in zip(says, ends)]
+        rows = [np.array(row if end else row + [eos], dtype=np.int32) for row, end in zip(rows, ends)]
+        asked = np.concatenate([np.append(one[1:], False) for one in says]) if chat == "assistant" else None
+    ids, starts = np.concatenate(rows), None
+    if resets:
+        starts = np.zeros(len(ids), dtype=bool)
+        starts[np.cumsum([0, *map(len, rows[:-1])])] = True
+    marks = [None if z is None else torch.from_numpy(z) for z in (starts, asked)]
+    return Batch(torch.from_numpy(ids), *marks), sum(len(text.encode()) for text in documents)
+
 # %% ../nbs/92_data.ipynb #f2efa991
 @dataclass
 class TokenBlocks:
@@ -348,12 +537,31 @@ class TokenBlocks:
     n_tokens: int  # tokens of the corpus, the dropped ones among them
     n_documents: int  # documents of the corpus
     n_bytes: int  # UTF-8 bytes of the corpus
+    starts: Bool[Tensor, "blocks length"] | None = None  # as in `Batch`
+    asked: Bool[Tensor, "blocks length"] | None = None  # as in `Batch`
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, index) -> Int64[Tensor, "*rows length"]:
         return self.tokens[index].long()
+
+    @classmethod
+    def join(cls, parts: Sequence[TokenBlocks]) -> TokenBlocks:
+        """The blocks of several corpora, one after another."""
+        rows = Batch.join([part.marked for part in parts])
+        sums = (sum(getattr(part, name) for part in parts) for name in ("n_tokens", "n_documents", "n_bytes"))
+        return cls(rows.ids, *sums, rows.starts, rows.asked)
+
+    @property
+    def marked(self) -> Batch:
+        """All rows with their marks, as they are kept."""
+        return Batch(self.tokens, self.starts, self.asked)
+
+    def batch(self, index) -> Batch:
+        """Some rows with their marks, for a model."""
+        rows = self.marked[index]
+        return Batch(rows.ids.long(), rows.starts, rows.asked)
 
     @property
     def blocks(self) -> Int64[Tensor, "blocks length"]:
@@ -377,6 +585,9 @@ def pack(
     tokenizer: PreTrainedTokenizerBase,  # what makes the ids
     length: int,  # tokens in a block
     max_blocks: int | None = None,  # stop reading after this many; None: the whole corpus
+    *,
+    resets: bool = False,  # mark where documents begin, so that models forget there
+    chat: Chat = "no",  # documents are conversations, of which the answers count, or all
 ) -> TokenBlocks:  # every block, in order
     """Tokenise documents, join them in order, an end-of-text token after each, and cut rows of `length` tokens.
 
@@ -384,20 +595,22 @@ def pack(
     Raises ValueError when there are no documents or not enough tokens for one block.
     """
     check_sizes(length=length, max_blocks=1 if max_blocks is None else max_blocks)
-    texts, rows, n_bytes = read_texts(documents), [], 0
+    check_option("chat", chat, get_args(Chat))
+    texts, parts, n_documents, n_bytes = read_texts(documents), [], 0, 0
     while group := list(islice(texts, 64)):
-        rows += tokenize(group, tokenizer)
-        n_bytes += sum(len(text.encode()) for text in group)
-        if max_blocks and sum(map(len, rows)) >= max_blocks * length:
+        part, size = encode(group, tokenizer, resets, chat)
+        parts, n_documents, n_bytes = [*parts, part], n_documents + len(group), n_bytes + size
+        if max_blocks and sum(map(len, parts)) >= max_blocks * length:
             break
-    if not rows:
+    if not parts:
         raise ValueError("the corpus is empty: it has no documents")
-    stream = torch.from_numpy(np.concatenate(rows))
-    if len(stream) < length:
-        problem = f"the corpus has {len(stream)} tokens, one block needs {length}"
+    text = Batch.join(parts)
+    if len(text) < length:
+        problem = f"the corpus has {len(text)} tokens, one block needs {length}"
         raise ValueError(f"{problem}: give more text or a smaller length")
-    whole = min(len(stream) // length, max_blocks or len(stream)) * length
-    return TokenBlocks(stream[:whole].view(-1, length), len(stream), len(rows), n_bytes)
+    whole = min(len(text) // length, max_blocks or len(text)) * length
+    rows = text[:whole].map(lambda z: z.view(-1, length))
+    return TokenBlocks(rows.ids, len(text), n_documents, n_bytes, rows.starts, rows.asked)
 
 # %% ../nbs/92_data.ipynb #6b846f0d
 def epoch_seed(seed: int, epoch: int) -> int:
@@ -406,7 +619,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 # %% ../nbs/92_data.ipynb #20de4726
 class EndlessBatches(Iterator):
-    """What `Batches` and `StreamBatches` share: no end, each process with its rows of every batch, a state."""
+    """What all kinds of batches share: no end, each process with its rows of every batch, a state."""
 
     fingerprint: str  # of the text
     position: tuple[str, ...]  # names of the attributes that are the state
@@ -421,9 +634,10 @@ class EndlessBatches(Iterator):
             raise ValueError(f"seed is {seed}: it must be from 0 to 2**64 - 1")
         if batch_size * length >= 2**31:
             raise ValueError(f"batch_size is {batch_size}, length {length}: a batch must have fewer than 2**31 tokens")
-        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world_size = rank, world_size
 
-    def __next__(self) -> Int64[Tensor, "rows length"]:
+    def __next__(self) -> Batch:
         return self.next()
 
     def state_dict(self) -> dict:
@@ -461,9 +675,10 @@ class Batches(EndlessBatches):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all tokens, and the length of a block."""
-        tokens = getattr(self.blocks, "tokens", self.blocks).to("cpu", torch.int32).contiguous()
-        return f"{digest(tokens.numpy())}-{tokens.shape[1]}"
+        """Of all tokens with their marks, and the length of a block."""
+        rows = self.blocks.marked if isinstance(self.blocks, TokenBlocks) else Batch(self.blocks)
+        ids, *marks = (z.cpu().contiguous().numpy() for z in rows.tensors.values())
+        return "-".join([digest(ids.astype(np.int32, copy=False)), *map(digest, marks), str(ids.shape[1])])
 
     @property
     def epoch(self) -> float:
@@ -477,13 +692,14 @@ class Batches(EndlessBatches):
             self._orders = {epoch: torch.randperm(len(self.blocks), generator=generator)}  # only the last one is kept
         return self._orders[epoch]
 
-    def next(self) -> Int64[Tensor, "rows length"]:
-        """The next batch of input ids (this process's rows of it)."""
+    def next(self) -> Batch:
+        """The next batch (this process's rows of it)."""
         first = self.step * self.batch_size
         places = range(first + self.rank, first + self.batch_size, self.world_size)
         rows = [self.order(place // len(self.blocks))[place % len(self.blocks)] for place in places]
         self.step += 1
-        return self.blocks[torch.stack(rows)]
+        rows = torch.stack(rows)
+        return self.blocks.batch(rows) if isinstance(self.blocks, TokenBlocks) else Batch(self.blocks[rows])
 
 # %% ../nbs/92_data.ipynb #f117cd63
 def read_windows(
@@ -493,7 +709,9 @@ def read_windows(
     window: int,  # documents that are read and shuffled at a time; 0: 16, and no shuffle
     seed: int,  # of the shuffles
     place: dict,  # where to begin
-) -> Iterator[tuple[Int32[Tensor, "tokens"], dict]]:
+    resets: bool = False,  # mark where documents begin
+    chat: Chat = "no",  # documents are conversations, of which the answers count, or all
+) -> Iterator[tuple[Batch, dict]]:
     """The tokens of one window of documents after another, epoch after epoch, each with the place where it ends.
 
     A place is an epoch, the documents and tokens of it that were read, and the state of the files (None: unread)."""
@@ -508,7 +726,7 @@ def read_windows(
             order = np.arange(len(group))
             if window:
                 np.random.default_rng((seed, place["epoch"], place["documents"])).shuffle(order)
-            tokens = torch.from_numpy(np.concatenate(tokenize([group[i] for i in order], tokenizer)))
+            tokens, _ = encode([group[i] for i in order], tokenizer, resets, chat)
             place = {"epoch": place["epoch"], "documents": place["documents"] + len(group),
                      "tokens": place["tokens"] + len(tokens), "files": stream.state_dict()}
             yield tokens, place
@@ -522,14 +740,12 @@ class StreamBatches(EndlessBatches):
     """Endless batches of a stream of documents, read and tokenised as they are needed and never held as a whole.
 
     Tokens that do not fill a batch wait for the next one, across epochs too. Raises ValueError when the stream has
-    fewer tokens than one block, and when a file of it cannot be read.
-    """
+    fewer tokens than one block, and when a file of it cannot be read."""
 
     position = ("place", "waiting")
 
     def __init__(
-        self,
-        documents: IterableDataset,  # one column "text"
+        self, documents: IterableDataset,  # one column "text"
         tokenizer: PreTrainedTokenizerBase,  # what makes the ids
         length: int,  # tokens in a block
         batch_size: int,  # rows of a batch, all processes together
@@ -537,14 +753,17 @@ class StreamBatches(EndlessBatches):
         seed: int = 0,  # of the shuffle, with the epoch
         rank: int = 0,  # this process: it gets rows rank, rank + world_size, ...
         world_size: int = 1,  # processes
+        *, resets: bool = False,  # mark where documents begin, so that models forget there
+        chat: Chat = "no",  # documents are conversations, of which the answers count, or all
     ):
         super().__init__(length, batch_size, seed, rank, world_size)
         if length < 1 or shuffle_buffer < 0:
             raise ValueError(f"length is {length}, shuffle_buffer {shuffle_buffer}: at least 1 and 0 are wanted")
-        self.length, self.source = length, (documents, tokenizer, length, shuffle_buffer, seed)
+        check_option("chat", chat, get_args(Chat))
+        self.source, self.marks = (documents, tokenizer, length, shuffle_buffer, seed), dict(resets=resets, chat=chat)
         self.place = {"epoch": 0, "documents": 0, "tokens": 0, "files": None}
-        self.waiting = torch.empty(0, dtype=torch.int32)
-        self.windows = read_windows(*self.source, self.place)
+        self.waiting: dict[str, Tensor] = {}  # tokens that do not fill a batch yet, with their marks
+        self.windows = read_windows(*self.source, self.place, **self.marks)
 
     @property
     def epoch(self) -> int:
@@ -557,19 +776,76 @@ class StreamBatches(EndlessBatches):
         documents, tokenizer, *_ = self.source
         known = (documents.info.download_checksums or {}).items()
         files = [(Path(name).name, about["num_bytes"], about["checksum"]) for name, about in known]
-        first = tokenize(islice(read_texts(deepcopy(documents)), 1), tokenizer)
-        return f"{digest(str((files, [ids.tolist() for ids in first])).encode())}-{self.length}"
+        first, _ = encode(list(islice(read_texts(deepcopy(documents)), 1)), tokenizer, **self.marks)
+        first = [z.tolist() for z in first.tensors.values()]
+        return f"{digest(str((files, first)).encode())}-{self.length}"
 
-    def next(self) -> Int64[Tensor, "rows length"]:
-        """The next batch of input ids (this process's rows of it)."""
-        wanted = self.batch_size * self.length
-        while len(self.waiting) < wanted:
+    def next(self) -> Batch:
+        """The next batch (this process's rows of it)."""
+        wanted, parts = self.batch_size * self.length, [Batch(**self.waiting)] if self.waiting else []
+        while sum(map(len, parts)) < wanted:
             tokens, self.place = next(self.windows)
-            self.waiting = torch.cat([self.waiting, tokens])
-        rows, self.waiting = self.waiting[:wanted].view(-1, self.length), self.waiting[wanted:].clone()
-        return rows[self.rank :: self.world_size].long()
+            parts.append(tokens)
+        text = Batch.join(parts)
+        self.waiting = text[wanted:].map(Tensor.clone).tensors
+        rows = text[:wanted].map(lambda z: z.view(-1, self.length)[self.rank :: self.world_size])
+        return Batch(rows.ids.long(), rows.starts, rows.asked)
 
     def load_state_dict(self, state: dict) -> None:
         """Go to a position that `state_dict` gave. Raises ValueError when that was in another text."""
         super().load_state_dict(state)
-        self.windows = read_windows(*self.source, self.place)
+        self.windows = read_windows(*self.source, self.place, **self.marks)
+
+# %% ../nbs/92_data.ipynb #ef9d2c1e
+class MixedBatches(EndlessBatches):
+    """Endless batches whose rows come from several sources, by weight: each row from the one furthest behind its share.
+
+    Raises ValueError for weights that are not positive numbers, one a source, and sources that do not give one row of
+    one length at a time."""
+
+    position = ("taken",)
+
+    def __init__(
+        self,
+        sources: Sequence[EndlessBatches],  # `Batches` or `StreamBatches` of one row, one process
+        weights: Sequence[float],  # their shares of the rows, in any unit
+        batch_size: int,  # rows of a batch, all processes together
+        rank: int = 0,  # this process: it gets rows rank, rank + world_size, ...
+        world_size: int = 1,  # processes
+    ):
+        if not sources or len(weights) != len(sources):
+            raise ValueError(f"weights has {len(weights)} numbers: it must have one for each of {len(sources)} sources")
+        if not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"weights is {' '.join(map(str, weights))}: it must hold positive numbers")
+        if any(source.batch_size != 1 for source in sources) or len({source.length for source in sources}) > 1:
+            given = ", ".join(f"{source.batch_size} of {source.length} tokens" for source in sources)
+            raise ValueError(f"sources give rows: {given}; each must give 1 at a time, all of one length")
+        super().__init__(sources[0].length, batch_size, 0, rank, world_size)
+        self.sources, self.weights = list(sources), [weight / sum(weights) for weight in weights]
+        self.taken = [0] * len(sources)  # rows of each so far
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all sources, and their weights."""
+        return digest(str(([source.fingerprint for source in self.sources], self.weights)).encode())
+
+    def next(self) -> Batch:
+        """The next batch (this process's rows of it)."""
+        rows = []
+        for _ in range(self.batch_size):
+            total = sum(self.taken) + 1
+            behind = [weight * total - count for weight, count in zip(self.weights, self.taken)]
+            source = behind.index(max(behind))
+            self.taken[source] += 1
+            rows.append(self.sources[source].next())
+        return Batch.join(rows[self.rank :: self.world_size])
+
+    def state_dict(self) -> dict:
+        """The counts, the states of all sources, and the fingerprint."""
+        return super().state_dict() | {"sources": [source.state_dict() for source in self.sources]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go to a position that `state_dict` gave. Raises ValueError when that was in another mix."""
+        super().load_state_dict(state)
+        for source, its_state in zip(self.sources, state["sources"]):
+            source.load_state_dict(its_state)

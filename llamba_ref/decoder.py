@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from .conventions import check_sizes, unchecked, wide_dtype
@@ -69,9 +69,9 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "batch len d_model"],  # what enters the layer
         state=None,  # the mixer's state; None: start from nothing and return none
-        **padding,  # `padding=`, for batches that are padded on the left
+        **marks,  # `padding=` and `starts=`, where rows are padded or hold several documents
     ):  # the layer's output, and the mixer's new state if one was given
-        out = self.mixer(self.input_layernorm(x), state, **padding)
+        out = self.mixer(self.input_layernorm(x), state, **marks)
         if state is None:
             return self.channel_mix(x + out)
         return self.channel_mix(x + out[0]), out[1]
@@ -120,16 +120,16 @@ class Backbone(nn.Module):
         self,
         input_ids: Int[Tensor, "batch len"],  # token ids
         state: list | None = None,  # to go on from, one entry a layer; None: start from nothing and return none
-        **padding,  # `padding=`, for batches that are padded on the left
+        **marks,  # `padding=` and `starts=`, where rows are padded or hold several documents
     ):  # hidden states that leave the last block, (batch, len, d_model), and the new state if one was given
         x = self.embedding(input_ids)
         if state is None:
             for block in self.layers:
-                x = block(x, **padding)
+                x = block(x, **marks)
             return x
         new_state = []
         for block, layer_state in zip(self.layers, state, strict=True):
-            x, layer_state = block(x, layer_state, **padding)
+            x, layer_state = block(x, layer_state, **marks)
             new_state.append(layer_state)
         return x, new_state
 
@@ -159,14 +159,18 @@ def pack_left(
     return attention_mask.long().argsort(dim=1, stable=True), padding
 
 
-def _pack(input_ids, attention_mask):
+def _pack(input_ids, attention_mask, starts=None):
     """Ids with the padding on the left, what to tell the mixers, and the order that leads back (None: as it is)."""
+    marks = {} if starts is None else {"starts": starts}
     if attention_mask is None:
-        return input_ids, {}, None
+        return input_ids, marks, None
     order, padding = pack_left(attention_mask)
     if not torch.compiler.is_compiling() and not padding.any():
-        return input_ids, {}, None
-    return input_ids.gather(1, order), {"padding": padding}, order.argsort(1)
+        return input_ids, marks, None
+    if starts is not None:  # the token with which a document begins may be masked: then it begins with the next one
+        document = starts.cumsum(1).gather(1, order)
+        marks = {"starts": F.pad(document[:, 1:] != document[:, :-1], (1, 0))}
+    return input_ids.gather(1, order), {"padding": padding, **marks}, order.argsort(1)
 
 
 def _unpack(x, back):
@@ -238,19 +242,21 @@ class LayerView:
     mixer_input: Tensor  # the same after the block's first norm
     mixer_output: Tensor  # what the mixer adds to the residual stream
     output: Tensor  # hidden state that leaves the block, before any final norm
+    marks: dict  # `starts=`, where rows hold several documents
 
     def matrix(self) -> Float[Tensor, "batch heads len len"]:
         """The matrix that the mixer applied to its values (attention: the softmax of scores), computed when asked."""
         with torch.no_grad():
-            return self.block.mixer.matrix(self.mixer_input)
+            return self.block.mixer.matrix(self.mixer_input, **self.marks)
 
 # %% ../nbs/04_decoder.ipynb #7074995a
 def check_ids(
     input_ids: Tensor,  # token ids, (batch, len)
     vocab_size: int,  # number of token ids
     attention_mask: Tensor | None = None,  # of the same shape
+    starts: Tensor | None = None,  # bool, of the same shape
 ) -> None:
-    """Raise ValueError for anything but (batch, len >= 1) integer ids of the vocabulary and a mask of that shape."""
+    """Raise ValueError for anything but (batch, len >= 1) integer ids of the vocabulary and masks of that shape."""
     shape = tuple(input_ids.shape)
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids has shape {shape}: it must be (batch, len) with at least one token")
@@ -258,6 +264,8 @@ def check_ids(
         raise ValueError(f"input_ids has dtype {input_ids.dtype}: it must be int64 or int32")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {shape}")
+    if starts is not None and (starts.shape != input_ids.shape or starts.dtype != torch.bool):
+        raise ValueError(f"starts is {starts.dtype} of shape {tuple(starts.shape)}: it must be bool of shape {shape}")
     if torch.compiler.is_compiling():  # while a graph is traced, there are no values to look at
         return
     smallest, largest = (int(bound) for bound in input_ids.aminmax())
@@ -270,30 +278,33 @@ def hidden(
     model: Decoder,  # the model
     input_ids: Int[Tensor, "batch len"],  # token ids
     attention_mask: Shaped[Tensor, "batch len"] | None = None,  # 1 token, 0 padding (left, right or between)
+    starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
 ) -> Float[Tensor, "batch len d_model"]:
     """Hidden states that leave the last block, for `head`. Raises ValueError as `check_ids` and `pack_left` do."""
-    check_ids(input_ids, model.vocab_size, attention_mask)
-    input_ids, padding, back = _pack(input_ids, attention_mask)
-    return _unpack(model.backbone(input_ids, **padding), back)
+    check_ids(input_ids, model.vocab_size, attention_mask, starts)
+    input_ids, marks, back = _pack(input_ids, attention_mask, starts)
+    return _unpack(model.backbone(input_ids, **marks), back)
 
 
-def _begin(model, input_ids, attention_mask, state):
+def _begin(model, input_ids, attention_mask, state, starts=None):
     """Checked: ids with the padding on the left, what to tell the mixers, the order that leads back, and a state."""
-    check_ids(input_ids, model.vocab_size, attention_mask)
+    check_ids(input_ids, model.vocab_size, attention_mask, starts)
     if attention_mask is not None and state is not None:
         raise ValueError("attention_mask and state cannot be given together: padding is only allowed at the start")
-    return *_pack(input_ids, attention_mask), model.init_state(len(input_ids)) if state is None else state
+    state = model.init_state(len(input_ids)) if state is None else state
+    return *_pack(input_ids, attention_mask, starts), state
 
 
 def prefill(
     model: Decoder,  # the model
     input_ids: Int[Tensor, "batch len"],  # token ids
     attention_mask: Shaped[Tensor, "batch len"] | None = None,  # 1 token, 0 padding; only at the start
-    state: list | None = None,  # state to go on from; None: a new sequence
+    state: list | None = None,  # state to go on from, until a document begins; None: a new sequence
+    starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
 ) -> tuple[Float[Tensor, "batch len vocab"], list]:  # logits of every position, state after the last token
     """Read a prompt, or go on reading from `state`. Raises ValueError as `forward`, and for a mask with a state."""
-    input_ids, padding, back, state = _begin(model, input_ids, attention_mask, state)
-    x, state = model.backbone(input_ids, state, **padding)
+    input_ids, marks, back, state = _begin(model, input_ids, attention_mask, state, starts)
+    x, state = model.backbone(input_ids, state, **marks)
     return model.head(_unpack(x, back)), state
 
 # %% ../nbs/04_decoder.ipynb #710e65b7
@@ -309,11 +320,11 @@ def read(
 
     Raises ValueError as `prefill`, and for a `piece` below 1."""
     check_sizes(piece=piece)
-    input_ids, padding, _, state = _begin(model, input_ids, attention_mask, state)
-    most = int(padding["padding"].max()) if padding else 0
+    input_ids, marks, _, state = _begin(model, input_ids, attention_mask, state)
+    most = int(marks["padding"].max()) if marks else 0
     for start in range(0, input_ids.shape[1], piece):
         ids = input_ids[:, start : start + piece]
-        pads = {"padding": (padding["padding"] - start).clamp(0, ids.shape[1])} if start < most else {}
+        pads = {"padding": (marks["padding"] - start).clamp(0, ids.shape[1])} if start < most else {}
         x, state = model.backbone(ids, state, **pads)  # packed to the left, every row ends with a token
     return model.head(x[:, -1]), state
 
@@ -321,18 +332,21 @@ def read(
 def walk(
     model: Decoder,  # the model
     input_ids: Int[Tensor, "batch len"],  # token ids
+    starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
 ) -> Iterator[LayerView]:
     """Run the model one layer at a time, without gradients, keeping nothing of a layer once the next is asked for."""
-    check_ids(input_ids, model.vocab_size)
+    check_ids(input_ids, model.vocab_size, starts=starts)
+    marks = {} if starts is None else {"starts": starts}
     x = model.backbone.embedding(input_ids).detach()
     for index, block in enumerate(model.backbone.layers):
         with torch.no_grad():
             mixer_input = block.input_layernorm(x)
-            mixer_output = block.mixer(mixer_input)
-            layer = LayerView(index, block, x, mixer_input, mixer_output, block.channel_mix(x + mixer_output))
+            mixer_output = block.mixer(mixer_input, **marks)
+            output = block.channel_mix(x + mixer_output)
+            layer = LayerView(index, block, x, mixer_input, mixer_output, output, marks)
         yield layer
         x = layer.output
-        del layer, mixer_input, mixer_output
+        del layer, mixer_input, mixer_output, output
 
 # %% ../nbs/04_decoder.ipynb #ce5d45fa
 @lru_cache
@@ -403,8 +417,8 @@ class Decoder(nn.Module):
     """A language model: backbone and head. Which model it is depends on the mixers alone.
 
     A mixer is a module with `forward(u)` -> y, `forward(u, state)` -> (y, state), `step(u_t, state)` -> (y_t, state),
-    `matrix(u)` -> (batch, heads, len, len) and `init_state(batch)`; `forward` takes `padding=` for padded batches. It
-    may have `step_in_place(u_t, state)`, which overwrites the state."""
+    `matrix(u)` -> (batch, heads, len, len) and `init_state(batch)`; `forward` takes `padding=` and `starts=`, `matrix`
+    the latter. It may have `step_in_place(u_t, state)`, which overwrites the state."""
 
     hidden, prefill, read, generate, walk = hidden, prefill, read, generate, walk  # the functions above, as methods
 
@@ -433,12 +447,12 @@ class Decoder(nn.Module):
         return logits[..., : self.vocab_size]
 
     def forward(
-        self,
-        input_ids: Int[Tensor, "batch len"],  # token ids
+        self, input_ids: Int[Tensor, "batch len"],  # token ids
         attention_mask: Shaped[Tensor, "batch len"] | None = None,  # 1 token, 0 padding (left, right or between)
+        starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
     ) -> Float[Tensor, "batch len vocab"]:  # logits; those at padding mean nothing
         """Logits of every position. A masked token is as good as absent. Raises ValueError as `hidden`."""
-        return self.head(self.hidden(input_ids, attention_mask))
+        return self.head(self.hidden(input_ids, attention_mask, starts))
 
     def init_state(self, batch: int) -> list:
         """The state before the first token: one entry a layer."""

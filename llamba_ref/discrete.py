@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .conventions import check_option, check_sizes, wide_dtype
+from .conventions import check_option, check_sizes, forget, wide_dtype
 from .mamba2 import MambaState, Projected, SSDMixer, convolve
 
 # %% auto #0
@@ -64,12 +64,13 @@ class DiscreteMamba2(SSDMixer):
             self.z_bias.fill_(OPEN_GATE)
 
     def project(
-        self, u: Tensor, state: MambaState | None, tokens: Tensor | None = None, in_place: bool = False
+        self, u: Tensor, state: MambaState | None, tokens: Tensor | None = None, starts: Tensor | None = None,
+        in_place: bool = False,
     ) -> tuple[Projected, MambaState | None]:
         """What the recurrence needs, and the state, where there is one, with all but its `ssm` new."""
         xBC, z, A_log = self.in_proj(u).split([self.conv1d.out_channels, self.d_inner, self.n_heads], dim=-1)
-        x, B, C, state = convolve(self, xBC, state, tokens, in_place)
-        log_a = F.logsigmoid(-A_log.to(wide_dtype(A_log)))  # = -softplus(A_log)
+        x, B, C, state = convolve(self, xBC, state, tokens, starts, in_place)
+        log_a = forget(F.logsigmoid(-A_log.to(wide_dtype(A_log))), starts)  # logsigmoid(-A_log) = -softplus(A_log)
         return Projected(x, None, log_a, B, C, z), state
 
     def gate_and_project(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:

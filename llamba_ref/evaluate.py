@@ -12,26 +12,28 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .conventions import check_sizes, wide_dtype
-from .data import TokenBlocks
+from .data import Batch, TokenBlocks, asked_for_next
 from .decoder import Decoder, check_sizes_of
 
 # %% auto #0
-__all__ = ['PEOPLE', 'PLACES', 'token_nll', 'Evaluation', 'batches_in_order', 'evaluate', 'Comparison', 'compare',
-           'copy_accuracy', 'first_tokens', 'fact_accuracy', 'prompt_tokens', 'generate_text']
+__all__ = ['PEOPLE', 'PLACES', 'token_nll', 'Evaluation', 'batches_in_order', 'predicted_tokens', 'evaluate', 'Comparison',
+           'compare', 'copy_accuracy', 'first_tokens', 'fact_accuracy', 'prompt_tokens', 'generate_text']
 
 # %% ../nbs/17_evaluate.ipynb #445d4ecd
 def token_nll(
     logits: Float[Tensor, "batch len vocab"],  # what a model makes of the tokens
     input_ids: Int[Tensor, "batch len"],  # the tokens
+    asked: Bool[Tensor, "batch len"] | None = None,  # after which tokens the next one is asked for; None: all
 ) -> Float[Tensor, ""]:
     """Sum of the tokens' negative log-likelihoods, in float32 at least: position t - 1 predicts token t."""
-    logits = logits[:, :-1].to(wide_dtype(logits))
-    return F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum")
+    logits, targets = logits[:, :-1].to(wide_dtype(logits)), input_ids[:, 1:]
+    chosen = (z.flatten(0, 1) if asked is None else z[asked[:, :-1]] for z in (logits, targets))
+    return F.cross_entropy(*chosen, reduction="sum")
 
 # %% ../nbs/17_evaluate.ipynb #6774254b
 @dataclass(frozen=True)
@@ -67,26 +69,38 @@ def batches_in_order(
     model: Decoder,  # whose device the batches go to
     blocks: TokenBlocks,  # what to read
     batch_size: int,  # blocks at a time
-) -> Iterator[Int[Tensor, "batch len"]]:
+) -> Iterator[Batch]:
     """All blocks in order. Raises ValueError for blocks too short to predict anything, and a batch size below 1."""
     check_sizes(batch_size=batch_size)
     if blocks.length < 2:
         raise ValueError(f"blocks have {blocks.length} token: at least 2 are needed to predict one")
     for start in range(0, len(blocks), batch_size):
-        yield blocks[start : start + batch_size].to(model.device)
+        yield blocks.batch(slice(start, start + batch_size)).map(lambda z: z.to(model.device))
+
+
+def predicted_tokens(blocks: TokenBlocks) -> int:
+    """How many tokens are asked for and have something before them. Raises ValueError when there are none."""
+    asked = asked_for_next(blocks.marked)
+    count = len(blocks) * (blocks.length - 1) if asked is None else int(asked[:, :-1].sum())
+    if not count:
+        raise ValueError(f"the {len(blocks)} blocks ask for nothing: no answer of an assistant is in them")
+    return count
 
 
 @torch.no_grad()
 def evaluate(
     model: Decoder,  # the model
-    blocks: TokenBlocks,  # text that it was not trained on; every block is a context of its own
+    blocks: TokenBlocks,  # text that it was not trained on; every block, or document, is a context of its own
     batch_size: int = 8,  # blocks at a time; changes nothing but speed and memory
 ) -> Evaluation:
-    """Predict every token of every block but the first from those before it.
+    """Predict every token of every block but the first from those before it; where documents are told apart, all but
+    the first of each, and where not all tokens count, those that do.
 
-    Raises ValueError as `batches_in_order` does, FloatingPointError when the loss is not finite."""
-    total = sum(token_nll(model(ids), ids).item() for ids in batches_in_order(model, blocks, batch_size))
-    predicted = len(blocks) * (blocks.length - 1)
+    Raises ValueError as `batches_in_order` and `predicted_tokens` do, FloatingPointError when the loss is not
+    finite."""
+    total = sum(token_nll(model(rows.ids, **rows.marks), rows.ids, asked_for_next(rows)).item()
+                for rows in batches_in_order(model, blocks, batch_size))
+    predicted = predicted_tokens(blocks)
     return Evaluation(total / predicted, predicted, blocks.bytes_per_token)
 
 # %% ../nbs/17_evaluate.ipynb #2a99872a
@@ -119,13 +133,16 @@ def compare(
     """Both models on the same tokens. Raises ValueError when their vocabularies differ, and as `evaluate` does."""
     check_sizes_of(teacher, student, "token ids")
     sums = torch.zeros(4, dtype=torch.float64)
-    for ids in batches_in_order(student, blocks, batch_size):
-        ours, theirs = student(ids), teacher(ids)
-        same = (ours.argmax(-1) == theirs.argmax(-1))[:, :-1].sum()
-        log_q, log_p = (logits[:, :-1].to(wide_dtype(logits)).log_softmax(-1) for logits in (ours, theirs))
+    for rows in batches_in_order(student, blocks, batch_size):
+        ours, theirs = (model(rows.ids, **rows.marks) for model in (student, teacher))
+        asked = asked_for_next(rows)
+        nlls = [token_nll(logits, rows.ids, asked) for logits in (theirs, ours)]
+        ours, theirs = (logits[:, :-1] if asked is None else logits[:, :-1][asked[:, :-1]] for logits in (ours, theirs))
+        same = (ours.argmax(-1) == theirs.argmax(-1)).sum()
+        log_q, log_p = (logits.to(wide_dtype(logits)).log_softmax(-1) for logits in (ours, theirs))
         kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-        sums += torch.tensor([value.item() for value in (token_nll(theirs, ids), token_nll(ours, ids), same, kl)])
-    predicted = len(blocks) * (blocks.length - 1)
+        sums += torch.tensor([value.item() for value in (*nlls, same, kl)])
+    predicted = predicted_tokens(blocks)
     *nlls, agreement, kl = (sums / predicted).tolist()
     names = ("teacher", "student")
     evaluations = [Evaluation(nll, predicted, blocks.bytes_per_token, name) for nll, name in zip(nlls, names)]

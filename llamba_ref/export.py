@@ -135,8 +135,8 @@ def onnx_ssd(x, log_a, B, C, *, chunk_size=None, initial_state=None, return_stat
     return rearrange(y, "b l (h p) -> b l h p", h=heads), state.mT
 
 
-def onnx_conv(x, weight, bias, window=None, *, activation="identity"):
-    """`causal_conv` as ONNX Runtime's operator; arguments and results as there."""
+def onnx_conv(x, weight, bias, window=None, starts=None, *, activation="identity"):
+    """`causal_conv` as ONNX Runtime's operator; arguments and results as there, `starts` always None: one text."""
     x, past = x.mT, window[:, :, 1:]  # what is `width` tokens back is not looked at any more
     y, _ = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::CausalConvWithState", (x, weight, bias, past),
@@ -145,7 +145,7 @@ def onnx_conv(x, weight, bias, window=None, *, activation="identity"):
     return y.mT, torch.cat([window, x], 2)[:, :, -window.shape[2]:]
 
 # %% ../nbs/98_export.ipynb #3a91a9ab
-def onnx_attention(q, k, v, padding=None):
+def onnx_attention(q, k, v, first=None):
     """`causal_attention` in one path for any number of queries and keys."""
     k, v = (repeat(z, "b h l d -> b (h r) l d", r=q.shape[1] // z.shape[1]) for z in (k, v))
     mask = causal_mask(q.shape[2], k.shape[2] - q.shape[2], None, q.device)

@@ -11,11 +11,11 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from jaxtyping import Float, Inexact, Int
+from jaxtyping import Bool, Float, Inexact, Int
 from torch import Tensor, nn
 
-from .conventions import Backend, check_option, check_sizes, checked
-from .conventions import find_kernel, is_token, wide_dtype, wrong_widths
+from .conventions import Backend, check_option, check_sizes, checked, find_kernel
+from .conventions import forget, is_token, wide_dtype, wrong_widths
 from .scan import factor_out_phase, linear_scan, recurrence
 
 # %% auto #0
@@ -177,7 +177,7 @@ def reset_gates(
         beta.uniform_(0, 0.3)
 
 
-def _heads_and_gates(parts, alpha, beta, heads):
+def _heads_and_gates(parts, alpha, beta, heads, starts=None):
     """The parts of a projected input, each (b l keys), as q, k, v, log_a and phase, each (b l h d), and z as it is."""
     q, k, v, z, *of_token = parts
     biases = [bias for bias in (alpha, beta) if bias is not None]
@@ -185,7 +185,7 @@ def _heads_and_gates(parts, alpha, beta, heads):
     sums = [(bias + token).expand_as(q) for bias, token in zip_longest(biases, of_token, fillvalue=0)]
     logit, *phase = (x.to(wide_dtype(q, alpha)) for x in sums)
     # 2. magnitudes by a sigmoid, as logs; all in heads
-    inputs = (q, k, v, F.logsigmoid(logit), *phase)
+    inputs = (q, k, v, forget(F.logsigmoid(logit), starts), *phase)
     q, k, v, log_a, *phase = (rearrange(x, "b l (h d) -> b l h d", h=heads) for x in inputs)
     return q, k, v, log_a, phase[0] if phase else None, z
 
@@ -229,9 +229,9 @@ class GateLoop(nn.Module):
         self.out_proj.reset_parameters()
         reset_gates(self.alpha, self.beta)
 
-    def project(self, u: Float[Tensor, "batch len d_model"]):
+    def project(self, u: Float[Tensor, "batch len d_model"], starts=None):
         """What the recurrence needs, q, k, v, log_a and phase, and the output gate's input z."""
-        return _heads_and_gates(self.in_proj(u).split(self.sizes, dim=-1), self.alpha, self.beta, self.n_heads)
+        return _heads_and_gates(self.in_proj(u).split(self.sizes, dim=-1), self.alpha, self.beta, self.n_heads, starts)
 
     def init_state(self, batch: int) -> Tensor:
         """The state before the first token: zeros (batch, heads, d_state, headdim), complex unless gates are real."""
@@ -243,11 +243,11 @@ class GateLoop(nn.Module):
         self, u: Float[Tensor, "batch len d_model"],  # normed hidden states
         state: Tensor | None = None,  # state to go on from
         padding: Int[Tensor, "batch"] | None = None,  # pads on the left of each row; where any, `state` is zero
+        starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
     ):  # (batch, len, d_model), and the new state if one was given
         """Mix along the sequence."""
-        q, k, v, log_a, phase, z = self.project(u)
-        if padding is not None:  # what is padding writes nothing
-            v = v.masked_fill(~is_token(padding, u.shape[1])[..., None, None], 0)
+        q, k, v, log_a, phase, z = self.project(u, starts)
+        v = v if padding is None else v.masked_fill(~is_token(padding, u.shape[1])[..., None, None], 0)  # not written
         y, new_state = gateloop(q, k, v, log_a, phase, mode=self.mode, initial_state=state, return_state=True)
         y = self.out_proj(rearrange(y.real, "b l h p -> b l (h p)").to(z.dtype) * F.silu(z))
         return y if state is None else (y, new_state)
@@ -257,7 +257,7 @@ class GateLoop(nn.Module):
         y, state = self(u_t.unsqueeze(1), state)
         return y.squeeze(1), state
 
-    def matrix(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch heads len len"]:
+    def matrix(self, u: Float[Tensor, "batch len d_model"], starts=None) -> Float[Tensor, "batch heads len len"]:
         """The matrix that each head applies to its values: the real part of the surrogate attention."""
-        q, k, _, log_a, phase, _ = self.project(u)
+        q, k, _, log_a, phase, _ = self.project(u, starts)
         return gateloop_matrix(q, k, log_a, phase).real

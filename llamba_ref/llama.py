@@ -16,12 +16,13 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .conventions import document_begin
 from .convert import LanguageModel, ModelConfig, check_fields
 from .decoder import Backbone, init_weights
 
 # %% auto #0
-__all__ = ['Rope', 'rope_frequencies', 'turn_pairs', 'apply_rope', 'rotate', 'KVCache', 'causal_mask', 'causal_attention',
-           'attention_matrix', 'Attention', 'LlamaConfig', 'Llama']
+__all__ = ['Rope', 'rope_frequencies', 'turn_pairs', 'apply_rope', 'rotate', 'KVCache', 'first_keys', 'causal_mask',
+           'causal_attention', 'attention_matrix', 'Attention', 'LlamaConfig', 'Llama']
 
 # %% ../nbs/11_llama.ipynb #4c3315a6
 @dataclass(frozen=True)
@@ -82,12 +83,12 @@ def apply_rope(
 def rotate(
     z: Float[Tensor, "batch heads len headdim"],  # queries or keys
     rope: Rope,  # base and scaling
-    past: int,  # positions before the first of them
-    padding: Int[Tensor, "batch"] | None,  # padding on the left of each row, which takes no position
+    past: int,  # entries before the first of them
+    first: Int[Tensor, "batch #len"] | None,  # for each of them, the entry at which its text begins; None: 0
 ) -> Float[Tensor, "batch heads len headdim"]:
     """Rotate queries or keys by their positions in the text."""
     positions = torch.arange(past, past + z.shape[2], device=z.device)[None]
-    positions = positions if padding is None else positions - padding[:, None]
+    positions = positions if first is None else positions - first
     return apply_rope(z, positions, rope_frequencies(rope, z.shape[-1], z.device))
 
 # %% ../nbs/11_llama.ipynb #7b86e9d6
@@ -96,7 +97,7 @@ class KVCache(NamedTuple):
 
     k: Float[Tensor, "batch kv_heads past headdim"]  # rotated keys; their attribute `room` is memory with space behind
     v: Float[Tensor, "batch kv_heads past headdim"]  # values
-    padding: Int[Tensor, "batch"] | None = None  # how many of the first entries of each row are padding
+    padding: Int[Tensor, "batch"] | None = None  # first entries of each row that are padding, or documents that ended
 
     def extend(
         self,
@@ -126,7 +127,8 @@ class KVCache(NamedTuple):
 
     def crop(self, length: int) -> KVCache:
         """The cache as it was after `length` entries, in the same memory, which may be overwritten from there on: this
-        one is given up, with all others that are longer and were made from the same one.
+        one is given up, with all others that are longer and were made from the same one. It does not go back into a
+        document that has ended: where that began is forgotten.
 
         Raises ValueError for a length that is negative or more than there is."""
         if not 0 <= length <= self.k.shape[2]:
@@ -138,35 +140,47 @@ class KVCache(NamedTuple):
         return KVCache(k, v, None if self.padding is None else self.padding.clamp(max=length))
 
 # %% ../nbs/11_llama.ipynb #5861d210
+def first_keys(
+    past: int,  # number of keys before the first query
+    padding: Int[Tensor, "batch"] | None,  # first keys of each row that no query may see
+    starts: Bool[Tensor, "batch len"] | None,  # which queries begin a document
+) -> Int[Tensor, "batch #len"] | None:  # the first key that each query may see, or all of a row; None: 0
+    """Where the document of each query begins, or the padding ends."""
+    first = None if padding is None else padding[:, None]
+    return first if starts is None else past + document_begin(starts, (0 if first is None else first) - past)
+
+
 def causal_mask(
     queries: int,  # number of queries
     past: int,  # number of keys before the first query
-    padding: Int[Tensor, "batch"] | None,  # padding on the left of each row
+    first: Int[Tensor, "batch #queries"] | None,  # the first key that each query may see; None: 0
     device: torch.device | str,  # where the mask is needed
 ) -> Bool[Tensor, "rows 1 queries keys"]:  # rows is 1 or batch, keys past + queries: True where a query may look
-    """A query sees itself and what lies before, but no padding (a padded query sees itself, so no row is empty)."""
+    """A query sees itself and what lies before, from its first key on (padding sees itself, so that no row is
+    empty)."""
     key = torch.arange(past + queries, device=device)
     query = torch.arange(past, past + queries, device=device)[:, None]
-    if padding is None:
+    if first is None:
         return (key <= query)[None, None]
-    return ((key <= query) & (key >= padding[:, None, None]) | (key == query))[:, None]
+    return ((key <= query) & (key >= first[..., None]) | (key == query))[:, None]
 
 
 def causal_attention(
     q: Float[Tensor, "batch heads len headdim"],  # queries, of the last `len` keys
     k: Float[Tensor, "batch kv_heads keys headdim"],  # keys, each for heads / kv_heads neighbouring heads
     v: Float[Tensor, "batch kv_heads keys headdim"],  # values
-    padding: Int[Tensor, "batch"] | None = None,  # padding on the left of each row
+    first: Int[Tensor, "batch #len"] | None = None,  # the first key that each query may see; None: 0
     rows: int = 256,  # queries at a time, where a mask is needed
 ) -> Float[Tensor, "batch heads len headdim"]:
     """Softmax attention of every query to the keys up to its own, without a mask of all pairs."""
     attend = partial(F.scaled_dot_product_attention, enable_gqa=True)
     length, past = q.shape[2], k.shape[2] - q.shape[2]
-    if padding is None and (past == 0 or length == 1):
+    if first is None and (past == 0 or length == 1):
         return attend(q, k, v, is_causal=length > 1)
     pieces = []
     for i, piece in enumerate(q.split(rows, 2)):
-        mask = causal_mask(piece.shape[2], past + i * rows, padding, q.device)
+        own = first if first is None or first.shape[1] == 1 else first[:, i * rows : (i + 1) * rows]
+        mask = causal_mask(piece.shape[2], past + i * rows, own, q.device)
         pieces.append(attend(piece, k[:, :, : mask.shape[-1]], v[:, :, : mask.shape[-1]], mask))
     return torch.cat(pieces, 2)
 
@@ -175,11 +189,13 @@ def attention_matrix(
     q: Float[Tensor, "batch len heads headdim"],  # queries
     k: Float[Tensor, "batch len kv_heads headdim"],  # keys, each for heads / kv_heads neighbouring heads
     scale: float | None = None,  # scores are scale * q.k; None: 1 / sqrt(headdim)
+    starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
 ) -> Float[Tensor, "batch heads len len"]:  # row t: the weights that position t gives to positions 0..t; dtype of q
     """Causal softmax attention as a matrix for each query head. Computed in float32 at least from the scores on."""
     q, k = rearrange(q, "b l h d -> b h l d"), repeat(k, "b l h d -> b (h r) l d", r=q.shape[2] // k.shape[2])
     scores = q @ k.mT / q.shape[-1] ** 0.5 if scale is None else q @ k.mT * scale
-    scores = scores.masked_fill(~causal_mask(q.shape[2], 0, None, q.device), float("-inf"))
+    mask = causal_mask(q.shape[2], 0, first_keys(0, None, starts), q.device)
+    scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
 
 # %% ../nbs/11_llama.ipynb #6031ffa3
@@ -187,8 +203,7 @@ class Attention(nn.Module):
     """Causal softmax attention with rotary positions and grouped queries: the mixer of Llama."""
 
     def __init__(
-        self,
-        d_model: int,  # width of the residual stream
+        self, d_model: int,  # width of the residual stream
         n_heads: int,  # query heads
         n_kv_heads: int,  # key and value heads; n_heads is a multiple
         head_dim: int,  # width of a head, even
@@ -209,24 +224,25 @@ class Attention(nn.Module):
         """An empty cache."""
         return KVCache(*[self.k_proj.weight.new_zeros(batch, self.n_kv_heads, 0, self.head_dim)] * 2)
 
-    def project(self, u: Tensor, past: int, padding: Tensor | None):
+    def project(self, u: Tensor, past: int, first: Tensor | None):
         """Rotated queries, rotated keys and values, each (batch, heads, len, headdim)."""
         qkv = self.q_proj(u), self.k_proj(u), self.v_proj(u)
         q, k, v = (rearrange(z, "b l (h d) -> b h l d", d=self.head_dim) for z in qkv)
-        return rotate(q, self.rope, past, padding), rotate(k, self.rope, past, padding), v
+        return rotate(q, self.rope, past, first), rotate(k, self.rope, past, first), v
 
     def forward(
-        self,
-        u: Float[Tensor, "batch len d_model"],  # normed hidden states
+        self, u: Float[Tensor, "batch len d_model"],  # normed hidden states
         state: KVCache | None = None,  # cache to go on from
         padding: Int[Tensor, "batch"] | None = None,  # padding on the left of each row of `u`
+        starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
     ):  # (batch, len, d_model), and the new cache if one was given
-        """Attend to everything up to and including each position."""
-        before = None if state is None else state.padding  # a row may be padded over several pieces
-        padding = before if padding is None else padding if before is None else before + padding
-        q, k, v = self.project(u, 0 if state is None else state.k.shape[2], padding)
-        cache = None if state is None else state._replace(padding=padding).extend(k, v)
-        y = causal_attention(q, *((k, v) if cache is None else cache[:2]), padding)
+        """Attend to everything of a document up to and including each position."""
+        past, before = (0, None) if state is None else (state.k.shape[2], state.padding)
+        padding = before if padding is None else padding if before is None else before + padding  # in several pieces
+        first = first_keys(past, padding, starts)
+        q, k, v = self.project(u, past, first)
+        cache = state and state._replace(padding=padding if starts is None else first[:, -1]).extend(k, v)
+        y = causal_attention(q, *((k, v) if cache is None else cache[:2]), first)
         y = self.o_proj(rearrange(y, "b h l d -> b l (h d)"))
         return y if cache is None else (y, cache)
 
@@ -235,13 +251,13 @@ class Attention(nn.Module):
         y, state = self(u_t[:, None], state)
         return y[:, 0], state
 
-    def queries_and_keys(self, u: Float[Tensor, "batch len d_model"]) -> tuple[Tensor, Tensor]:
+    def queries_and_keys(self, u: Float[Tensor, "batch len d_model"], starts=None) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys, (batch, len, heads or kv_heads, headdim), from which `attention_matrix` follows."""
-        return tuple(z.transpose(1, 2) for z in self.project(u, 0, None)[:2])
+        return tuple(z.transpose(1, 2) for z in self.project(u, 0, first_keys(0, None, starts))[:2])
 
-    def matrix(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch heads len len"]:
+    def matrix(self, u: Float[Tensor, "batch len d_model"], starts=None) -> Float[Tensor, "batch heads len len"]:
         """The attention matrix of each query head: row t holds the weights that position t gives to positions 0..t."""
-        return attention_matrix(*self.queries_and_keys(u)).to(u.dtype)
+        return attention_matrix(*self.queries_and_keys(u, starts), starts=starts).to(u.dtype)
 
 # %% ../nbs/11_llama.ipynb #3e39d9ce
 class LlamaConfig(ModelConfig):

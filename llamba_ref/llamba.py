@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .conventions import check_option, wide_dtype
@@ -152,12 +152,13 @@ class MixedHeads(nn.Module):
         u: Float[Tensor, "batch len d_model"],  # normed hidden states
         state: MixedState | None = None,  # state to go on from
         padding: Int[Tensor, "batch"] | None = None,  # padding on the left of each row
+        starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
     ):  # (batch, len, d_model), and the new state if one was given
         """Both parts read the same input."""
         if state is None:
-            return self.recurrent(u, padding=padding) + self.attention(u, padding=padding)
-        y, recurrent = self.recurrent(u, state.recurrent, padding)
-        z, cache = self.attention(u, state.cache, padding)
+            return self.recurrent(u, None, padding, starts) + self.attention(u, None, padding, starts)
+        y, recurrent = self.recurrent(u, state.recurrent, padding, starts)
+        z, cache = self.attention(u, state.cache, padding, starts)
         return y + z, MixedState(recurrent, cache)
 
     def step(self, u_t: Float[Tensor, "batch d_model"], state: MixedState) -> tuple[Tensor, MixedState]:
@@ -172,12 +173,12 @@ class MixedHeads(nn.Module):
         z, cache = self.attention.step(u_t, state.cache)
         return y + z, MixedState(recurrent, cache)
 
-    def matrix(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch heads len len"]:
+    def matrix(self, u: Float[Tensor, "batch len d_model"], starts=None) -> Float[Tensor, "batch heads len len"]:
         """The matrix of each head, of whichever kind it is. Those of attention have no gradient: stage 1 of MOHAWK
         would move them away from the teacher's, which they are."""
-        matrix = self.recurrent.matrix(u).clone()
+        matrix = self.recurrent.matrix(u, starts).clone()
         with torch.no_grad():
-            kept = self.attention.matrix(u).to(matrix.dtype)
+            kept = self.attention.matrix(u, starts).to(matrix.dtype)
         matrix[:, self.heads] = kept
         return matrix
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .conv import causal_conv, causal_conv_step
-from .conventions import check_sizes, is_token, wide_dtype
+from .conventions import check_sizes, forget, is_token, wide_dtype
 from .convert import LanguageModel, ModelConfig
 from .decoder import Backbone
 from .ssd import ssd, ssd_matrix, ssd_step
@@ -95,8 +95,7 @@ class SSDMixer(nn.Module):
     """A mixer around `ssd`. `project` of a subclass says what enters it, `gate_and_project` what becomes of it."""
 
     def __init__(
-        self,
-        d_model: int,  # width of the residual stream
+        self, d_model: int,  # width of the residual stream
         d_inner: int,  # width of all heads together
         d_state: int,  # width N of a key
         n_heads: int,  # heads
@@ -122,13 +121,14 @@ class SSDMixer(nn.Module):
         return MambaState(window, weight.new_zeros(shape, dtype=wide_dtype(weight)))
 
     def forward(
-        self,
-        u: Float[Tensor, "batch len d_model"],  # normed hidden states
+        self, u: Float[Tensor, "batch len d_model"],  # normed hidden states
         state: MambaState | None = None,  # state to go on from
         padding: Int[Tensor, "batch"] | None = None,  # pads on the left of each row; where any, `state` is zero
+        starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
     ):  # (batch, len, d_model), and the new state if one was given
         """Mix along the sequence with the chunked `ssd`."""
-        p, carried = self.project(u, state, None if padding is None else is_token(padding, u.shape[1])[..., None])
+        tokens = None if padding is None else is_token(padding, u.shape[1])[..., None]
+        p, carried = self.project(u, state, tokens, starts)
         inputs, options = (p.written, p.log_a, p.B, p.C), {"chunk_size": self.chunk_size}
         if state is None:
             return self.gate_and_project(ssd(*inputs, **options), p.x, p.z)
@@ -143,13 +143,13 @@ class SSDMixer(nn.Module):
         """`step` that overwrites the old state. Raises RuntimeError where a gradient is wanted."""
         return _step(self, u_t, state, in_place=True)
 
-    def matrix_factors(self, u: Float[Tensor, "batch len d_model"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def matrix_factors(self, u: Float[Tensor, "batch len d_model"], starts=None) -> tuple[Tensor, ...]:
         """log_a, B, C and D, of which `ssd_matrix` makes the matrix."""
-        return *self.project(u, None)[0].factors(), self.D
+        return *self.project(u, None, starts=starts)[0].factors(), self.D
 
-    def matrix(self, u: Float[Tensor, "batch len d_model"]) -> Float[Tensor, "batch heads len len"]:
+    def matrix(self, u: Float[Tensor, "batch len d_model"], starts=None) -> Float[Tensor, "batch heads len len"]:
         """The matrix that each head applies to its x: a column for each token that is written, D on the diagonal."""
-        return ssd_matrix(*self.matrix_factors(u))
+        return ssd_matrix(*self.matrix_factors(u, starts))
 
 # %% ../nbs/09_mamba2.ipynb #6778f2cb
 def _step(mixer, u_t, state, in_place):
@@ -164,6 +164,7 @@ def convolve(
     xBC: Float[Tensor, "batch len channels"],  # its input
     state: MambaState | None,  # what is remembered of the tokens before; None: nothing
     tokens: Bool[Tensor, "batch len 1"] | None = None,  # False: nothing enters, and nothing is written; None: all True
+    starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees no input from before
     in_place: bool = False,  # overwrite the window of the state, if it has the input's type; for one token
 ) -> tuple[Tensor, Tensor, Tensor, MambaState | None]:  # x, B and C by heads or groups, the state with a new window
     """The convolution of a mixer, and its output in three."""
@@ -172,7 +173,7 @@ def convolve(
     if in_place and window.dtype == xBC.dtype:  # under autocast a first window may be wider
         xBC = causal_conv_step(xBC[:, 0], *weights, window, activation=mixer.activation)[:, None]
     else:
-        xBC, window = causal_conv(xBC, *weights, window, activation=mixer.activation)
+        xBC, window = causal_conv(xBC, *weights, window, starts, activation=mixer.activation)
     keys = mixer.n_groups * mixer.d_state
     x, B, C = xBC.split([mixer.d_inner, keys, keys], dim=-1)
     x = x if tokens is None else x.masked_fill(~tokens, 0)  # the convolution's bias would write padding into the state
@@ -187,8 +188,7 @@ class Mamba2(SSDMixer):
     Raises ValueError for sizes below 1, heads that do not divide the width, groups the heads, and a bad `dt_limit`."""
 
     def __init__(
-        self,
-        d_model: int,  # width of the residual stream
+        self, d_model: int,  # width of the residual stream
         d_state: int = 128,  # width N of a key
         headdim: int = 64,  # width P of a head
         *,
@@ -228,14 +228,15 @@ class Mamba2(SSDMixer):
         self.norm.weight.fill_(1)
 
     def project(
-        self, u: Tensor, state: MambaState | None, tokens: Tensor | None = None, in_place: bool = False
+        self, u: Tensor, state: MambaState | None, tokens: Tensor | None = None, starts: Tensor | None = None,
+        in_place: bool = False,
     ) -> tuple[Projected, MambaState | None]:
         """What the recurrence needs, and the state, where there is one, with all but its `ssm` new."""
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv1d.out_channels, self.n_heads], dim=-1)
-        x, B, C, state = convolve(self, xBC, state, tokens, in_place)
+        x, B, C, state = convolve(self, xBC, state, tokens, starts, in_place)
         wide = wide_dtype(dt)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.dt_limit)
-        return Projected(x, dt, -self.A_log.to(wide).exp() * dt, B, C, z), state
+        return Projected(x, dt, forget(-self.A_log.to(wide).exp() * dt, starts), B, C, z), state
 
     def gate_and_project(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
         """Add the skip D x, gate and norm, and project back to d_model."""

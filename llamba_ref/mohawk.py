@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .conventions import Backend, check_option, checked, find_kernel, wide_dtype, wrong_widths
+from .conventions import Backend, check_option, checked, find_kernel, forget, wide_dtype, wrong_widths
+from .data import Batch
 from .decoder import Decoder, LayerView, check_sizes_of
 from .llama import Attention, attention_matrix
 from .mamba2 import SSDMixer
@@ -60,21 +61,27 @@ class LayerByLayer:
         self,
         teacher: Decoder,  # gives every layer its input and its target
         student: Decoder,  # the same number of layers and the same width
-        layer_loss: Callable[[nn.Module, LayerView], Tensor],  # loss of a student's block against a teacher's layer
+        layer_loss: Callable[..., Tensor],  # loss of a student's block against a teacher's layer, a `LayerView`
+        by_token: bool = False,  # the loss is a mean over tokens, and takes `asked=`: which of them; else over rows
     ):
         """Raises ValueError when the models differ in depth or width, or the student has no new mixer."""
         check_sizes_of(teacher, student, "layers", "channels")
-        self.models, self.layer_loss = {"teacher": teacher, "student": student}, layer_loss
+        self.models, self.layer_loss, self.by_token = {"teacher": teacher, "student": student}, layer_loss, by_token
         self.layers = [i for i, block in enumerate(student.backbone.layers) if not isinstance(block.mixer, Attention)]
         self.parts = [f"layer {i}" for i in self.layers]
         if not self.layers:
             raise ValueError("every layer of the student keeps its attention: there is nothing to distil")
 
-    def __call__(self, input_ids: Int[Tensor, "batch len"], backward: Backward) -> Float[Tensor, "parts"]:
-        losses = []
-        for layer in self.models["teacher"].walk(input_ids):
+    def count(self, batch: Batch) -> int:
+        """Tokens that are asked, or rows."""
+        return batch.count if self.by_token else len(batch)
+
+    def __call__(self, batch: Batch | Tensor, backward: Backward) -> Float[Tensor, "parts"]:
+        batch, losses = Batch.of(batch), []
+        options = {"asked": batch.asked} if self.by_token else {}
+        for layer in self.models["teacher"].walk(batch.ids, **batch.marks):
             if layer.index in self.layers:
-                loss = self.layer_loss(self.models["student"].backbone.layers[layer.index], layer)
+                loss = self.layer_loss(self.models["student"].backbone.layers[layer.index], layer, **options)
                 backward(loss)
                 losses.append(loss.detach())
             if layer.index == self.layers[-1]:
@@ -90,12 +97,14 @@ def matrix_distance(
     B: Float[Tensor, "batch len groups state"],  # its keys, each for heads / groups neighbouring heads
     C: Float[Tensor, "batch len groups state"],  # its queries, grouped as B
     D: Float[Tensor, "heads"] | None = None,  # its skip connection, on the diagonal of its matrix
+    starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
     *,
     scale: float | None = None,  # the teacher's scores are scale * q.k; None: 1 / sqrt(width)
     backend: Backend = "auto",  # "naive", "triton" or "auto"
 ) -> Float[Tensor, "batch heads"]:  # Frobenius norms, float32 at least
     """How far `ssd_matrix(log_a, B, C, D)` is from causal softmax attention, for each head (Bick et al. 2024, equation
-    3 before the mean). The Triton path forms no matrix: its memory grows with len, not with its square.
+    3 before the mean), both within documents. The Triton path forms no matrix: its memory grows with len, not with its
+    square.
 
     Raises ValueError when an argument is not what the signature says, the sequence is empty, a log_a is positive, or
     scale is no finite number; RuntimeError when backend="triton" cannot run here."""
@@ -105,10 +114,11 @@ def matrix_distance(
     obstacle = wrong_widths("matrix_distance", 16, 128, width=width, state=B.shape[-1])
     kernel = find_kernel("matrix_distance.triton_distance", backend, *inputs, obstacle=obstacle)
     if kernel is not None:
-        return kernel(*inputs, width**-0.5 if scale is None else float(scale))
+        return kernel(*inputs, width**-0.5 if scale is None else float(scale), starts)
     wide = wide_dtype(*inputs)
     q, k, B, C = (z.to(wide) for z in (q.detach(), k.detach(), B, C))
-    return torch.linalg.matrix_norm(ssd_matrix(log_a, B, C, D) - attention_matrix(q, k, scale))
+    ours, theirs = ssd_matrix(forget(log_a, starts), B, C, D), attention_matrix(q, k, scale, starts)
+    return torch.linalg.matrix_norm(ours - theirs)
 
 # %% ../nbs/16_mohawk.ipynb #56f8d0cf
 def match_matrix(
@@ -121,10 +131,10 @@ def match_matrix(
     Raises ValueError when the matrices have different shapes, RuntimeError when backend="triton" cannot run here."""
     ours, theirs, u = block.mixer, layer.block.mixer, block.input_layernorm(layer.input)
     if find_kernel("matrix_distance.triton_distance", backend, u, obstacle=_needs_matrices(ours, theirs)) is None:
-        return orientation_loss(ours.matrix(u), layer.matrix())
+        return orientation_loss(ours.matrix(u, **layer.marks), layer.matrix())
     with torch.no_grad():
-        q, k = theirs.queries_and_keys(layer.mixer_input)
-    return matrix_distance(q, k, *ours.matrix_factors(u), backend="triton").mean()
+        q, k = theirs.queries_and_keys(layer.mixer_input, **layer.marks)
+    return matrix_distance(q, k, *ours.matrix_factors(u, **layer.marks), **layer.marks, backend="triton").mean()
 
 
 def _needs_matrices(ours: nn.Module, theirs: nn.Module) -> str | None:
@@ -142,20 +152,25 @@ def _needs_matrices(ours: nn.Module, theirs: nn.Module) -> str | None:
 def alignment_loss(
     student: Float[Tensor, "batch len d_model"],  # what the student's layer gives
     teacher: Float[Tensor, "batch len d_model"],  # what the teacher's layer gives
+    asked: Bool[Tensor, "batch len"] | None = None,  # which tokens count; None: all
 ) -> Float[Tensor, ""]:
     """Stage 2: the 2-norm of the difference, averaged over tokens (Bick et al. 2024, equation 4).
 
-    Raises ValueError when the shapes differ."""
+    Raises ValueError when the shapes differ, and when no token counts."""
     student, teacher = comparable("output", student, teacher)
-    return torch.linalg.vector_norm(student - teacher, dim=-1).mean()
+    norms = torch.linalg.vector_norm(student - teacher, dim=-1)
+    if asked is not None and not asked.any():
+        raise ValueError(f"asked has shape {tuple(asked.shape)} and is nowhere true: no token counts")
+    return (norms if asked is None else norms[asked]).mean()
 
 
 def match_output(
     block: nn.Module,  # the student's block
     layer: LayerView,  # what the teacher's layer saw and did
+    asked: Bool[Tensor, "batch len"] | None = None,  # which tokens count; None: all
 ) -> Float[Tensor, ""]:
     """Stage 2: what the student's block makes of the teacher's input, against what the teacher's block makes of it."""
-    return alignment_loss(block(layer.input), layer.output)
+    return alignment_loss(block(layer.input, **layer.marks), layer.output, asked)
 
 # %% ../nbs/16_mohawk.ipynb #454c82ae
 def distillation_loss(
@@ -183,12 +198,16 @@ class EndToEnd:
         check_sizes_of(teacher, student, "token ids")
         self.models = {"teacher": teacher, "student": student}
 
-    def __call__(self, input_ids: Int[Tensor, "batch len"], backward: Backward) -> Float[Tensor, "1"]:
-        teacher, student = self.models.values()
+    def count(self, batch: Batch) -> int:
+        """Tokens that are asked."""
+        return batch.count
+
+    def __call__(self, batch: Batch | Tensor, backward: Backward) -> Float[Tensor, "1"]:
+        batch, (teacher, student) = Batch.of(batch), self.models.values()
         with torch.no_grad():
-            target = teacher.hidden(input_ids).flatten(0, 1)
+            target = batch.of_asked(teacher.hidden(batch.ids, **batch.marks))
             teacher_head = torch.no_grad()(teacher.head)
-        x = student.hidden(input_ids).flatten(0, 1)
+        x = batch.of_asked(student.hidden(batch.ids, **batch.marks))
         loss = mean_over_chunks(
             lambda x, y: distillation_loss(student.head(x), teacher_head(y)), student.vocab_size, x, target)
         backward(loss)
@@ -197,7 +216,7 @@ class EndToEnd:
 # %% ../nbs/16_mohawk.ipynb #4f03fb0d
 OBJECTIVES: dict[str, Callable[[Decoder, Decoder], Objective]] = {
     "orientation": lambda teacher, student: LayerByLayer(teacher, student, match_matrix),
-    "alignment": lambda teacher, student: LayerByLayer(teacher, student, match_output),
+    "alignment": lambda teacher, student: LayerByLayer(teacher, student, match_output, by_token=True),
     "distillation": EndToEnd,
     "language": lambda teacher, student: CrossEntropy(student),
 }
@@ -214,7 +233,7 @@ def check_separate(teacher: nn.Module, student: nn.Module) -> None:
 def distill(
     teacher: Decoder,  # the Transformer; its weights are not changed
     student: Decoder,  # from `Llamba.from_teacher`, or any Decoder of as many layers; trained in place
-    data,  # `Batches` or `StreamBatches`
+    data,  # `Batches`, `StreamBatches` or `MixedBatches`
     stages: Sequence[Stage],  # usually orientation, alignment, distillation
     *,
     accelerator: Accelerator | None = None,  # device, precision, processes; None: Accelerator()

@@ -10,12 +10,12 @@ from statistics import mean
 
 import matplotlib.pyplot as plt
 import torch
-from jaxtyping import Int
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .data import Batch
 from .decoder import Decoder
 from .mohawk import LayerByLayer, comparable, match_matrix
 
@@ -28,19 +28,21 @@ def draw_matrices(
     teacher: Decoder,  # the Transformer
     before: Decoder,  # the student as it began
     after: Decoder,  # the student after stage 1
-    input_ids: Int[Tensor, "1 len"],  # one text
+    text: Batch | Tensor,  # one text, or several in a row
     tokens: int = 64,  # how many of its tokens to show
 ) -> Figure:
     """For one head of each new layer (four at most): the teacher's attention matrix above the student's, before and
     after training, without signs. Of each layer it is the head with the median distance after training."""
     new = LayerByLayer(teacher, after, match_matrix).layers
-    layers = [layer for layer in teacher.walk(input_ids[:1, :tokens].to(teacher.device)) if layer.index in new][:4]
+    text = Batch.of(text).map(lambda z: z[:1, :tokens].to(teacher.device))
+    layers = [layer for layer in teacher.walk(text.ids, **text.marks) if layer.index in new][:4]
     figure, axes = plt.subplots(
         3, len(layers), figsize=(1.65 * len(layers) + 1.3, 5.7), squeeze=False, sharex=True, sharey=True,
         layout="constrained")
     for column, layer in zip(axes.T, layers):
         blocks = [model.backbone.layers[layer.index] for model in (before, after)]
-        matrices = [layer.matrix(), *(block.mixer.matrix(block.input_layernorm(layer.input)) for block in blocks)]
+        ours = (block.mixer.matrix(block.input_layernorm(layer.input), **layer.marks) for block in blocks)
+        matrices = [layer.matrix(), *ours]
         gaps = [torch.sub(*comparable("matrix", matrix, matrices[0])) for matrix in matrices[1:]]
         distances = [torch.linalg.matrix_norm(gap)[0] for gap in gaps]
         head = int(distances[1].argsort()[len(distances[1]) // 2])

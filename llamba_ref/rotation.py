@@ -90,10 +90,11 @@ class RotaryMamba2(DiscreteMamba2):
         return turn.expand(1, u.shape[1], -1, -1)
 
     def project(
-        self, u: Tensor, state: RotaryState | None, tokens: Tensor | None = None, in_place: bool = False
+        self, u: Tensor, state: RotaryState | None, tokens: Tensor | None = None, starts: Tensor | None = None,
+        in_place: bool = False,
     ) -> tuple[Projected, RotaryState | None]:
         """What the recurrence needs, and the state, where there is one, with all but its `ssm` new."""
-        p, state = super().project(u, state, tokens, in_place)
+        p, state = super().project(u, state, tokens, starts, in_place)
         turn = self.turns(u) if tokens is None else self.turns(u).masked_fill(~tokens[..., None], 0)
         angle = running_angle(turn, None if state is None else state.angle)
         p = p._replace(B=rotate_pairs(p.B, angle), C=rotate_pairs(p.C, angle))

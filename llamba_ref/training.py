@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -29,14 +29,15 @@ from tqdm import tqdm
 
 from .checkpoint import atomic_directory, one_line, read_json, read_tensors, write_tensors
 from .conventions import check_sizes, wide_dtype
+from .data import Batch, asked_for_next
 from .decoder import Decoder
 
 # %% auto #0
 __all__ = ['Backward', 'LOGITS', 'FILES', 'Stage', 'Objective', 'mean_over_chunks', 'next_tokens', 'CrossEntropy', 'reached',
-           'freeze', 'describe', 'optimizer_for', 'warmup_stable_decay', 'first_bad', 'train_step', 'replace_text',
-           'read_metrics', 'write_state', 'read_state', 'checksum', 'seal', 'hold', 'check_config', 'forget_after',
-           'load', 'Run', 'Progress', 'training_state', 'restore', 'FreshBatches', 'train_stage', 'check_settings',
-           'train']
+           'freeze', 'describe', 'optimizer_for', 'warmup_stable_decay', 'first_bad', 'shares', 'train_step',
+           'replace_text', 'read_metrics', 'write_state', 'read_state', 'checksum', 'seal', 'hold', 'check_config',
+           'forget_after', 'load', 'Run', 'Progress', 'training_state', 'restore', 'FreshBatches', 'next_batch',
+           'train_stage', 'check_settings', 'train']
 
 # %% ../nbs/93_training.ipynb #9dda318b
 @dataclass(frozen=True)
@@ -73,9 +74,12 @@ class Objective(Protocol):
     parts: Sequence[str]  # what to call each part in a message
     models: dict[str, Decoder]  # what data goes through, in this order: where to look for the first NaN
 
-    def __call__(self, input_ids: Int[Tensor, "batch len"], backward: Backward) -> Float[Tensor, "parts"]:
+    def __call__(self, batch: Batch, backward: Backward) -> Float[Tensor, "parts"]:
         """Call `backward` on the loss of each part as soon as it is there, so that its graph can go; return the losses.
-        Each loss must be a mean over the rows of the batch: micro-batches and processes rely on it."""
+        Each loss must be a mean over `count` rows or tokens: micro-batches and processes rely on it."""
+
+    def count(self, batch: Batch) -> int:
+        """How many rows or tokens of a batch the losses are a mean over."""
 
 # %% ../nbs/93_training.ipynb #733bb24b
 LOGITS = 2**24  # how many are alive at a time, 64 MiB in float32
@@ -110,13 +114,24 @@ class CrossEntropy:
     ):
         self.targets, self.parts, self.models = targets, (part,), {"model": model}
 
-    def __call__(self, input_ids: Int[Tensor, "batch len"], backward: Backward) -> Float[Tensor, "1"]:
-        """The mean over the positions where something is asked, as many in each row. Raises ValueError for none."""
-        model, targets = self.models["model"], self.targets(input_ids).flatten()
+    def asked(self, batch: Batch) -> Int[Tensor, "batch len"]:
+        """The targets, with -100 also where the batch does not ask for the next token."""
+        targets, asked = self.targets(batch.ids), asked_for_next(batch)
+        return targets if asked is None else targets.masked_fill(~asked, -100)
+
+    def count(self, batch: Batch) -> int:
+        """Positions where something is asked."""
+        return int((self.asked(batch) != -100).sum())
+
+    def __call__(self, batch: Batch | Tensor, backward: Backward) -> Float[Tensor, "1"]:
+        """The mean over the positions where something is asked. Raises ValueError when nothing is."""
+        batch = Batch.of(batch)
+        model, targets = self.models["model"], self.asked(batch).flatten()
         asked = targets != -100
         if not asked.any():
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: too short to ask for anything")
-        x = model.hidden(input_ids).flatten(0, 1)[asked]
+            raise ValueError(f"input_ids has shape {tuple(batch.ids.shape)}: too short to ask for anything, or nothing "
+                             "in it is asked")
+        x = model.hidden(batch.ids, **batch.marks).flatten(0, 1)[asked]
         loss = mean_over_chunks(
             lambda x, y: F.cross_entropy(model.head(x).to(wide_dtype(x)), y), model.vocab_size, x, targets[asked])
         backward(loss)
@@ -126,15 +141,16 @@ class CrossEntropy:
 def reached(
     model: nn.Module,  # the model to be trained; a parameter without requires_grad is left alone
     objective: Objective,  # what is minimised
-    input_ids: Int[Tensor, "batch len"],  # a few texts
+    batch: Batch | Tensor,  # a few texts
 ) -> dict[str, int]:  # parameter name -> how many of its entries a gradient reaches; 0: frozen
     """What an objective trains, measured: freeze every parameter that no gradient reaches, count entries of the others.
 
     A parameter is frozen when it has no part in the loss. When it has one, but its gradient is zero in every entry,
     then a zero further on hides it for the moment, as in an output projection that starts at zero: it trains."""
     model.zero_grad()
-    with torch.random.fork_rng([input_ids.device] if input_ids.is_cuda else []):  # a look must not change what follows
-        objective(input_ids, lambda loss: loss.requires_grad and loss.backward())
+    batch = Batch.of(batch)
+    with torch.random.fork_rng([batch.ids.device] if batch.ids.is_cuda else []):  # a look must not change what follows
+        objective(batch, lambda loss: loss.requires_grad and loss.backward())
     counts = {}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, parameter in model.named_parameters():
@@ -194,35 +210,54 @@ def warmup_stable_decay(
 
 # %% ../nbs/93_training.ipynb #d09c1252
 @torch.no_grad()
-def first_bad(models: dict[str, Decoder], input_ids: Int[Tensor, "batch len"], rows: int) -> str:
+def first_bad(models: dict[str, Decoder], batch: Batch | Tensor, rows: int) -> str:
     """Where a nan or an infinity first appears when the models, one after the other, read `rows` texts at a time."""
     for name, model in models.items():
-        for texts in input_ids.split(rows):
-            for layer in model.walk(texts):
+        for texts in Batch.of(batch).split(rows):
+            for layer in model.walk(texts.ids, **texts.marks):
                 if not layer.input.isfinite().all():
                     return f"the first bad value comes out of the embedding of the {name}"
                 if not layer.output.isfinite().all():
                     return f"the first bad value comes out of layer {layer.index} of the {name}"
-            if not model(texts).isfinite().all():
+            if not model(texts.ids, **texts.marks).isfinite().all():
                 return f"the first bad value comes out of the head of the {name}"
     return f"what comes out of every layer of the {' and the '.join(models)} is finite"
+
+# %% ../nbs/93_training.ipynb #88c6c862
+def shares(
+    objective: Objective,  # says what a batch counts
+    pieces: Sequence[Batch],  # micro-batches of this process
+    accelerator: Accelerator,  # to ask the other processes
+    where: str,  # what to call this step in a message
+) -> list[tuple[Batch, float]]:  # each micro-batch, and by what its mean is multiplied
+    """What each micro-batch counts, over the mean of all processes. Raises ValueError when nothing counts anywhere.
+
+    Of a micro-batch in which nothing is asked all tokens are, times 0: with sharded weights no process may skip it."""
+    counts = [objective.count(piece) for piece in pieces]
+    total, processes = sum(counts), accelerator.num_processes
+    if processes > 1:
+        total = int(accelerator.reduce(torch.tensor(total, device=pieces[0].ids.device), "sum"))
+    if not total:
+        raise ValueError(f"{where}: nothing in the batch is asked; give longer rows, more of them, or other data")
+    return [(piece if count else replace(piece, asked=None), count * processes / total)
+            for piece, count in zip(pieces, counts)]
 
 # %% ../nbs/93_training.ipynb #aa6b307e
 def train_step(
     model: nn.Module,  # what is trained
     stage: Stage,  # for its clip
     objective: Objective,  # what is minimised
-    input_ids: Int[Tensor, "batch len"],  # this process's rows of the batch
+    batch: Batch | Tensor,  # this process's rows of the batch
     optimizer: torch.optim.Optimizer,  # over the parameters that train
     accelerator: Accelerator,  # device, precision, processes
     rows: int,  # texts that go through the model at a time
     where: str,  # what to call this step in a message
 ) -> tuple[Float[Tensor, "parts"], float]:  # the loss of each part, the norm of the gradient before clipping
     """One optimiser step. Raises FloatingPointError that names the part, the model and the layer when a loss or the
-    gradient is not finite, before anything is changed."""
-    losses = torch.zeros(len(objective.parts), device=input_ids.device)
-    for texts in input_ids.split(rows):
-        share = len(texts) / len(input_ids)
+    gradient is not finite, ValueError when nothing in the batch counts, before anything is changed."""
+    batch = Batch.of(batch)
+    losses = torch.zeros(len(objective.parts), device=batch.ids.device)
+    for texts, share in shares(objective, batch.split(rows), accelerator, where):
         with accelerator.autocast():
             losses += share * objective(texts, lambda loss: loss.requires_grad and accelerator.backward(share * loss))
     trained = [p for p in model.parameters() if p.grad is not None]
@@ -232,7 +267,7 @@ def train_step(
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
     for name, loss in zip(objective.parts, losses.tolist()):
         if not math.isfinite(loss):
-            place = first_bad(objective.models, input_ids, rows)
+            place = first_bad(objective.models, batch, rows)
             raise FloatingPointError(f"{where}: the loss of {name} is {loss}; {place}")
     norm = accelerator.clip_grad_norm_(trained, stage.clip)
     if not norm.isfinite():
@@ -469,6 +504,11 @@ class FreshBatches:
         self.generator.set_state(state["random"])
 
 # %% ../nbs/93_training.ipynb #341b9099
+def next_batch(data, device: torch.device) -> Batch:
+    """What `data` gives next, a `Batch` or ids alone, on a device."""
+    return Batch.of(data.next()).map(lambda z: z.to(device))
+
+
 def train_stage(
     model: Decoder,  # what is trained
     stages: Sequence[Stage],  # those that have begun; the last one is run
@@ -485,9 +525,9 @@ def train_stage(
 ) -> list[dict]:  # a record a step
     """Run one stage, or the rest of it. Raises ValueError when no parameter of it may train."""
     stage, first, records = stages[-1], sum(stage.steps for stage in stages[:-1]), []
-    input_ids = data.next().to(accelerator.device)
+    batch = next_batch(data, accelerator.device)
     if state is None:
-        texts = broadcast(input_ids[:micro_batch_size].clone())  # the same in all processes
+        texts = replace(batch, asked=None)[:micro_batch_size].map(lambda z: broadcast(z.clone()))  # in all processes
         with accelerator.autocast():
             state = {"step": first, "trains": reached(model, objective, texts)}
     done, counts = state["step"] - first, state["trains"]
@@ -502,11 +542,11 @@ def train_stage(
             began, step = time.perf_counter(), first + index + 1
             for group in optimizer.param_groups:
                 group["lr"] = warmup_stable_decay(index, stage)
-            input_ids = input_ids if index == done else data.next().to(accelerator.device)
+            batch = batch if index == done else next_batch(data, accelerator.device)
             where = f"stage {stage.objective}, step {index + 1} of {stage.steps}"
-            rows = micro_batch_size or len(input_ids)
-            losses, norm = train_step(model, stage, objective, input_ids, optimizer, accelerator, rows, where)
-            tokens = input_ids.numel() * accelerator.num_processes
+            rows = micro_batch_size or len(batch)
+            losses, norm = train_step(model, stage, objective, batch, optimizer, accelerator, rows, where)
+            tokens = batch.ids.numel() * accelerator.num_processes
             records.append({
                 "step": step, "stage": stage.objective, "loss": losses.mean().item(), "parts": losses.tolist(),
                 "lr": optimizer.param_groups[0]["lr"], "gradient_norm": norm, "tokens": tokens,

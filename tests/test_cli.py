@@ -31,7 +31,7 @@ from llamba_ref.llama import Attention, Llama, LlamaConfig
 from llamba_ref.discrete import DiscreteMamba2
 from llamba_ref.llamba import Llamba
 from llamba_ref.rotation import RotaryMamba2
-from llamba_ref.training import seal
+from llamba_ref.training import read_metrics, seal
 
 TEXT = ["--held-out", "4", "--length", "32", "--validation-blocks", "4"]
 SIZE = ["--batch-size", "2", "--d-state", "4", "--chunk-size", "16"]
@@ -237,7 +237,7 @@ def test_run_directory(run, toy):
     others = {"student/generation_config.json", *(f"checkpoints/step-0000000{step}/checksums.json" for step in (4, 6))}
     assert expected <= files <= expected | others
     config = json.loads((run / "config.json").read_text())
-    assert config["steps"] == [2, 2, 2] and config["text"] == str(toy / "text.txt") and config["length"] == 32
+    assert config["steps"] == [2, 2, 2] and config["text"] == [str(toy / "text.txt")] and config["length"] == 32
     for figure in (run / "figures").glob("*.png"):
         assert figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size > 5000
 
@@ -303,6 +303,96 @@ def test_everything_random_hangs_on_the_seed(run, toy, tmp_path, llamba):
     weights = [load_file(path / "student/model.safetensors") for path in (run, tmp_path / "same", tmp_path / "other")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+
+
+# Several documents in a row, conversations, mixes
+
+
+@pytest.fixture(scope="module")
+def talks(toy) -> Path:
+    """Conversations, and beside the teacher one whose tokenizer can write them out (`speaker`)."""
+    rows = [[{"role": "user", "content": f"Who is {i}?"}, {"role": "assistant", "content": "A lady. " * (i % 4 + 1)}]
+            for i in range(60)]
+    (toy / "talks.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    teacher, tokenizer = load_model(str(toy / "teacher"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+    save_model(toy / "speaker", teacher, tokenizer)
+    return toy / "talks.jsonl"
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["in memory", "as a stream"])
+def test_a_run_on_everything_at_once(toy, talks, tmp_path, llamba, no_pictures, streaming):
+    """Two texts of which one holds conversations, three to one, rows that forget; killed, resumed, to the same bits."""
+    options = ["--teacher", toy / "speaker", "--text", toy / "text.txt", talks, "--weights", "3", "1", *streaming]
+    options += ["--chat", "no", "assistant", "--packing", "resets"]
+    runs = {}
+    for name, steps in (("whole", None), ("killed", 3)):
+        command = words(toy, tmp_path / name, *options)
+        if steps:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(training, "shares", stop_after(steps))
+                assert llamba(*command)[0] == 130
+            command.append("--resume")
+        code, out, err = llamba(*command)
+        assert code == 0, err
+        assert all(words in out for words in ("text.txt: ", "75% of the rows; ", "talks.jsonl: ", "25% of the rows"))
+        runs[name] = [{key: value for key, value in record.items() if key != "tokens_per_second"}
+                      for record in read_metrics(tmp_path / name)]
+    assert runs["whole"] == runs["killed"]
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert (config["packing"], config["chat"], config["weights"]) == ("resets", ["no", "assistant"], [3, 1])
+    for changed in (["--packing", "joined"], ["--chat", "no", "all"], ["--weights", "1", "1"]):
+        code, _, err = llamba(*words(toy, tmp_path / "whole", *options, *changed, "--resume"))
+        assert code == 1 and f"differ from the config.json of the run: {changed[0][2:]}" in err
+
+
+def stop_after(steps: int):
+    """`training.shares`, which every step begins with, but Ctrl+C when it has been called so often."""
+    calls = iter(range(steps))
+
+    def shares(*args, kept=training.shares):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return kept(*args)
+
+    return shares
+
+
+def test_evaluate_in_both_packings(toy, talks, llamba):
+    """Of the same text: other contexts, so other figures; and fewer tokens that something predicts."""
+    text = ["--text", toy / "text.txt", "--held-out", "4", "--length", "256", "--separator", r"\n+", "--json"]
+    found = {}
+    for packing in ("joined", "resets"):
+        code, out, err = llamba("evaluate", toy / "teacher", *text, "--packing", packing)
+        assert code == 0, err
+        found[packing] = json.loads(out)
+    assert found["resets"]["tokens"] < found["joined"]["tokens"]
+    assert found["resets"]["perplexity"] != found["joined"]["perplexity"]
+    counts = []
+    for chat in ("assistant", "all"):
+        code, out, err = llamba("evaluate", toy / "speaker", "--text", talks, "--chat", chat, *TEXT, "--json")
+        assert code == 0, err
+        counts.append(json.loads(out)["tokens"])
+    assert counts[0] < counts[1]
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["--weights", "1", "2"], "weights is 1.0 2.0: it must be one, or one for each of 1 texts"),
+    (["--weights", "0"], "weights is 0.0: it must be from 1e-06"),
+    (["--chat", "no", "all"], "chat is no all: it must be one, or one for each of 1 texts"),
+    (["--chat", "all"], "text.txt is plain text: conversations are read from the column 'messages' of a table"),
+    (["--text", "austen", "nosuch.txt"], "nosuch.txt does not exist"),
+])
+def test_bad_mixes(options, expected, toy, tmp_path, message):
+    assert expected in message(*words(toy, tmp_path / "run"), *options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_conversations_need_a_template(toy, talks, tmp_path, message):
+    said = message(*words(toy, tmp_path / "run"), "--text", talks, "--chat", "assistant")
+    assert "the tokenizer has no chat template" in said
 
 
 # generate and evaluate
@@ -679,6 +769,9 @@ COMMANDS = {"distill": cli.Distill, "generate": cli.Generate, "evaluate": cli.Ev
             "pretrain": cli.Pretrain}
 SHARED = {
     "text",
+    "weights",
+    "chat",
+    "packing",
     "text_field",
     "separator",
     "held_out",
@@ -744,7 +837,8 @@ def test_the_sweep_has_every_option():
             number = (get_args(plain) or (plain,))[0] in (int, float)
             assert not number or name == "replace" or any(isinstance(mark, Range) for mark in marks) or plain is float
             shared = [other for other in ("evaluate", "pretrain") if (other, name) in swept]
-            assert (command, name) in swept or shared or plain is bool or get_origin(plain) is Literal, (command, name)
+            words = get_origin(get_args(plain)[0] if get_origin(plain) is tuple else plain) is Literal
+            assert (command, name) in swept or shared or plain is bool or words, (command, name)
 
 
 @pytest.mark.parametrize("command, name, value", SWEEP)

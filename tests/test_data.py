@@ -25,8 +25,8 @@ from transformers import AutoTokenizer
 
 from llamba_ref import data
 from llamba_ref.data import (
-    Batches, StreamBatches, TokenBlocks, check_tokenizer, epoch_seed, is_held_out, load_documents, load_tokenizer,
-    pack, read_texts, split_documents, split_text, tokenize, train_tokenizer,
+    Batch, Batches, MixedBatches, StreamBatches, TokenBlocks, check_tokenizer, epoch_seed, is_held_out, load_documents,
+    load_tokenizer, pack, read_texts, split_documents, split_text, tokenize, train_tokenizer,
 )
 
 CATS, LLAMAS = "the cat and the hat ", "é🦙"
@@ -490,7 +490,7 @@ def epochs_of(stream: StreamBatches, tokenizer, epochs: int) -> list[list[str]]:
     for tokens, place in stream.windows:
         if place["epoch"] == epochs:
             return found
-        found[place["epoch"]] += tokenizer.decode(tokens).split("<|endoftext|>")[:-1]
+        found[place["epoch"]] += tokenizer.decode(tokens.ids).split("<|endoftext|>")[:-1]
 
 
 @pytest.mark.parametrize("n_files", [1, 2, 4, 14])
@@ -743,7 +743,7 @@ def numbered(n: int) -> TokenBlocks:
 
 
 def draw(batches, steps: int) -> list[int]:
-    return torch.cat([batches.next() for _ in range(steps)]).flatten().tolist() if steps else []
+    return torch.cat([batches.next().ids for _ in range(steps)]).flatten().tolist() if steps else []
 
 
 @settings(max_examples=60, deadline=None)
@@ -772,8 +772,8 @@ def test_batches_are_an_iterator(documents, tokenizer):
     blocks = pack(documents, tokenizer, 16)
     a, b = Batches(blocks, 4), Batches(blocks, 4)
     for batch, _ in zip(a, range(5)):
-        assert batch.shape == (4, 16) and batch.dtype == torch.int64
-        assert torch.equal(batch, b.next())
+        assert batch.ids.shape == (4, 16) and batch.ids.dtype == torch.int64
+        assert torch.equal(batch.ids, b.next().ids)
 
 
 def stream_of(tokenizer, texts=TEXTS, length=16, batch_size=4, **options) -> StreamBatches:
@@ -790,7 +790,7 @@ def test_processes_share_a_batch(documents, tokenizer, kind):
 
     whole, parts = make(), [make(rank=rank, world_size=3) for rank in range(3)]
     for _ in range(40):
-        assert torch.equal(torch.stack([part.next() for part in parts], 1).flatten(0, 1), whole.next())
+        assert torch.equal(torch.stack([part.next().ids for part in parts], 1).flatten(0, 1), whole.next().ids)
 
 
 @pytest.mark.parametrize(
@@ -815,7 +815,7 @@ def test_batch_arguments(tokenizer, options, words):
 @pytest.mark.parametrize("kind", ["blocks", "stream"])
 def test_the_largest_seed(documents, tokenizer, kind):
     blocks = pack(documents, tokenizer, 16)
-    first = [make_kind(kind, blocks, tokenizer, seed).next() for seed in (2**64 - 1, 2**64 - 1, 2**64 - 2)]
+    first = [make_kind(kind, blocks, tokenizer, seed).next().ids for seed in (2**64 - 1, 2**64 - 1, 2**64 - 2)]
     assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
 
 
@@ -833,7 +833,7 @@ def test_resume_with_another_number_of_processes(documents, tokenizer, kind):
         for part in parts:
             part.load_state_dict(deepcopy(state))
         for _ in range(9):
-            assert torch.equal(torch.stack([part.next() for part in parts], 1).flatten(0, 1), whole.next())
+            assert torch.equal(torch.stack([part.next().ids for part in parts], 1).flatten(0, 1), whole.next().ids)
         states = [part.state_dict() for part in parts]
         assert all(str(one) == str(states[0]) for one in states)
         state = states[-1]
@@ -901,7 +901,7 @@ def test_a_stream_of_another_text_is_refused(tmp_path, tokenizer):
     (tmp_path / "a").rename(tmp_path / "b")
     same = make(tmp_path / "b")
     same.load_state_dict(state)  # the same files elsewhere
-    assert torch.equal(same.next(), first.next())
+    assert torch.equal(same.next().ids, first.next().ids)
     refuses(state, make(tmp_path / "b", tokenizer=train_tokenizer(TEXTS, 300)))
     refuses(state, make(tmp_path / "b", length=8))
     last = tmp_path / "b/part02.jsonl"
@@ -928,7 +928,7 @@ def test_a_generated_stream_of_another_text_is_refused(tokenizer):
 def test_stream_is_the_text_over_and_over(documents, tokenizer):
     tokens = pack(documents, tokenizer, 1).tokens.flatten().long()
     stream = stream_of(tokenizer)
-    rows = torch.cat([stream.next().flatten() for _ in range(120)])
+    rows = torch.cat([stream.next().ids.flatten() for _ in range(120)])
     assert stream.epoch >= 2
     assert torch.equal(rows, tokens.repeat(stream.epoch + 1)[: len(rows)])
 
@@ -946,7 +946,7 @@ def test_stream_resumes_exactly(tmp_path, tokenizer, buffer, source):
     def make():
         return StreamBatches(rows, tokenizer, 16, 4, shuffle_buffer=buffer, seed=5)
 
-    unbroken = [batch for batch, _ in zip(make(), range(90))]
+    unbroken = [batch.ids for batch, _ in zip(make(), range(90))]
     state, before = make().state_dict(), 0
     for killed_after in (1, 2, 17, 40, 77):  # each goes on from the one before
         first, second = make(), make()
@@ -957,7 +957,7 @@ def test_stream_resumes_exactly(tmp_path, tokenizer, buffer, source):
         first.next()  # the saved state does not move with its stream
         torch.save(state, tmp_path / "state.pt")
         second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-        assert all(torch.equal(second.next(), batch) for batch in unbroken[killed_after:])
+        assert all(torch.equal(second.next().ids, batch) for batch in unbroken[killed_after:])
     assert first.epoch >= 1 and second.epoch >= 1  # over the end of an epoch, too
 
 
@@ -972,32 +972,32 @@ def test_resuming_reads_on_and_not_again(tmp_path, tokenizer, monkeypatch, buffe
         first.next()
     second, read = StreamBatches(training, tokenizer, 64, 8, shuffle_buffer=buffer), []
     state = first.state_dict()
-    expected = [first.next() for _ in range(20)]
+    expected = [first.next().ids for _ in range(20)]
     monkeypatch.setattr(data, "is_held_out", lambda text, every: read.append(text) or is_held_out(text, every))
     second.load_state_dict(state)
-    assert all(torch.equal(second.next(), batch) for batch in expected)
+    assert all(torch.equal(second.next().ids, batch) for batch in expected)
     new = second.place["documents"] - state["place"]["documents"]
     assert 0 < new <= len(read) <= 1.1 * new + 20  # one in 20 is held out; the fingerprint reads one
 
 
 def test_readers_of_one_stream_do_not_disturb_each_other(tmp_path, tokenizer):
     training, held_out = split_documents(load_documents(write_files(tmp_path, TEXTS, 4), streaming=True), 9)
-    alone = [batch for batch, _ in zip(StreamBatches(training, tokenizer, 16, 4), range(60))]
+    alone = [batch.ids for batch, _ in zip(StreamBatches(training, tokenizer, 16, 4), range(60))]
     first, second = (StreamBatches(training, tokenizer, 16, 4) for _ in range(2))
     for i in range(40):
-        assert torch.equal(first.next(), alone[i])
+        assert torch.equal(first.next().ids, alone[i])
         if i % 7 == 0:
             pack(held_out, tokenizer, 16)
             second.next()
     second.load_state_dict(first.state_dict())
-    assert all(torch.equal(second.next(), batch) for batch in alone[40:])
+    assert all(torch.equal(second.next().ids, batch) for batch in alone[40:])
 
 
 def test_shuffled_epochs_hold_the_same_documents_in_another_order(tokenizer):
     texts = [f"{i:03d}" for i in range(50)]
     stream = stream_of(tokenizer, texts, length=1, batch_size=1, shuffle_buffer=20)
     n = sum(len(ids) for ids in tokenize(texts, tokenizer))
-    ids = [stream.next().item() for _ in range(2 * n)]
+    ids = [stream.next().ids.item() for _ in range(2 * n)]
     epochs = [tokenizer.decode(ids[k * n : (k + 1) * n]).split("<|endoftext|>")[:-1] for k in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == texts
     assert epochs[0] != texts and epochs[0] != epochs[1]
@@ -1015,7 +1015,7 @@ def test_stream_too_short(tokenizer):
 
 def test_stream_shorter_than_a_batch_repeats(tokenizer):
     tokens = torch.from_numpy(tokenize([TEXTS[0]], tokenizer)[0]).long()
-    batch = stream_of(tokenizer, TEXTS[:1], length=8, batch_size=20).next()
+    batch = stream_of(tokenizer, TEXTS[:1], length=8, batch_size=20).next().ids
     assert torch.equal(batch.flatten(), tokens.repeat(30)[:160])
 
 
@@ -1023,3 +1023,290 @@ def test_stream_shorter_than_a_batch_repeats(tokenizer):
 def test_stream_arguments(tokenizer, options):
     with pytest.raises(ValueError, match="are wanted"):
         stream_of(tokenizer, **options)
+
+
+# several documents in a row, conversations, mixes ---------------------------------------------------------------------
+
+CHATML = ("{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
+MARKED = ("{% for m in messages %}{{ '<|' + m.role + '|>\n' }}{% if m.role == 'assistant' %}{%- generation -%}"
+          "{{ m.content + '<|end|>\n' }}{%- endgeneration -%}"
+          "{% else %}{{ m.content + '<|end|>\n' }}{% endif %}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
+TALKS = [
+    [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "and the hat é🦙"}],
+    [{"role": "system", "content": "says:"}, {"role": "user", "content": " \n the cat and"},
+     {"role": "assistant", "content": " the\n\nhat "}, {"role": "user", "content": ""},
+     {"role": "assistant", "content": "end 25.\n"}],
+    [{"role": "user", "content": "nobody answers"}],
+]
+
+
+@pytest.fixture(scope="module")
+def speaker(tokenizer):
+    """A tokenizer with a chat template that does not mark answers."""
+    speaker = deepcopy(tokenizer)
+    speaker.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
+    speaker.chat_template = CHATML
+    return speaker
+
+
+def with_template(speaker, template):
+    other = deepcopy(speaker)
+    other.chat_template = template
+    return other
+
+
+def test_resets_mark_the_first_token_of_each_document(documents, tokenizer):
+    plain, marked = pack(documents, tokenizer, 16), pack(documents, tokenizer, 16, resets=True)
+    assert torch.equal(plain.tokens, marked.tokens) and plain.starts is None and marked.asked is None
+    before = torch.cat([torch.tensor([0]), marked.tokens.flatten()[:-1].long()])
+    assert torch.equal(marked.starts.flatten(), before == tokenizer.eos_token_id)
+    whole = pack(documents, tokenizer, 16, 5, resets=True)
+    assert torch.equal(whole.starts, marked.starts[:5]) and torch.equal(whole.tokens, marked.tokens[:5])
+    batch = marked.batch([3, 1])
+    assert torch.equal(batch.ids, marked[[3, 1]]) and torch.equal(batch.starts, marked.starts[[3, 1]])
+    assert batch.ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["prefixes", "marked"])
+@pytest.mark.parametrize("talk", TALKS, ids=["short", "long", "no answer"])
+def test_what_the_assistant_says(speaker, talk, template):
+    """Exactly the answers with the ends of their turns, by characters."""
+    speaker = with_template(speaker, template)
+    text, ids, says = data.tokenize_chat(json.dumps(talk), speaker)
+    assert text == speaker.apply_chat_template(talk, tokenize=False) and speaker.decode(ids) == text
+    said = speaker.decode([one for one, counts in zip(ids, says) if counts])
+    assert said == "".join(m["content"] + "<|end|>\n" for m in talk if m["role"] == "assistant")
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["prefixes", "marked"])
+def test_a_token_is_asked_for_at_the_one_before(speaker, template):
+    speaker = with_template(speaker, template)
+    batch, size = data.encode([json.dumps(talk) for talk in TALKS], speaker, resets=True, chat="assistant")
+    ids = batch.ids.tolist()
+    said = speaker.decode([ids[place + 1] for place in batch.asked.nonzero().flatten().tolist()])
+    answers = ["".join(m["content"] + "<|end|>\n" for m in talk if m["role"] == "assistant") for talk in TALKS]
+    assert said == "".join(answer + "<|endoftext|>" for answer in answers[:2])  # the end counts after an answer
+    assert size == sum(len(speaker.apply_chat_template(talk, tokenize=False).encode()) for talk in TALKS)
+    assert not batch.asked[batch.ids == speaker.eos_token_id].any()
+    everything, _ = data.encode([json.dumps(talk) for talk in TALKS], speaker, chat="all")
+    assert torch.equal(everything.ids, batch.ids) and everything.asked is None and everything.starts is None
+
+
+def test_a_turn_that_ends_with_the_end_of_text(speaker):
+    """Nothing is added, and the end counts as part of the answer."""
+    speaker = with_template(speaker, CHATML.replace("<|end|>\n", "<|endoftext|>"))
+    batch, _ = data.encode([json.dumps(TALKS[0])], speaker, chat="assistant")
+    assert batch.ids.tolist().count(speaker.eos_token_id) == 2
+    assert speaker.decode(batch.ids[1:][batch.asked[:-1]]) == "and the hat é🦙<|endoftext|>"
+
+
+@pytest.mark.parametrize(("template", "talk", "words"), [
+    (None, TALKS[0], "the tokenizer has no chat template"),
+    (CHATML.replace("m.content", "(m.content if loop.last else '')"), TALKS[1], "the beginning of a conversation"),
+    (CHATML.replace("{{ '<|assistant|>\n' }}", "{{ 'now:' }}"), TALKS[0], "the beginning of a conversation"),
+    (CHATML, TALKS[0][1:], "begins with the assistant"),
+    ("{{ raise_exception('roles must\nalternate') }}", TALKS[0], "refuses a conversation: TemplateError: roles must$"),
+    ("{{ nothing.there }}", TALKS[0], "refuses a conversation: UndefinedError: 'nothing' is undefined"),
+])
+def test_conversations_that_cannot_be_told_apart(speaker, template, talk, words):
+    with pytest.raises(ValueError, match=words) as error:
+        data.tokenize_chat(json.dumps(talk), with_template(speaker, template))
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_without_offsets(speaker, monkeypatch):
+    monkeypatch.setattr(type(speaker), "is_fast", False)
+    with pytest.raises(ValueError, match="does not say where its tokens lie in a text"):
+        data.tokenize_chat(json.dumps(TALKS[0]), speaker)
+    assert data.tokenize_chat(json.dumps(TALKS[0]), with_template(speaker, MARKED))[2].count(True) > 0
+
+
+def write_talks(path: Path, talks=TALKS) -> Path:
+    rows = Dataset.from_dict({"messages": talks, "id": list(range(len(talks)))})
+    rows.to_parquet(path) if path.suffix == ".parquet" else rows.to_json(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_conversations_are_read_from_tables(tmp_path, suffix, streaming):
+    rows = load_documents(write_talks(tmp_path / f"talks{suffix}"), chat=True, streaming=streaming)
+    assert [json.loads(text) for text in texts_of(rows)] == TALKS
+
+
+@pytest.mark.parametrize(("rows", "words"), [
+    ([{"text": "no messages"}], "has no column 'messages': a conversation needs one, there are ['text']"),
+    ([{"messages": "hello"}], "a row must be a list of messages with role and content as text"),
+    ([{"messages": [{"role": "user"}]}], "a row must be a list of messages with role and content as text"),
+    ([{"messages": [{"role": "user", "content": ["a", "b"]}]}], "a row must be a list of messages"),
+    ([{"messages": []}], "holds no text"),
+])
+def test_tables_without_conversations(tmp_path, rows, words):
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError) as error:
+        load_documents(tmp_path / "talks.jsonl", chat=True)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["austen", "words.txt"])
+def test_plain_text_has_no_conversations(tmp_path, source):
+    (tmp_path / "words.txt").write_text("words")
+    words = "is plain text: conversations are read from the column 'messages' of a table$"
+    with pytest.raises(ValueError, match=words):
+        load_documents(source if source == "austen" else tmp_path / source, chat=True)
+
+
+@pytest.mark.parametrize("chat", ["assistant", "all"])
+@pytest.mark.parametrize("buffer", [0, 7])
+def test_streams_of_conversations_resume_exactly(speaker, chat, buffer):
+    """Marks wait with their tokens and come back with them."""
+    talks = [json.dumps(TALKS[i % 3] + [{"role": "user", "content": f"number {i}"}]) for i in range(40)]
+
+    def make(**place):
+        rows = Dataset.from_dict({"text": talks}).to_iterable_dataset()
+        return StreamBatches(rows, speaker, 24, 4, shuffle_buffer=buffer, resets=True, chat=chat, **place)
+
+    unbroken = [batch for batch, _ in zip(make(), range(40))]
+    for killed_after in (0, 1, 17):
+        first, second = make(), make()
+        for _ in range(killed_after):
+            first.next()
+        second.load_state_dict(first.state_dict())
+        assert all(same(second.next(), batch) for batch in unbroken[killed_after:])
+    halves = [make(rank=rank, world_size=2) for rank in range(2)]
+    for whole in unbroken:
+        assert all(same(half.next(), whole[rank::2]) for rank, half in enumerate(halves))
+    if buffer == 0:  # in order, they are the rows that `pack` cuts
+        blocks = pack(Dataset.from_dict({"text": talks}), speaker, 24, resets=True, chat=chat)
+        rows = Batch.join(unbroken)
+        assert all(same(rows[i : i + 1], blocks.batch(slice(i, i + 1))) for i in range(len(blocks)))
+
+
+def same(ours: Batch, theirs: Batch) -> bool:
+    """Equal to the last mark."""
+    return ours.tensors.keys() == theirs.tensors.keys() and all(
+        torch.equal(z, theirs.tensors[name]) for name, z in ours.tensors.items())
+
+
+def test_marks_are_part_of_the_fingerprint(documents, speaker):
+    rows = Dataset.from_dict({"text": [json.dumps(talk) for talk in TALKS] * 9})
+    seen = set()
+    for resets in (False, True):
+        for chat in ("assistant", "all"):
+            blocks = pack(rows, speaker, 16, resets=resets, chat=chat)
+            seen.add(Batches(blocks, 2).fingerprint)
+            stream = StreamBatches(rows.to_iterable_dataset(), speaker, 16, 2, resets=resets, chat=chat)
+            seen.add(stream.fingerprint)
+    assert len(seen) == 8
+
+
+def test_an_unknown_kind_of_chat(documents, tokenizer):
+    for read in (lambda: pack(documents, tokenizer, 16, chat="user"), lambda: stream_of(tokenizer, chat="user")):
+        with pytest.raises(ValueError, match="^chat is 'user': it must be 'no', 'assistant' or 'all'$"):
+            read()
+
+
+def test_batches_join_whatever_they_know():
+    ids, truth = torch.arange(6).view(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    joined = Batch.join([Batch(ids), Batch(ids, starts=truth), Batch(ids, asked=~truth)])
+    assert joined.starts.sum(1).tolist() == [0, 0, 3, 3, 0, 0] and joined.asked.sum(1).tolist() == [3, 3, 3, 3, 0, 0]
+    assert Batch.join([Batch(ids), Batch(ids)]).tensors.keys() == {"ids"} and joined.count == 12
+    assert same(Batch.join(joined.split(5)), joined) and len(joined[2:5]) == 3 and Batch(ids).marks == {}
+    with pytest.raises(ValueError, match=r"^batch of \(2, 3\) tokens: nothing in it is asked$"):
+        Batch(ids, asked=~truth).of_asked(ids)
+
+
+KINDS = ["blocks", "stream", "both"]
+
+
+def make_mix(kind, tokenizer, weights=(3, 1), seed=0, batch_size=8, **place):
+    """Two sources whose tokens do not overlap: digits, and letters."""
+    texts = [[f"{i}" * 5 for i in range(40)], ["abcdefgh"[i % 8] * (3 + i % 4) for i in range(30)]]
+    sources = []
+    for number, rows in enumerate(texts):
+        rows = Dataset.from_dict({"text": rows})
+        if kind == "stream" or kind == "both" and number:
+            rows = rows.to_iterable_dataset()
+            sources.append(StreamBatches(rows, tokenizer, 6, 1, shuffle_buffer=5, seed=seed, resets=bool(number)))
+        else:
+            sources.append(Batches(pack(rows, tokenizer, 6, resets=bool(number)), 1, seed))
+    return MixedBatches(sources, weights, batch_size, **place)
+
+
+def is_letters(row, tokenizer) -> bool:
+    return any(letter.isalpha() for letter in tokenizer.decode(row).replace("<|endoftext|>", ""))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weights", [(3, 1), (1, 1), (0.9, 0.1), (1, 2.5)])
+def test_shares_are_the_weights(tokenizer, kind, weights):
+    """After every batch, each source is less than one row from its share."""
+    mix, seen, total = make_mix(kind, tokenizer, weights, batch_size=5), 0, 0
+    for _ in range(60):
+        rows = mix.next()
+        seen, total = seen + sum(is_letters(row, tokenizer) for row in rows.ids), total + len(rows)
+        assert abs(seen - total * weights[1] / sum(weights)) < 1
+    assert mix.taken == [total - seen, seen] and rows.starts is not None
+
+
+@settings(max_examples=40, deadline=None)
+@given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=6), rows=st.integers(1, 300))
+def test_no_source_runs_ahead(weights, rows):
+    sources = [Batches(torch.zeros(2, 3, dtype=torch.long), 1) for _ in weights]
+    mix = MixedBatches(sources, weights, 1)
+    for done in range(1, rows + 1):
+        mix.next()
+        assert all(taken < weight * done + 1 + 1e-9 for taken, weight in zip(mix.taken, mix.weights))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mix_resumes_exactly_on_any_number_of_processes(tokenizer, kind):
+    unbroken = [batch for batch, _ in zip(make_mix(kind, tokenizer), range(60))]
+    assert not all(same(batch, other) for batch, other in zip(make_mix(kind, tokenizer, seed=1), unbroken))
+    state = make_mix(kind, tokenizer).state_dict()
+    for start, world_size in ((0, 2), (20, 1), (40, 4)):
+        parts = [make_mix(kind, tokenizer, rank=rank, world_size=world_size) for rank in range(world_size)]
+        for part in parts:
+            part.load_state_dict(deepcopy(state))
+        for whole in unbroken[start : start + 20]:
+            for rank, part in enumerate(parts):
+                ours = part.next()
+                assert torch.equal(ours.ids, whole.ids[rank::world_size])
+        assert all(str(part.state_dict()) == str(parts[0].state_dict()) for part in parts)
+        state = parts[0].state_dict()
+
+
+def test_another_mix_is_refused(tokenizer):
+    state = make_mix("both", tokenizer).state_dict()
+    for other in (make_mix("both", tokenizer, (1, 3)), make_mix("blocks", tokenizer)):
+        with pytest.raises(ValueError, match="cannot go on with another text"):
+            other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("weights", "batch_size", "words"), [
+    ((1,), 4, "weights has 1 numbers: it must have one for each of 2 sources"),
+    ((1, 0), 4, "weights is 1 0: it must hold positive numbers"),
+    ((1, float("nan")), 4, "weights is 1 nan: it must hold positive numbers"),
+    ((1, 1), 0, "batch_size is 0"),
+])
+def test_mixes_that_cannot_be(tokenizer, weights, batch_size, words):
+    with pytest.raises(ValueError, match=words):
+        make_mix("blocks", tokenizer, weights, batch_size=batch_size)
+
+
+def test_sources_that_do_not_fit_together():
+    short, long, two = Batches(numbered(4), 1), Batches(torch.zeros(3, 5).long(), 1), Batches(numbered(4), 2)
+    for sources in ((short, long), (short, two)):
+        with pytest.raises(ValueError, match="^sources give rows: 1 of 1 tokens, .* each must give 1 at a time"):
+            MixedBatches(sources, (1, 1), 4)
+
+
+def test_blocks_of_several_texts(documents, tokenizer):
+    plain, marked = pack(documents, tokenizer, 16, 3), pack(documents, tokenizer, 16, 2, resets=True)
+    both = TokenBlocks.join([plain, marked])
+    assert torch.equal(both.tokens, torch.cat([plain.tokens, marked.tokens])) and both.length == 16
+    assert both.n_tokens == plain.n_tokens + marked.n_tokens and both.n_bytes == plain.n_bytes + marked.n_bytes
+    assert not both.starts[:3].any() and torch.equal(both.starts[3:], marked.starts) and both.asked is None
+    assert same(TokenBlocks.join([plain]).marked, plain.marked)

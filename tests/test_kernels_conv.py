@@ -12,7 +12,7 @@ from llamba_ref.conventions import relative_error
 from llamba_ref.kernels.conv import conv_backward_op, conv_op, conv_step_op
 from llamba_ref.mamba2 import Mamba2
 
-NAMES = ("x", "weight", "bias", "window")
+NAMES = ("x", "weight", "bias", "window", "starts")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -34,9 +34,10 @@ def run(inputs, backend, dtype=None, **options):
     leaves = {
         name: (z.to(dtype or z.dtype) if name == "x" or dtype else z).detach().requires_grad_()
         for name, z in inputs.items()
-        if z is not None
+        if z is not None and name != "starts"
     }
-    y, last = causal_conv(*(leaves.get(name) for name in NAMES), backend=backend, **options)
+    arguments = leaves | {"starts": inputs.get("starts")}
+    y, last = causal_conv(*(arguments.get(name) for name in NAMES), backend=backend, **options)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z.device, z.dtype) for z in (y, last)]
     total = (y * weights[0]).sum() + (last * weights[1]).sum()
@@ -67,6 +68,26 @@ def test_equals_naive(length, bias, window, activation):
         1e-5,
         activation=activation,
     )
+
+
+BORDERS = {"everywhere": range(33), "in the first tile": [0, 1, 2], "at its end": [31, 32], "in one row": [2, 5]}
+
+
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("borders", BORDERS)
+def test_documents(borders, window, activation):
+    """No tap reaches over a border, nor does a gradient."""
+    inputs = example(33, channels=5, window=window)
+    starts = torch.zeros(2, 33, dtype=torch.bool, device=DEVICE)
+    starts[: 1 if borders == "in one row" else 2, list(BORDERS[borders])] = True
+    assert_equal_to_naive(inputs | {"starts": starts}, 1e-5, activation=activation)
+
+
+@pytest.mark.parametrize("width, length", [(1, 5), (2, 70), (8, 70)])
+def test_documents_at_other_widths(width, length):
+    starts = torch.rand(2, length, device=DEVICE) < 0.2
+    assert_equal_to_naive(example(length, width, channels=3) | {"starts": starts}, 1e-5, activation="silu")
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 8])

@@ -99,6 +99,18 @@ def test_widths(width, state):
     compare(example(66, batch=1, width=width, state=state))
 
 
+@pytest.mark.parametrize("tile", [None, (16, 16), (16, 64)])
+@pytest.mark.parametrize("length, edges", [(5, [0, 1, 2, 3, 4]), (70, [1, 64]), (130, [3, 4, 64, 100])])
+def test_documents(length, edges, tile, monkeypatch):
+    """Both matrices are block diagonal; whole tiles of a row lie in other documents."""
+    if tile:
+        monkeypatch.setattr(kernels, "_tiles", lambda q, B: (tile, 4))
+    starts = torch.zeros(2, length, dtype=torch.bool, device=DEVICE)
+    starts[:, edges[:2]] = True
+    starts[0, edges] = True
+    compare(example(length, heads=2, kv_heads=1, groups=1, gates="mixed"), starts=starts)
+
+
 def test_saturated_softmax():
     inputs = example(sharp=5.0)
     scores = torch.einsum("bthd,bshd->bhts", inputs[0], inputs[1].repeat_interleave(2, 2)) / 4

@@ -187,7 +187,7 @@ def test_rope_config_of_both_generations():
 
 def test_causal_mask():
     assert causal_mask(2, 1, None, "cpu")[0, 0].tolist() == [[True, True, False], [True, True, True]]
-    assert causal_mask(3, 0, torch.tensor([2]), "cpu")[0, 0].tolist() == [
+    assert causal_mask(3, 0, torch.tensor([[2]]), "cpu")[0, 0].tolist() == [
         [True, False, False],
         [False, True, False],
         [False, False, True],
@@ -339,17 +339,19 @@ def test_attention_builds_no_mask_of_all_pairs(kind):
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 256])
 @pytest.mark.parametrize("past", [0, 1, 4])
-@pytest.mark.parametrize("padding", [None, [0, 3], [7, 1]])
-def test_attention_in_pieces_is_attention(rows, past, padding):
+@pytest.mark.parametrize(
+    "first", [None, [[0], [3]], [[7], [1]], [[0, 0, 0, 3, 3, 5, 5, 7, 8], [0, 1, 2, 2, 2, 2, 2, 2, 8]]]
+)
+def test_attention_in_pieces_is_attention(rows, past, first):
     q, k, v = (
         torch.randn(2, heads, 9 + past * (heads == 2), 8, dtype=torch.float64, requires_grad=True)
         for heads in (4, 2, 2)
     )
-    padding = None if padding is None else torch.tensor(padding)
-    mask = causal_mask(9, past, padding, "cpu")
+    first = None if first is None else torch.tensor(first)
+    mask = causal_mask(9, past, first, "cpu")
     scores = (q @ k.repeat_interleave(2, 1).mT / 8**0.5).masked_fill(~mask, -torch.inf)
     expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
-    out = causal_attention(q, k, v, padding, rows)
+    out = causal_attention(q, k, v, first, rows)
     assert relative_error(out, expected) < 1e-14
     weight = torch.randn_like(out)
     grads = [torch.autograd.grad((y * weight).sum(), (q, k, v), retain_graph=True) for y in (out, expected)]

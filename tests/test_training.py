@@ -334,9 +334,9 @@ def test_what_trained_and_is_frozen_now_cannot_be_resumed(tmp_path):
 class Seen(CrossEntropy):
     """Keeps what it is asked about."""
 
-    def __call__(self, input_ids, backward):
-        seen.append(input_ids)
-        return super().__call__(input_ids, backward)
+    def __call__(self, batch, backward):
+        seen.append(batch)
+        return super().__call__(batch, backward)
 
 
 seen = []
@@ -353,11 +353,11 @@ def test_what_trains_is_looked_at_with_the_first_batch(tmp_path):
     batches = Data()
     pieces = [[*batches.next().split(3)] for _ in range(7)]
     wanted = [pieces[0][0], *sum(pieces[:4], []), pieces[4][0], *sum(pieces[4:], [])]
-    assert len(seen) == len(wanted) and all(torch.equal(*both) for both in zip(seen, wanted))
+    assert len(seen) == len(wanted) and all(torch.equal(one.ids, other.ids) for one, other in zip(seen, wanted))
     seen.clear()
     data.at = None
     train(model, stages, data, lambda stage: Seen(model), **options)  # resumed at step 6: what trains is known
-    assert len(seen) == 2 * 4 and torch.equal(seen[0], pieces[6][0])
+    assert len(seen) == 2 * 4 and torch.equal(seen[0].ids, pieces[6][0].ids)
 
 
 def test_what_trains_does_not_depend_on_when_a_run_was_killed(tmp_path):
@@ -369,15 +369,18 @@ def test_what_trains_does_not_depend_on_when_a_run_was_killed(tmp_path):
         def __init__(self, model):
             self.models, self.calls = {"model": model}, 0
 
-        def __call__(self, input_ids, backward):
+        def count(self, batch):
+            return len(batch)
+
+        def __call__(self, batch, backward):
             x = self.models["model"].backbone.layers[0].mlp.up_proj.weight.square().sum()
-            if input_ids.sum() % 2 == first:
+            if batch.ids.sum() % 2 == first:
                 x = x + self.models["model"].backbone.layers[1].mlp.up_proj.weight.square().sum()
             backward(x)
             return x.detach()[None]
 
     batches = Data()
-    parity = [int(batches.next().sum() % 2) for _ in range(8)]
+    parity = [int(batches.next().ids.sum() % 2) for _ in range(8)]
     first = 1 - parity[0]
     at = next(i for i in range(1, 8) if parity[i] == first)
     ends = []
@@ -468,7 +471,10 @@ def test_the_first_loss_that_is_not_finite_is_named():
     class Parts:
         parts, models = ("a", "b", "c"), {"model": model}
 
-        def __call__(self, input_ids, backward):
+        def count(self, batch):
+            return len(batch)
+
+        def __call__(self, batch, backward):
             return torch.tensor([1.0, float("inf"), float("nan")])
 
     with pytest.raises(FloatingPointError, match="^here: the loss of b is inf; .* every layer of the model is finite$"):
@@ -556,7 +562,10 @@ def test_gradient_that_overflows_alone():
     class Steep:
         parts, models = ("steep",), {"model": model}
 
-        def __call__(self, input_ids, backward):
+        def count(self, batch):
+            return len(batch)
+
+        def __call__(self, batch, backward):
             loss = (model.backbone.final_layernorm.weight - 1).clamp(min=0).sqrt().sum()
             backward(loss)
             return loss.detach()[None]
@@ -658,8 +667,8 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     """An objective that draws random numbers is resumed exactly too."""
 
     class Noisy(CrossEntropy):
-        def __call__(self, input_ids, backward):
-            return super().__call__(input_ids[:, : 8 + int(torch.randint(8, ()))], backward)
+        def __call__(self, batch, backward):
+            return super().__call__(batch.ids[:, : 8 + int(torch.randint(8, ()))], backward)
 
     def noisy(path, data, resume=False):
         model, run = toy(), Run(path, {}, resume)

@@ -28,7 +28,8 @@ from .launch import GPU
 __all__ = ['POINTERS', 'Launch', 'recording', 'scan_as_tree', 'interpret_faster', 'Compiled', 'compile_for']
 
 # %% ../../nbs/97_ahead.ipynb #dcff740c
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
+POINTERS = {torch.int32: "*i32", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+            torch.float64: "*fp64"}
 
 
 class Launch(NamedTuple):

@@ -8,15 +8,15 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from .launch import as_operation, launch, set_gradient
 
 # %% auto #0
-__all__ = ['FORWARD', 'BACKWARD', 'conv_op', 'conv_backward_op', 'conv_step_op', 'load_inputs', 'load_taps', 'filtered',
-           'conv_kernel', 'load_gradient', 'add_tap', 'store_gradient', 'conv_backward_kernel', 'conv_forward',
-           'conv_backward', 'conv_step_kernel', 'conv_step']
+__all__ = ['FORWARD', 'BACKWARD', 'conv_op', 'conv_backward_op', 'conv_step_op', 'load_inputs', 'load_taps', 'of_document',
+           'filtered', 'conv_kernel', 'load_gradient', 'add_tap', 'store_gradient', 'conv_backward_kernel',
+           'conv_forward', 'conv_backward', 'conv_step_kernel', 'conv_step']
 
 # %% ../../nbs/19_conv_kernel.ipynb #de3eaf37
 @triton.jit
@@ -45,26 +45,39 @@ def load_taps(weight_ptr, k, d, channels, W: tl.constexpr):
 
 
 @triton.jit
+def of_document(z, since_ptr, t, begin, distance, length, STARTS: tl.constexpr):
+    """z, rows for the tokens begin + t, but 0 where the token `distance` back is of another document. `since_ptr`
+    points at token `begin`: how many tokens of its document came before each."""
+    if STARTS:
+        since = tl.load(since_ptr + t, (begin + t >= 0) & (begin + t < length), other=0)
+        z = tl.where((since >= distance)[:, None], z, 0.0)
+    return z
+
+
+@triton.jit
 def filtered(
-    x_ptr, weight_ptr, bias_ptr, window_ptr, t, begin, d, length, channels, x_row, window_channel, window_tap,
-    W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, window_ptr, since_ptr, t, begin, d, length, channels,
+    x_row, window_channel, window_tap,
+    W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr,
 ):
     """The convolution with its bias at the tokens begin + t: what enters the activation."""
     y = 0.0
     if BIAS:
         y = tl.load(bias_ptr + d, d < channels, other=0.0).to(tl.float32)[None, :]
     for k in tl.static_range(W):
-        y += load_taps(weight_ptr, k, d, channels, W) * load_inputs(
-            x_ptr, window_ptr, t - (W - 1 - k), begin, d, length, channels,
-            x_row, window_channel, window_tap, W, WINDOW)
+        taps = load_taps(weight_ptr, k, d, channels, W)
+        x = load_inputs(x_ptr, window_ptr, t - (W - 1 - k), begin, d, length, channels,
+                        x_row, window_channel, window_tap, W, WINDOW)
+        y += taps * of_document(x, since_ptr, t, begin, W - 1 - k, length, STARTS)
     return y
 
 # %% ../../nbs/19_conv_kernel.ipynb #7602a18a
 @triton.jit
 def conv_kernel(
-    x_ptr, weight_ptr, bias_ptr, window_ptr, y_ptr,
+    x_ptr, weight_ptr, bias_ptr, window_ptr, since_ptr, y_ptr,
     length, channels, x_batch, x_row, window_batch, window_channel, window_tap,
-    W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, SILU: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
+    W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr, SILU: tl.constexpr,
+    BL: tl.constexpr, BD: tl.constexpr,
 ):
     """Program (tile, block, row): of one sequence BL tokens of BD channels."""
     row, begin = tl.program_id(2).to(tl.int64), tl.program_id(0) * BL
@@ -72,8 +85,10 @@ def conv_kernel(
     x_ptr += row * x_batch + begin.to(tl.int64) * x_row
     if WINDOW:
         window_ptr += row * window_batch
-    y = filtered(x_ptr, weight_ptr, bias_ptr, window_ptr, t, begin, d, length, channels,
-                 x_row, window_channel, window_tap, W, BIAS, WINDOW)
+    if STARTS:
+        since_ptr += row * length + begin
+    y = filtered(x_ptr, weight_ptr, bias_ptr, window_ptr, since_ptr, t, begin, d, length, channels,
+                 x_row, window_channel, window_tap, W, BIAS, WINDOW, STARTS)
     if SILU:
         y = y * tl.sigmoid(y)
     y_ptr += (row * length + begin) * channels
@@ -83,26 +98,29 @@ def conv_kernel(
 # %% ../../nbs/19_conv_kernel.ipynb #22b258c7
 @triton.jit
 def load_gradient(
-    grad_ptr, x_ptr, weight_ptr, bias_ptr, window_ptr, t, begin, d, length, channels,
+    grad_ptr, x_ptr, weight_ptr, bias_ptr, window_ptr, since_ptr, t, begin, d, length, channels,
     grad_row, x_row, window_channel, window_tap,
-    W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, SILU: tl.constexpr,
+    W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr, SILU: tl.constexpr,
 ):
     """The gradient of the filtered inputs at the tokens begin + t, zero outside the sequence."""
     token = begin + t
     mask = ((token >= 0) & (token < length))[:, None] & (d < channels)[None, :]
     g = tl.load(grad_ptr + t[:, None] * grad_row + d[None, :], mask, other=0.0).to(tl.float32)
     if SILU:
-        y = filtered(x_ptr, weight_ptr, bias_ptr, window_ptr, t, begin, d, length, channels,
-                     x_row, window_channel, window_tap, W, BIAS, WINDOW)
+        y = filtered(x_ptr, weight_ptr, bias_ptr, window_ptr, since_ptr, t, begin, d, length, channels,
+                     x_row, window_channel, window_tap, W, BIAS, WINDOW, STARTS)
         s = tl.sigmoid(y)
         g = g * (s * (1.0 + y * (1.0 - s)))
     return g
 
 
 @triton.jit
-def add_tap(dx, g, weight_ptr, k: tl.constexpr, d, channels, W: tl.constexpr):
-    """dx + tap k times g, or dx where there is no tap k."""
+def add_tap(
+    dx, g, weight_ptr, since_ptr, k: tl.constexpr, t, begin, d, length, channels, W: tl.constexpr, STARTS: tl.constexpr
+):
+    """dx + tap k times g at the tokens begin + t, or dx where there is no tap k."""
     if k >= 0 and k < W:
+        g = of_document(g, since_ptr, t, begin, W - 1 - k, length, STARTS)
         dx += load_taps(weight_ptr, k, d, channels, W) * g
     return dx
 
@@ -122,9 +140,10 @@ def store_gradient(dx_ptr, dwindow_ptr, dx, t, begin, d, length, channels, W: tl
 # %% ../../nbs/19_conv_kernel.ipynb #d19586bd
 @triton.jit
 def conv_backward_kernel(
-    grad_ptr, x_ptr, weight_ptr, bias_ptr, window_ptr, dx_ptr, dwindow_ptr, sums_ptr,
+    grad_ptr, x_ptr, weight_ptr, bias_ptr, window_ptr, since_ptr, dx_ptr, dwindow_ptr, sums_ptr,
     length, channels, grad_batch, grad_row, x_batch, x_row, window_batch, window_channel, window_tap,
-    W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, SILU: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
+    W: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr, STARTS: tl.constexpr, SILU: tl.constexpr,
+    BL: tl.constexpr, BD: tl.constexpr,
 ):
     """Program (tile, block, row): of one sequence 4 BL tokens of BD channels; with a window, W tokens earlier."""
     row, begin = tl.program_id(2).to(tl.int64), tl.program_id(0) * (4 * BL) - (W if WINDOW else 0)
@@ -136,17 +155,19 @@ def conv_backward_kernel(
     if WINDOW:
         window_ptr += row * window_batch
         dwindow_ptr += row * channels * W
+    if STARTS:
+        since_ptr += row * length + begin
     sums_ptr += (row * tl.num_programs(0) + tl.program_id(0)) * (W + 1) * channels
     zeros = tl.zeros((BL, BD), tl.float32)
     dx0, dx1, dx2, dx3 = zeros, zeros, zeros, zeros
     g0, g1, g2, g3 = zeros, zeros, zeros, zeros
     for j in tl.static_range(W + 3):
-        g = load_gradient(grad_ptr, x_ptr, weight_ptr, bias_ptr, window_ptr, t + j, begin, d, length, channels,
-                          grad_row, x_row, window_channel, window_tap, W, BIAS, WINDOW, SILU)
-        dx0 = add_tap(dx0, g, weight_ptr, W - 1 - j, d, channels, W)
-        dx1 = add_tap(dx1, g, weight_ptr, W - j, d, channels, W)
-        dx2 = add_tap(dx2, g, weight_ptr, W + 1 - j, d, channels, W)
-        dx3 = add_tap(dx3, g, weight_ptr, W + 2 - j, d, channels, W)
+        g = load_gradient(grad_ptr, x_ptr, weight_ptr, bias_ptr, window_ptr, since_ptr, t + j, begin, d, length,
+                          channels, grad_row, x_row, window_channel, window_tap, W, BIAS, WINDOW, STARTS, SILU)
+        dx0 = add_tap(dx0, g, weight_ptr, since_ptr, W - 1 - j, t + j, begin, d, length, channels, W, STARTS)
+        dx1 = add_tap(dx1, g, weight_ptr, since_ptr, W - j, t + j, begin, d, length, channels, W, STARTS)
+        dx2 = add_tap(dx2, g, weight_ptr, since_ptr, W + 1 - j, t + j, begin, d, length, channels, W, STARTS)
+        dx3 = add_tap(dx3, g, weight_ptr, since_ptr, W + 2 - j, t + j, begin, d, length, channels, W, STARTS)
         g0, g1 = g if j == 0 else g0, g if j == 1 else g1
         g2, g3 = g if j == 2 else g2, g if j == 3 else g3
     store_gradient(dx_ptr, dwindow_ptr, dx0, t, begin, d, length, channels, W, WINDOW)
@@ -154,15 +175,19 @@ def conv_backward_kernel(
     store_gradient(dx_ptr, dwindow_ptr, dx2, t + 2, begin, d, length, channels, W, WINDOW)
     store_gradient(dx_ptr, dwindow_ptr, dx3, t + 3, begin, d, length, channels, W, WINDOW)
     for k in tl.static_range(W):
-        s = t - (W - 1 - k)
-        products = g0 * load_inputs(x_ptr, window_ptr, s, begin, d, length, channels,
-                                    x_row, window_channel, window_tap, W, WINDOW)
-        products += g1 * load_inputs(x_ptr, window_ptr, s + 1, begin, d, length, channels,
-                                     x_row, window_channel, window_tap, W, WINDOW)
-        products += g2 * load_inputs(x_ptr, window_ptr, s + 2, begin, d, length, channels,
-                                     x_row, window_channel, window_tap, W, WINDOW)
-        products += g3 * load_inputs(x_ptr, window_ptr, s + 3, begin, d, length, channels,
-                                     x_row, window_channel, window_tap, W, WINDOW)
+        s, back = t - (W - 1 - k), W - 1 - k
+        x = load_inputs(x_ptr, window_ptr, s, begin, d, length, channels,
+                        x_row, window_channel, window_tap, W, WINDOW)
+        products = g0 * of_document(x, since_ptr, t, begin, back, length, STARTS)
+        x = load_inputs(x_ptr, window_ptr, s + 1, begin, d, length, channels,
+                        x_row, window_channel, window_tap, W, WINDOW)
+        products += g1 * of_document(x, since_ptr, t + 1, begin, back, length, STARTS)
+        x = load_inputs(x_ptr, window_ptr, s + 2, begin, d, length, channels,
+                        x_row, window_channel, window_tap, W, WINDOW)
+        products += g2 * of_document(x, since_ptr, t + 2, begin, back, length, STARTS)
+        x = load_inputs(x_ptr, window_ptr, s + 3, begin, d, length, channels,
+                        x_row, window_channel, window_tap, W, WINDOW)
+        products += g3 * of_document(x, since_ptr, t + 3, begin, back, length, STARTS)
         tl.store(sums_ptr + k * channels + d, tl.sum(products, 0), inside)
     tl.store(sums_ptr + W * channels + d, tl.sum(g0 + g1 + g2 + g3, 0), inside)
 
@@ -186,14 +211,16 @@ def conv_forward(
     bias: Float[Tensor, "channels"] | None,  # added before the activation
     window: Float[Tensor, "batch channels width"] | None,  # the last inputs before `x`; None: zeros
     silu: bool,  # whether SiLU follows
+    since: Int32[Tensor, "batch len"] | None = None,  # tokens of its document before each; None: all are of one
 ) -> Float[Tensor, "batch len channels"]:  # output, dtype of x
     """The causal depthwise convolution on the device of x. Rows of x may lie apart, as in a slice of a projection."""
     x, weight = _rows(x), weight.contiguous()
     batch, length, channels = x.shape
     y = x.new_empty(x.shape)
     launch(conv_kernel, (triton.cdiv(length, FORWARD["BL"]), triton.cdiv(channels, FORWARD["BD"]), batch),
-           x, weight, bias, window, y, length, channels, *x.stride()[:2], *_strides(window),
-           W=weight.shape[-1], BIAS=bias is not None, WINDOW=window is not None, SILU=silu, **FORWARD)
+           x, weight, bias, window, since, y, length, channels, *x.stride()[:2], *_strides(window),
+           W=weight.shape[-1], BIAS=bias is not None, WINDOW=window is not None, STARTS=since is not None, SILU=silu,
+           **FORWARD)
     return y
 
 
@@ -204,6 +231,7 @@ def conv_backward(
     bias: Float[Tensor, "channels"] | None,
     window: Float[Tensor, "batch channels width"] | None,
     silu: bool,
+    since: Int32[Tensor, "batch len"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # gradients of x, weight, bias and window; empty where there is none
     """The convolution the other way round; gradients of filters and bias are sums of each tile, then added up."""
     grad, x, weight = _rows(grad), _rows(x), weight.contiguous()
@@ -213,27 +241,27 @@ def conv_backward(
     dwindow = None if window is None else window.new_empty(window.shape)
     sums = x.new_empty(batch, tiles, width + 1, channels, dtype=torch.float32)
     launch(conv_backward_kernel, (tiles, triton.cdiv(channels, BACKWARD["BD"]), batch),
-           grad, x, weight, bias, window, dx, dwindow, sums, length, channels,
+           grad, x, weight, bias, window, since, dx, dwindow, sums, length, channels,
            *grad.stride()[:2], *x.stride()[:2], *_strides(window),
-           W=width, BIAS=bias is not None, WINDOW=window is not None, SILU=silu, **BACKWARD)
+           W=width, BIAS=bias is not None, WINDOW=window is not None, STARTS=since is not None, SILU=silu, **BACKWARD)
     sums = sums.sum((0, 1))
     dweight = sums[:width].t().to(weight.dtype, copy=True, memory_format=torch.contiguous_format).unsqueeze(1)
     dbias = x.new_empty(0) if bias is None else sums[width].to(bias.dtype, copy=True)
     return dx, dweight, dbias, x.new_empty(0) if window is None else dwindow
 
 # %% ../../nbs/19_conv_kernel.ipynb #c486e5b9
-def _shapes(grad, x, weight, bias, window, silu):
+def _shapes(grad, x, weight, bias, window, silu, since=None):
     return tuple(x.new_empty(0) if z is None else z.new_empty(z.shape) for z in (x, weight, bias, window))
 
 
 conv_op = as_operation(
     "causal_conv", conv_forward, lambda x, *_: x.new_empty(x.shape),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? window, bool silu) -> Tensor")
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? window, bool silu, Tensor? since=None) -> Tensor")
 conv_backward_op = as_operation(
     "causal_conv_backward", conv_backward, _shapes,
-    schema="(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? window, bool silu) "
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? window, bool silu, Tensor? since=None) "
            "-> (Tensor, Tensor, Tensor, Tensor)")
-set_gradient(conv_op, lambda grad, *inputs: (*conv_backward_op(grad, *inputs), None))
+set_gradient(conv_op, lambda grad, *inputs: (*conv_backward_op(grad, *inputs), None, None))
 
 # %% ../../nbs/19_conv_kernel.ipynb #7f293bec
 @triton.jit

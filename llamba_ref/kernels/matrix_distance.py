@@ -8,16 +8,18 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
+from ..conventions import document_begin
 from llamba_ref.kernels.launch import (
     INTERPRETED, as_operation, gpu_of, launch, load_rows, precision_of, set_gradient, store_rows,
 )
 
 # %% auto #0
-__all__ = ['matrix_distance_op', 'matrix_distance_backward_op', 'of_head', 'load_side', 'entries', 'distance_kernel',
-           'row_kernel', 'column_kernel', 'matrix_distance_forward', 'matrix_distance_backward', 'triton_distance']
+__all__ = ['matrix_distance_op', 'matrix_distance_backward_op', 'of_head', 'load_first', 'load_side', 'entries',
+           'distance_kernel', 'row_kernel', 'column_kernel', 'matrix_distance_forward', 'matrix_distance_backward',
+           'triton_distance']
 
 # %% ../../nbs/22_matrix_distance_kernel.ipynb #d5d27618
 @triton.jit
@@ -28,6 +30,15 @@ def of_head(row, q_ptr, k_ptr, B_ptr, C_ptr, length, heads, kv_heads, groups, wi
     q_ptr += (batch * length * heads + head) * width
     k_ptr += (batch * length * kv_heads + head // (heads // kv_heads)) * width
     return q_ptr, k_ptr, B_ptr + group * state, C_ptr + group * state, head
+
+
+@triton.jit
+def load_first(first_ptr, row, heads, t, length, STARTS: tl.constexpr):
+    """Where the documents of the tokens t begin; the tokens themselves if all are of one document."""
+    first = t
+    if STARTS:
+        first = tl.load(first_ptr + row // heads * length + t, t < length, other=0)
+    return first
 
 
 @triton.jit
@@ -44,18 +55,23 @@ def load_side(
 
 @triton.jit
 def entries(
-    x, z, high, low, own, x_other, z_other, high_other, low_other, other, lse, skip, length,
-    SCALE: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
+    x, z, high, low, own, x_other, z_other, high_other, low_other, other, lse, first, skip, length,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr, STARTS: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):
-    """A tile from the sides at the tokens `own`, its rows, and `other`: C.B, decays, T - A (0 above the diagonal), and
-    where the diagonal is. The rows are tokens t, or s if TRANSPOSED; `lse` belongs to the tokens t."""
+    """A tile from the sides at the tokens `own`, its rows, and `other`: C.B, decays, T - A (0 above the diagonal and
+    outside a document), and where the diagonal is. The rows are tokens t, or s if TRANSPOSED; `lse` and `first`, where
+    documents begin, belong to the tokens t."""
     scores = tl.dot(x, tl.trans(x_other), input_precision=PRECISION) * SCALE
     products = tl.dot(z, tl.trans(z_other), input_precision=PRECISION)
     logs = (high[:, None] - high_other[None, :]) + (low[:, None] - low_other[None, :])
     if TRANSPOSED:
         below, logs, lse = (own[:, None] <= other[None, :]) & (other < length)[None, :], -logs, lse[None, :]
+        if STARTS:
+            below &= own[:, None] >= first[None, :]
     else:
         below, lse = (other[None, :] <= own[:, None]) & (own < length)[:, None], lse[:, None]
+        if STARTS:
+            below &= other[None, :] >= first[:, None]
     on = own[:, None] == other[None, :]
     decay = tl.exp(tl.where(below, tl.minimum(logs, 0.0), float("-inf")))
     attention = tl.exp(tl.where(below, scores - lse, float("-inf")))
@@ -65,9 +81,9 @@ def entries(
 # %% ../../nbs/22_matrix_distance_kernel.ipynb #a7cd978e
 @triton.jit
 def distance_kernel(
-    q_ptr, k_ptr, high_ptr, low_ptr, B_ptr, C_ptr, D_ptr, squares_ptr, lse_ptr,
+    q_ptr, k_ptr, high_ptr, low_ptr, B_ptr, C_ptr, D_ptr, first_ptr, squares_ptr, lse_ptr,
     length, heads, kv_heads, groups, width, state, SCALE: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr,
+    STARTS: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr,
 ):
     """Program (batch and head, block): BT rows t. Twice over the tiles s <= t: log-sum-exp, then squares of T - A."""
     row, block = tl.program_id(0).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)  # long rows first
@@ -76,14 +92,20 @@ def distance_kernel(
         row, q_ptr, k_ptr, B_ptr, C_ptr, length, heads, kv_heads, groups, width, state)
     high_ptr, low_ptr = high_ptr + row * length, low_ptr + row * length
     q = load_rows(q_ptr, t, heads * width, t < length, w, width).to(TYPE)
+    first = load_first(first_ptr, row, heads, t, length, STARTS)
     largest, total = tl.full((BT,), float("-inf"), tl.float32), tl.zeros((BT,), tl.float32)
     tiles = tl.cdiv(tl.minimum((block + 1) * BT, length), BS)
     for tile in range(tiles):
         s = tile * BS + tl.arange(0, BS)
         k = load_rows(k_ptr, s, kv_heads * width, s < length, w, width).to(TYPE)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
-        scores = tl.where(s[None, :] <= t[:, None], scores, float("-inf"))
+        seen = s[None, :] <= t[:, None]
+        if STARTS:
+            seen &= s[None, :] >= first[:, None]
+        scores = tl.where(seen, scores, float("-inf"))
         new = tl.maximum(largest, tl.max(scores, 1))
+        if STARTS:  # a row may have seen nothing yet, and -inf less -inf would be NaN
+            new = tl.maximum(new, -1e30)
         total = total * tl.exp(largest - new) + tl.sum(tl.exp(scores - new[:, None]), 1)
         largest = new
     lse = largest + tl.log(total)
@@ -96,16 +118,16 @@ def distance_kernel(
         k, B, high_s, low_s = load_side(
             k_ptr, B_ptr, high_ptr, low_ptr, s, length, kv_heads * width, width, groups * state, state, TYPE, BW, BN)
         _, _, gap, _ = entries(
-            q, C, high, low, t, k, B, high_s, low_s, s, lse, skip, length, SCALE, PRECISION, False)
+            q, C, high, low, t, k, B, high_s, low_s, s, lse, first, skip, length, SCALE, PRECISION, STARTS, False)
         squares += tl.sum(gap * gap, 1)
     tl.store(squares_ptr + row * tl.num_programs(1) + block, tl.sum(squares.to(tl.float64), 0))
 
 # %% ../../nbs/22_matrix_distance_kernel.ipynb #ead175f9
 @triton.jit
 def row_kernel(
-    q_ptr, k_ptr, high_ptr, low_ptr, B_ptr, C_ptr, D_ptr, lse_ptr, weight_ptr, dC_ptr, dD_ptr, sums_ptr,
+    q_ptr, k_ptr, high_ptr, low_ptr, B_ptr, C_ptr, D_ptr, first_ptr, lse_ptr, weight_ptr, dC_ptr, dD_ptr, sums_ptr,
     length, heads, kv_heads, groups, width, state, SCALE: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr,
+    STARTS: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr,
 ):
     """Program (batch and head, block): BT rows t. Their dC, part of dD, and the sums of E * T below the diagonal."""
     row, block = tl.program_id(0).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)
@@ -116,6 +138,7 @@ def row_kernel(
     q, C, high, low = load_side(
         q_ptr, C_ptr, high_ptr, low_ptr, t, length, heads * width, width, groups * state, state, TYPE, BW, BN)
     lse = tl.load(lse_ptr + row * length + t, t < length, other=0.0)
+    first = load_first(first_ptr, row, heads, t, length, STARTS)
     skip, weight = tl.load(D_ptr + head), tl.load(weight_ptr + row)
     dC, dD, sums = tl.zeros((BT, BN), tl.float32), tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float64)
     for tile in range(tl.cdiv(tl.minimum((block + 1) * BT, length), BS)):
@@ -123,23 +146,23 @@ def row_kernel(
         k, B, high_s, low_s = load_side(
             k_ptr, B_ptr, high_ptr, low_ptr, s, length, kv_heads * width, width, groups * state, state, TYPE, BW, BN)
         products, decay, gap, on = entries(
-            q, C, high, low, t, k, B, high_s, low_s, s, lse, skip, length, SCALE, PRECISION, False)
+            q, C, high, low, t, k, B, high_s, low_s, s, lse, first, skip, length, SCALE, PRECISION, STARTS, False)
         gap *= weight
         dD += tl.sum(tl.where(on, gap, 0.0), 1)
         gap *= decay
         sums += tl.sum(tl.where(on, 0.0, gap * products), 1).to(tl.float64)
         dC = tl.dot(gap.to(TYPE), B, dC, input_precision=PRECISION)
-    first = row // heads * length * heads + head
-    store_rows(dC_ptr + first * state, t, heads * state, t < length, n, state, dC)
+    place = row // heads * length * heads + head
+    store_rows(dC_ptr + place * state, t, heads * state, t < length, n, state, dC)
     tl.store(sums_ptr + row * length + t, sums, t < length)
     tl.store(dD_ptr + row * tl.num_programs(1) + block, tl.sum(dD, 0))
 
 # %% ../../nbs/22_matrix_distance_kernel.ipynb #c2c19dfd
 @triton.jit
 def column_kernel(
-    q_ptr, k_ptr, high_ptr, low_ptr, B_ptr, C_ptr, D_ptr, lse_ptr, weight_ptr, dB_ptr, sums_ptr,
+    q_ptr, k_ptr, high_ptr, low_ptr, B_ptr, C_ptr, D_ptr, first_ptr, lse_ptr, weight_ptr, dB_ptr, sums_ptr,
     length, heads, kv_heads, groups, width, state, SCALE: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr,
+    STARTS: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr,
 ):
     """Program (batch and head, block): BT columns s. Their dB, and the sums of E * T below the diagonal."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -156,14 +179,15 @@ def column_kernel(
         q, C, high_t, low_t = load_side(
             q_ptr, C_ptr, high_ptr, low_ptr, t, length, heads * width, width, groups * state, state, TYPE, BW, BN)
         lse = tl.load(lse_ptr + row * length + t, t < length, other=0.0)
+        first = load_first(first_ptr, row, heads, t, length, STARTS)
         products, decay, gap, on = entries(
-            k, B, high, low, s, q, C, high_t, low_t, t, lse, skip, length, SCALE, PRECISION, True)
+            k, B, high, low, s, q, C, high_t, low_t, t, lse, first, skip, length, SCALE, PRECISION, STARTS, True)
         gap *= weight
         gap *= decay
         sums += tl.sum(tl.where(on, 0.0, gap * products), 1).to(tl.float64)
         dB = tl.dot(gap.to(TYPE), C, dB, input_precision=PRECISION)
-    first = row // heads * length * heads + head
-    store_rows(dB_ptr + first * state, s, heads * state, s < length, n, state, dB)
+    place = row // heads * length * heads + head
+    store_rows(dB_ptr + place * state, s, heads * state, s < length, n, state, dB)
     tl.store(sums_ptr + row * length + s, sums, s < length)
 
 # %% ../../nbs/22_matrix_distance_kernel.ipynb #2d4117c9
@@ -188,14 +212,14 @@ def _sums(log_a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _launch(kernel, inputs, more, out, scale):
-    """One launch: inputs are q, k, high, low, B, C, D; more are read as well, out is written."""
-    q, k, high, low, B, C, D = inputs
+    """One launch: inputs are q, k, high, low, B, C, D, first; more are read as well, out is written."""
+    q, k, high, low, B, C, D, first = inputs
     (batch, length, heads, width), (groups, state) = q.shape, B.shape[2:]
     (BT, BS), warps = _tiles(q, B)
     BW, BN = (max(16, triton.next_power_of_2(size)) for size in (width, state))
     launch(kernel, (batch * heads, triton.cdiv(length, BT)),
            *inputs, *more, *out, length, heads, k.shape[2], groups, width, state,
-           SCALE=scale, BT=BT, BS=BS, BW=BW, BN=BN, num_warps=warps, num_stages=3,
+           SCALE=scale, STARTS=first is not None, BT=BT, BS=BS, BW=BW, BN=BN, num_warps=warps, num_stages=3,
            **precision_of(q.dtype, gpu_of(q.device)))
 
 # %% ../../nbs/22_matrix_distance_kernel.ipynb #ae3bd88c
@@ -207,13 +231,14 @@ def matrix_distance_forward(
     C: Float[Tensor, "batch len groups state"],  # its queries, grouped as B; dtype of q
     D: Float[Tensor, "heads"],  # added to the diagonal of its matrix, float32
     scale: float,  # scores are scale * q.k
+    first: Int32[Tensor, "batch len"] | None = None,  # where the document of each token begins; None: all are of one
 ) -> tuple[Float[Tensor, "batch heads"], Float[Tensor, "batch heads len"]]:  # distances, and each row's log-sum-exp
     """Frobenius distances between attention's matrices and the student's, on the device of q. All are contiguous."""
     batch, length, heads, _ = q.shape
     (block, _), _ = _tiles(q, B)
     squares = D.new_empty(batch, heads, triton.cdiv(length, block), dtype=torch.float64)
     lse = D.new_empty(batch, heads, length)
-    _launch(distance_kernel, (q, k, *_sums(log_a), B, C, D), (), (squares, lse), scale)
+    _launch(distance_kernel, (q, k, *_sums(log_a), B, C, D, first), (), (squares, lse), scale)
     return squares.sum(-1).sqrt().float(), lse
 
 
@@ -228,11 +253,12 @@ def matrix_distance_backward(
     C: Float[Tensor, "batch len groups state"],
     D: Float[Tensor, "heads"],
     scale: float,
+    first: Int32[Tensor, "batch len"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # gradients of log_a, B, C and D
     """Gradients for the student; tiles are computed again, once by rows and once by columns."""
     (batch, length, heads, _), (groups, state) = q.shape, B.shape[2:]
     (block, _), _ = _tiles(q, B)
-    inputs = (q, k, *_sums(log_a), B, C, D)
+    inputs = (q, k, *_sums(log_a), B, C, D, first)
     weight = torch.where(distance > 0, grad / distance, 0.0)  # at the target 0, as that of torch.linalg.matrix_norm
     dB, dC = (D.new_empty(batch, length, heads, state) for _ in range(2))
     along_rows, along_columns = (D.new_empty(batch, heads, length, dtype=torch.float64) for _ in range(2))
@@ -246,22 +272,24 @@ def matrix_distance_backward(
     return dlog_a, dB, dC, dD.sum((0, 2))
 
 # %% ../../nbs/22_matrix_distance_kernel.ipynb #fc017d6e
-def _shapes(q, k, log_a, B, C, D, scale):
+def _shapes(q, k, log_a, B, C, D, scale, first=None):
     batch, length, heads, _ = q.shape
     return log_a.new_empty(batch, heads), log_a.new_empty(batch, heads, length)
 
 
 matrix_distance_op = as_operation(
     "matrix_distance", matrix_distance_forward, _shapes,
-    schema="(Tensor q, Tensor k, Tensor log_a, Tensor B, Tensor C, Tensor D, float scale) -> (Tensor, Tensor)")
+    schema="(Tensor q, Tensor k, Tensor log_a, Tensor B, Tensor C, Tensor D, float scale, Tensor? first=None) "
+           "-> (Tensor, Tensor)")
 matrix_distance_backward_op = as_operation(
     "matrix_distance_backward", matrix_distance_backward,
     lambda grad, distance, lse, q, k, *student: tuple(torch.empty_like(z) for z in student[:4]),
     schema="(Tensor grad, Tensor distance, Tensor lse, Tensor q, Tensor k, Tensor log_a, Tensor B, Tensor C, Tensor D, "
-           "float scale) -> (Tensor, Tensor, Tensor, Tensor)")
+           "float scale, Tensor? first=None) -> (Tensor, Tensor, Tensor, Tensor)")
 set_gradient(
     matrix_distance_op,
-    lambda grad, _, *kept: (None, None, *matrix_distance_backward_op(grad, *kept), None),  # q and k are the teacher's
+    # q and k are the teacher's
+    lambda grad, _, *kept: (None, None, *matrix_distance_backward_op(grad, *kept), None, None),
     keep=True)
 
 # %% ../../nbs/22_matrix_distance_kernel.ipynb #f2ed46b5
@@ -273,10 +301,12 @@ def triton_distance(
     C: Float[Tensor, "batch len groups state"],  # its queries
     D: Float[Tensor, "heads"] | None,  # its skip connection
     scale: float,  # scores are scale * q.k
+    starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins; None: all tokens are of one
 ) -> Float[Tensor, "batch heads"]:  # float32
     """`matrix_distance` on the GPU, without a matrix. Factors of different types are all taken to float32."""
     factors = (q.detach(), k.detach(), B, C)
     dtype = q.dtype if all(z.dtype == q.dtype for z in factors) else torch.float32
     q, k, B, C = (z.to(dtype).contiguous() for z in factors)
     D = torch.zeros(q.shape[2], device=q.device) if D is None else D.float().contiguous()
-    return matrix_distance_op(q, k, log_a.float().contiguous(), B, C, D, scale)[0]
+    first = None if starts is None else document_begin(starts).int()
+    return matrix_distance_op(q, k, log_a.float().contiguous(), B, C, D, scale, first)[0]
