@@ -167,6 +167,12 @@ class Text:
                 raise ValueError(f"{name}: {re.sub('every', 'held_out', str(err))}") from err
         return found
 
+    def held_out_texts(self) -> list[str]:
+        """What is held out of all texts, for tasks. Raises ValueError for conversations, as `documents`."""
+        if set(self.each("chat")) != {"no"}:
+            raise ValueError(f"chat is {' '.join(self.chat)}: tasks are made of plain text")
+        return [row["text"] for _, held_out in self.documents() for row in held_out]
+
     def validation(self, documents: list[tuple], tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
         """Blocks of held-out text, of all texts. Raises ValueError when one does not fill any."""
         from llamba_ref.data import TokenBlocks
@@ -498,16 +504,10 @@ class Evaluate:
         for name in self.models:
             if Path(name).suffix in SUFFIXES.values():
                 raise ValueError(f"{name}: tasks are for models, not for exported files")
-        texts = self.plain_texts() if set(tasks) & set(LOCAL) else []
+        texts = self.corpus.held_out_texts() if set(tasks) & set(LOCAL) else []
         names = [*self.models, *([self.teacher] if self.teacher else [])]
         models = {name: (model.to(device), tokenizer) for name in names for model, tokenizer in [lr.load_model(name)]}
         return run_tasks(models, tasks, texts, limit=self.limit or None, batch_size=self.batch_size)
-
-    def plain_texts(self) -> list[str]:
-        """The held-out documents. Raises ValueError for conversations."""
-        if set(self.corpus.each("chat")) != {"no"}:
-            raise ValueError(f"chat is {' '.join(self.corpus.chat)}: tasks are made of plain text")
-        return [row["text"] for _, held_out in self.corpus.documents() for row in held_out]
 
 # %% ../nbs/99_cli.ipynb #1bd21785
 def figure_lines(measured: dict[str, dict[str, float]]) -> list[str]:

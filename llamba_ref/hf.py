@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
@@ -21,8 +22,8 @@ from .llama import Llama, LlamaConfig
 from .llamba import Llamba
 
 # %% auto #0
-__all__ = ['StateCache', 'padding_of', 'check_loaded', 'TokenEmbedding', 'DecoderForCausalLM', 'AutoModelConfig', 'LlambaConfig',
-           'GateLoopConfig', 'LlambaForCausalLM', 'GateLoopForCausalLM', 'as_llama']
+__all__ = ['StateCache', 'padding_of', 'check_loaded', 'TokenEmbedding', 'DecoderForCausalLM', 'starts_of', 'AutoModelConfig',
+           'LlambaConfig', 'GateLoopConfig', 'LlambaForCausalLM', 'GateLoopForCausalLM', 'as_llama']
 
 # %% ../nbs/26_transformers.ipynb #5c9c1c42
 class StateCache(Cache):
@@ -154,19 +155,19 @@ class DecoderForCausalLM(TokenEmbedding, PreTrainedModel, GenerationMixin):
         super().save_pretrained(*args, **options)
 
 # %% ../nbs/26_transformers.ipynb #e7b9d02f
-def _walk(model, x, cache, padding):
+def _walk(model, x, cache, marks):
     """The hidden states that enter each block, and what leaves the last one; fills the cache."""
     recompute = model.gradient_checkpointing and model.training
     hidden = []
     for i, block in enumerate(model.backbone.layers):
         hidden.append(x)
         if cache is None:
-            x = model._gradient_checkpointing_func(block, x, **padding) if recompute else block(x, **padding)
-        elif cache.length and x.shape[1] == 1 and not padding and not hasattr(block, "_hf_hook"):
+            x = model._gradient_checkpointing_func(block, x, **marks) if recompute else block(x, **marks)
+        elif cache.length and x.shape[1] == 1 and not marks and not hasattr(block, "_hf_hook"):
             y, cache.states[i] = block.step(x[:, 0], cache.states[i], in_place=not torch.is_grad_enabled())
             x = y[:, None]
         else:  # also for a block whose weights and inputs a device_map moves: that happens around `forward` alone
-            x, cache.states[i] = block(x, cache.states[i], **padding)
+            x, cache.states[i] = block(x, cache.states[i], **marks)
     return [*hidden, x]
 
 
@@ -181,14 +182,29 @@ def _cache_for(model, x, cache, use_cache):
     return cache
 
 
-def _check_positions(position_ids, attention_mask, past):
-    """Raise ValueError unless positions count the tokens: a recurrent model has no other positions."""
-    positions = torch.arange(past, past + position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
-    if attention_mask is not None:
-        positions = (attention_mask.cumsum(1) - 1)[:, -positions.shape[1] :]
-        position_ids = torch.where(attention_mask[:, -positions.shape[1] :] == 0, positions, position_ids)
-    if not torch.equal(position_ids.expand_as(positions), positions):
-        raise ValueError("position_ids must count the tokens of each row: leave them out")
+def starts_of(
+    position_ids: Int[Tensor, "rows len"],  # of the new tokens; rows is 1 or batch
+    attention_mask: Int[Tensor, "batch total"] | None,  # as in `forward`
+    past: int,  # tokens that the cache has read
+) -> Bool[Tensor, "rows len"] | None:  # where a document begins; None: nowhere but at the beginning
+    """Several documents in a row have positions that begin again at 0: there, every mixer forgets (`starts`).
+
+    Raises ValueError unless positions count the tokens of each document: our models have no other positions."""
+    length = position_ids.shape[1]
+    count = torch.arange(past, past + length, device=position_ids.device).expand_as(position_ids)
+    if attention_mask is not None and not attention_mask.all():
+        new = attention_mask[:, -length:]
+        count = (attention_mask.cumsum(1) - 1)[:, -length:]
+        position_ids = torch.where(new == 0, count, position_ids)
+    if torch.equal(position_ids.expand_as(count), count):
+        return None
+    begins = (position_ids == 0) & (count > 0)
+    goes_on = F.pad(position_ids[:, 1:] == position_ids[:, :-1] + 1, (1, 0), value=True)
+    first = begins[:, 0] | (position_ids[:, 0] == count[:, 0])
+    if not (first.all() and (begins | goes_on).all()) or attention_mask is not None and not attention_mask.all():
+        raise ValueError("position_ids must count the tokens of each document, from 0 where one begins in a row without "
+                         "padding: or leave them out")
+    return begins
 
 # %% ../nbs/26_transformers.ipynb #8be64dc3
 @can_return_tuple
@@ -196,7 +212,7 @@ def _forward(
     self,
     input_ids: Int[Tensor, "batch len"] | None = None,  # token ids
     attention_mask: Int[Tensor, "batch total"] | None = None,  # 1 token, 0 padding; of all tokens or of the new ones
-    position_ids: Int[Tensor, "batch len"] | None = None,  # what `generate` passes along; must count the tokens
+    position_ids: Int[Tensor, "#batch len"] | None = None,  # count the tokens; 0 again where a document begins
     past_key_values: StateCache | None = None,  # state to go on from, which is changed
     inputs_embeds: Float[Tensor, "batch len d_model"] | None = None,  # in place of ids: rows of the embedding
     labels: Int[Tensor, "batch len"] | None = None,  # ids whose cross-entropy is wanted (-100: none), not shifted
@@ -205,17 +221,17 @@ def _forward(
     logits_to_keep: int | Int[Tensor, "kept"] = 0,  # logits of so many last positions, or of these; 0: of all
     **options,  # for the loss
 ) -> CausalLMOutputWithPast:
-    """Logits, and where wanted loss and cache. Raises ValueError for a mask, positions or a cache that do not fit."""
+    """Logits, and where wanted loss and cache. Raises ValueError for a mask, positions, a cache that do not fit."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("either input_ids or inputs_embeds must be given")
     x = self.backbone.embedding(input_ids) if inputs_embeds is None else inputs_embeds
     cache = _cache_for(self, x, past_key_values, use_cache)
     past = 0 if cache is None else cache.length
-    if position_ids is not None and x.shape[1] > 1:
-        _check_positions(position_ids, attention_mask, past)
     packed = None if attention_mask is None else padding_of(attention_mask, x.shape[1], past_key_values is None)
-    order, padding = (None, {}) if packed is None else (packed[0], {"padding": packed[1]})
-    hidden = _walk(self, x if order is None else x.take_along_dim(order[..., None], 1), cache, padding)
+    order, marks = (None, {}) if packed is None else (packed[0], {"padding": packed[1]})
+    starts = starts_of(position_ids, attention_mask, past) if position_ids is not None and x.shape[1] > 1 else None
+    marks |= {} if starts is None else {"starts": starts.expand(x.shape[:2])}
+    hidden = _walk(self, x if order is None else x.take_along_dim(order[..., None], 1), cache, marks)
     if order is not None:
         hidden = [z.take_along_dim(order.argsort(1)[..., None], 1) for z in hidden]
     if cache is not None:

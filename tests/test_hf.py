@@ -18,8 +18,8 @@ from small import RELEASED, VOCAB, llama_config, llamba_config, one_line, shaken
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, TextStreamer, Trainer,
-    TrainingArguments, pipeline,
+    AutoConfig, AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, DataCollatorWithFlattening,
+    TextStreamer, Trainer, TrainingArguments, pipeline,
 )
 
 import llamba_ref as lr
@@ -187,6 +187,47 @@ def test_what_a_state_cannot_do_is_refused(tmp_path):
     assert "either input_ids or inputs_embeds" in one_line(error)
     with pytest.raises(ValueError) as error:
         model(ids, position_ids=torch.arange(11)[None] + 5)
+    assert "position_ids must count" in one_line(error)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_in_a_row_are_told_apart_by_their_positions(kind, tmp_path):
+    ours, model = pair(kind, tmp_path)
+    ids, lengths = torch.randint(VOCAB - 3, (2, 23)), (9, 1, 13)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    starts = (positions == 0).expand(2, -1)
+    with torch.no_grad():
+        expected = torch.cat([ours(one) for one in ids.split(lengths, 1)], 1)
+        assert relative_error(model(ids, position_ids=positions).logits, expected) < 1e-5
+        masked = model(ids, position_ids=positions, attention_mask=torch.ones_like(ids))
+        assert relative_error(masked.logits, expected) < 1e-5
+        assert torch.equal(model(ids, position_ids=positions).logits, ours(ids, starts=starts & (torch.arange(23) > 0)))
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        after = model(ids[:, 5:], position_ids=positions[:, 5:], past_key_values=cache).logits
+        assert relative_error(after, expected[:, 5:]) < 1e-5
+    model.train()
+    labels = ids.masked_fill(starts, -100)
+    loss = model(ids, position_ids=positions, labels=labels).loss
+    parts = [nn.functional.cross_entropy(one[:, :-1].flatten(0, 1), target[:, 1:].flatten(), reduction="sum")
+             for one, target in zip(expected.split(lengths, 1), ids.split(lengths, 1))]
+    assert relative_error(loss, sum(parts) / (2 * (23 - 3))) < 1e-5
+
+
+def test_a_collator_of_transformers_that_flattens(tiny):
+    ours, model, tokenizer = tiny
+    rows = [{"input_ids": tokenizer(text).input_ids} for text in ("It was a dark night.", "No.", "She smiled at him.")]
+    batch = DataCollatorWithFlattening(return_tensors="pt")(rows)
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
+        apart = torch.cat([ours(torch.tensor([row["input_ids"]]))[0] for row in rows])
+    assert relative_error(logits, apart) < 1e-5
+
+
+@pytest.mark.parametrize("positions", [[5, 6, 7, 8], [0, 1, 1, 2], [0, 2, 3, 4], [0, 1, 0, 2]], ids=str)
+def test_positions_that_do_not_count_are_refused(positions, tmp_path):
+    _, model = pair("pure", tmp_path)
+    with pytest.raises(ValueError) as error:
+        model(torch.ones(1, 4, dtype=torch.long), position_ids=torch.tensor([positions]))
     assert "position_ids must count" in one_line(error)
 
 
