@@ -202,8 +202,8 @@ def starts_of(
     goes_on = F.pad(position_ids[:, 1:] == position_ids[:, :-1] + 1, (1, 0), value=True)
     first = begins[:, 0] | (position_ids[:, 0] == count[:, 0])
     if not (first.all() and (begins | goes_on).all()) or attention_mask is not None and not attention_mask.all():
-        raise ValueError("position_ids must count the tokens of each document, from 0 where one begins in a row without "
-                         "padding: or leave them out")
+        raise ValueError("position_ids must count the tokens of each document, from 0 where one begins in a row "
+                         "without padding, or be left out")
     return begins
 
 # %% ../nbs/26_transformers.ipynb #8be64dc3
