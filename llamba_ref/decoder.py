@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .conventions import check_sizes, unchecked, wide_dtype
 
@@ -82,6 +83,20 @@ class Block(nn.Module):
         y_t, state = step(self.input_layernorm(x_t), state)
         return self.channel_mix(x_t + y_t), state
 
+    def init_state(self, batch: int):
+        """The mixer's state before the first token."""
+        return self.mixer.init_state(batch)
+
+    def view(self, x: Float[Tensor, "batch len d_model"]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the mixer reads when `x` enters the layer, what it finds, and what leaves the layer."""
+        mixer_input = self.input_layernorm(x)
+        mixer_output = self.mixer(mixer_input)
+        return mixer_input, mixer_output, self.channel_mix(x + mixer_output)
+
+    def ask(self, what: str, x: Float[Tensor, "batch len d_model"]):
+        """What a method of the mixer, such as "matrix", makes of what it reads when `x` enters the layer."""
+        return getattr(self.mixer, what)(self.input_layernorm(x))
+
 # %% ../nbs/04_decoder.ipynb #9c00c799
 def init_weights(module: nn.Module, std: float = 0.02) -> None:
     """Start a linear layer or an embedding as Llama does: weights normal, biases zero. Other modules are left alone."""
@@ -105,6 +120,7 @@ class Backbone(nn.Module):
         pad_vocab_size_multiple: int = 1,  # the embedding has the next multiple of it as rows
     ):
         super().__init__()
+        self.recompute = False  # a block keeps its input alone for the backward pass, which runs it again
         self.vocab_size, rows = vocab_size, -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
         on_meta = torch.get_default_device().type == "meta"  # there, the constructor takes two seconds to draw nothing
         weight = torch.empty(rows, d_model) if on_meta else None
@@ -124,8 +140,9 @@ class Backbone(nn.Module):
     ):  # hidden states that leave the last block, (batch, len, d_model), and the new state if one was given
         x = self.embedding(input_ids)
         if state is None:
+            again = self.recompute and torch.is_grad_enabled()
             for block in self.layers:
-                x = block(x, **padding)
+                x = checkpoint(block, x, use_reentrant=False, **padding) if again else block(x, **padding)
             return x
         new_state = []
         for block, layer_state in zip(self.layers, state, strict=True):
@@ -242,7 +259,7 @@ class LayerView:
     def matrix(self) -> Float[Tensor, "batch heads len len"]:
         """The matrix that the mixer applied to its values (attention: the softmax of scores), computed when asked."""
         with torch.no_grad():
-            return self.block.mixer.matrix(self.mixer_input)
+            return self.block.ask("matrix", self.input)
 
 # %% ../nbs/04_decoder.ipynb #7074995a
 def check_ids(
@@ -324,15 +341,14 @@ def walk(
 ) -> Iterator[LayerView]:
     """Run the model one layer at a time, without gradients, keeping nothing of a layer once the next is asked for."""
     check_ids(input_ids, model.vocab_size)
-    x = model.backbone.embedding(input_ids).detach()
+    with torch.no_grad():
+        x = model.embed(input_ids)
     for index, block in enumerate(model.backbone.layers):
         with torch.no_grad():
-            mixer_input = block.input_layernorm(x)
-            mixer_output = block.mixer(mixer_input)
-            layer = LayerView(index, block, x, mixer_input, mixer_output, block.channel_mix(x + mixer_output))
+            layer = LayerView(index, block, x, *block.view(x))
         yield layer
         x = layer.output
-        del layer, mixer_input, mixer_output
+        del layer
 
 # %% ../nbs/04_decoder.ipynb #ce5d45fa
 @lru_cache
@@ -426,6 +442,10 @@ class Decoder(nn.Module):
         """Where the weights are."""
         return self.backbone.embedding.weight.device
 
+    def embed(self, input_ids: Int[Tensor, "batch len"]) -> Float[Tensor, "batch len d_model"]:
+        """What enters the first block."""
+        return self.backbone.embedding(input_ids)
+
     def head(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of the hidden states that leave the last block: final norm, then the (possibly tied) head."""
         x = self.backbone.final_layernorm(x)
@@ -442,7 +462,7 @@ class Decoder(nn.Module):
 
     def init_state(self, batch: int) -> list:
         """The state before the first token: one entry a layer."""
-        return [block.mixer.init_state(batch) for block in self.backbone.layers]
+        return [block.init_state(batch) for block in self.backbone.layers]
 
     def step(
         self,
