@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
 from jaxtyping import Float, Int
@@ -27,16 +28,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from .checkpoint import atomic_directory, one_line, read_json, read_tensors, write_tensors
+from .checkpoint import atomic_directory, one_line, read_json, write_tensors
 from .conventions import check_sizes, wide_dtype
 from .decoder import Decoder
+from .parallel import is_sharded, read_pieces, reshard, shared_directory, whole, write_pieces
 
 # %% auto #0
-__all__ = ['Backward', 'LOGITS', 'FILES', 'Stage', 'Objective', 'mean_over_chunks', 'next_tokens', 'CrossEntropy', 'reached',
+__all__ = ['Backward', 'LOGITS', 'MEANS', 'Stage', 'Objective', 'mean_over_chunks', 'next_tokens', 'CrossEntropy', 'reached',
            'freeze', 'describe', 'optimizer_for', 'warmup_stable_decay', 'first_bad', 'train_step', 'replace_text',
-           'read_metrics', 'write_state', 'read_state', 'checksum', 'seal', 'hold', 'check_config', 'forget_after',
-           'load', 'Run', 'Progress', 'training_state', 'restore', 'FreshBatches', 'train_stage', 'check_settings',
-           'train']
+           'read_metrics', 'write_state', 'read_state', 'checksum', 'checksums', 'seal', 'means_of', 'hold',
+           'check_config', 'forget_after', 'load', 'recall', 'Run', 'Progress', 'training_state', 'restore',
+           'FreshBatches', 'train_stage', 'check_settings', 'train']
 
 # %% ../nbs/93_training.ipynb #9dda318b
 @dataclass(frozen=True)
@@ -132,13 +134,14 @@ def reached(
 
     A parameter is frozen when it has no part in the loss. When it has one, but its gradient is zero in every entry,
     then a zero further on hides it for the moment, as in an output projection that starts at zero: it trains."""
+    reshard(model)
     model.zero_grad()
     with torch.random.fork_rng([input_ids.device] if input_ids.is_cuda else []):  # a look must not change what follows
         objective(input_ids, lambda loss: loss.requires_grad and loss.backward())
     counts = {}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, parameter in model.named_parameters():
-        counts[name] = 0 if parameter.grad is None else int(parameter.grad.count_nonzero())
+        counts[name] = 0 if parameter.grad is None else int(whole(parameter.grad).count_nonzero())
         if parameter.grad is not None and (counts[name] == 0 or id(parameter) in embeddings):
             counts[name] = parameter.numel()  # an embedding's row is reached as soon as its token occurs
         parameter.requires_grad_(parameter.grad is not None)
@@ -220,21 +223,23 @@ def train_step(
 ) -> tuple[Float[Tensor, "parts"], float]:  # the loss of each part, the norm of the gradient before clipping
     """One optimiser step. Raises FloatingPointError that names the part, the model and the layer when a loss or the
     gradient is not finite, before anything is changed."""
-    losses = torch.zeros(len(objective.parts), device=input_ids.device)
-    for texts in input_ids.split(rows):
+    losses, pieces = torch.zeros(len(objective.parts), device=input_ids.device), input_ids.split(rows)
+    for index, texts in enumerate(pieces):
         share = len(texts) / len(input_ids)
+        if is_sharded(model):  # gradients travel with the last piece alone
+            model.set_requires_gradient_sync(index == len(pieces) - 1)
         with accelerator.autocast():
             losses += share * objective(texts, lambda loss: loss.requires_grad and accelerator.backward(share * loss))
     trained = [p for p in model.parameters() if p.grad is not None]
     if accelerator.num_processes > 1:
         losses = accelerator.reduce(losses, "mean")
-        for parameter in trained:
+        for parameter in () if is_sharded(model) else trained:
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
     for name, loss in zip(objective.parts, losses.tolist()):
         if not math.isfinite(loss):
-            place = first_bad(objective.models, input_ids, rows)
+            place = first_bad(objective.models, accelerator.gather(input_ids), rows)  # the same in all processes
             raise FloatingPointError(f"{where}: the loss of {name} is {loss}; {place}")
-    norm = accelerator.clip_grad_norm_(trained, stage.clip)
+    norm = whole(accelerator.clip_grad_norm_(trained, stage.clip))
     if not norm.isfinite():
         raise FloatingPointError(f"{where}: the losses are finite, but the norm of the gradient is {norm.item()}")
     optimizer.step()
@@ -264,7 +269,7 @@ def read_metrics(path: str | Path) -> list[dict]:
     return records
 
 # %% ../nbs/93_training.ipynb #81e58c0e
-FILES = ("training.pt", "weights.safetensors")  # of a checkpoint
+MEANS = ("exp_avg", "exp_avg_sq")  # what AdamW calls its running means of the gradient and of its square
 
 
 def write_state(file: Path, state: dict) -> None:
@@ -290,9 +295,20 @@ def checksum(file: Path) -> str:
         return sha_fileobj(handle).hex()
 
 
+def checksums(checkpoint: Path) -> dict[str, str]:
+    """Of all files of a checkpoint that hold something."""
+    return {file.name: checksum(file) for file in checkpoint.iterdir() if file.suffix in (".pt", ".safetensors")}
+
+
 def seal(checkpoint: Path) -> None:
     """Write the checksums of a checkpoint that is complete."""
-    replace_text(checkpoint / "checksums.json", json.dumps({name: checksum(checkpoint / name) for name in FILES}))
+    replace_text(checkpoint / "checksums.json", json.dumps(checksums(checkpoint)))
+
+
+def means_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's running means, by the names of their weights."""
+    named = [(name, optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state]
+    return {f"{mean}.{name}": state[mean] for name, state in named for mean in MEANS}
 
 # %% ../nbs/93_training.ipynb #d3e1faac
 def hold(run: Run) -> None:
@@ -339,26 +355,33 @@ def load(run: Run, model: nn.Module) -> dict | None:
         return None
     *older, newest = run.checkpoints()
     try:
-        written = read_json(newest / "checksums.json")
-        for name in FILES:
-            if checksum(newest / name) != written.get(name):
-                raise ValueError(f"{newest / name}: damaged, its checksum is not the one that was written")
-        state, weights = read_state(newest / FILES[0]), read_tensors(newest / FILES[1])
+        written, found = read_json(newest / "checksums.json"), checksums(newest)
+        if differ := sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name)):
+            raise ValueError(f"{newest / differ[0]}: damaged or missing, its checksum is not the one that was written")
+        state = read_state(newest / "training.pt")
     except (ValueError, FileNotFoundError) as err:
         hint = f"remove {newest} to go on from {older[-1].name}" if older else "none is before it, begin a new run"
         raise ValueError(f"{err}; {hint}") from err
     try:
-        model.load_state_dict(weights, strict=True)  # into the model's own tensors, on their device and in their type
-    except RuntimeError as err:
-        raise ValueError(f"{newest}: the weights do not fit the model: {' '.join(str(err).split())}") from err
+        read_pieces(newest, model.state_dict(), is_sharded(model))  # into the model's own tensors
+    except ValueError as err:
+        raise ValueError(f"{newest}: the weights do not fit the model: {err}") from err
     return state
+
+
+def recall(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Give a new optimiser the means of the newest checkpoint, and the number of steps that it has taken."""
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        means = {mean: torch.zeros_like(parameter, requires_grad=False) for mean in MEANS}
+        optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **means}
+    read_pieces(run.checkpoints()[-1], means_of(model, optimizer), is_sharded(model))
 
 # %% ../nbs/93_training.ipynb #b404759b
 class Run:
     """A directory that holds a run: config.json, metrics.jsonl, checkpoints/, and whatever is added at the end. One
     process at a time writes: the first write takes the lock, which ends with the `Run` or with its process."""
 
-    forget_after, hold, load = forget_after, hold, load  # the functions above, as methods
+    forget_after, hold, load, recall = forget_after, hold, load, recall  # the functions above, as methods
 
     def __init__(
         self,
@@ -392,14 +415,23 @@ class Run:
         """The checkpoints, oldest first. A directory is renamed to its name when all of it is written."""
         return sorted((self.path / "checkpoints").glob("step-*"))
 
-    def save(self, step: int, model: nn.Module, state: dict) -> None:
-        """Save weights and training state atomically, drop what is older than the newest `keep`. Raises OSError."""
-        self.hold()
-        with atomic_directory(self.path / "checkpoints" / f"step-{step:08d}") as directory:
-            write_state(directory / "training.pt", state)
-            write_tensors(directory / "weights.safetensors", model.state_dict())
-            seal(directory)
-        for old in self.checkpoints()[: -self.keep]:
+    def save(self, step: int, model: nn.Module, state: dict, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Save weights, means and training state atomically, drop what is older than the newest `keep`; of a model that
+        is cut over processes, all of them together, each its pieces. Raises OSError."""
+        first, path = not is_sharded(model) or dist.get_rank() == 0, self.path / "checkpoints" / f"step-{step:08d}"
+        tensors = model.state_dict() | ({} if optimizer is None else means_of(model, optimizer))
+        if first:
+            self.hold()
+        with (shared_directory if is_sharded(model) else atomic_directory)(path) as directory:
+            if first:
+                write_state(directory / "training.pt", state)
+            if is_sharded(model):
+                write_pieces(directory, tensors)
+            else:
+                write_tensors(directory / "weights.safetensors", tensors)
+            if first:
+                seal(directory)
+        for old in self.checkpoints()[: -self.keep] if first else ():
             shutil.rmtree(old.rename(old.with_name(f".{old.name}-old")))
 
 # %% ../nbs/93_training.ipynb #7af9d09e
@@ -423,12 +455,15 @@ class Progress(tqdm):
 
 # %% ../nbs/93_training.ipynb #1db95353
 def training_state(step: int, stages: Sequence[Stage], data, device: torch.device, **in_stage) -> dict:
-    """What a run needs besides the weights to go on after `step`; `stages` are those that have begun."""
+    """What a run needs besides tensors to go on after `step`; `stages` are those that have begun. All processes call
+    it together: of a stream, each knows the places of what it reads itself."""
     random = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
-    begun = [asdict(stage) for stage in stages]
-    return {"step": step, "stages": begun, "data": data.state_dict(), "random": random, **in_stage}
+    begun, places = [asdict(stage) for stage in stages], {}
+    for state in gather_object([data.state_dict()]):
+        places |= state
+    return {"step": step, "stages": begun, "data": places, "random": random, **in_stage}
 
 
 def restore(state: dict, stages: Sequence[Stage], data, device: torch.device) -> int:
@@ -476,7 +511,7 @@ def train_stage(
     data,  # `Batches` or `StreamBatches`
     *,
     state: dict | None,  # training state of a checkpoint within this stage; None: from its beginning
-    run: Run | None,  # where this process logs and saves
+    run: Run | None,  # where the first process logs, and checkpoints are saved
     accelerator: Accelerator,
     save_every: int,  # steps between checkpoints; 0: only at the end of a stage
     micro_batch_size: int | None,  # None: the whole batch at once
@@ -485,7 +520,9 @@ def train_stage(
 ) -> list[dict]:  # a record a step
     """Run one stage, or the rest of it. Raises ValueError when no parameter of it may train."""
     stage, first, records = stages[-1], sum(stage.steps for stage in stages[:-1]), []
+    writes = run is not None and accelerator.is_main_process
     input_ids = data.next().to(accelerator.device)
+    reshard(*objective.models.values())
     if state is None:
         texts = broadcast(input_ids[:micro_batch_size].clone())  # the same in all processes
         with accelerator.autocast():
@@ -493,8 +530,8 @@ def train_stage(
     done, counts = state["step"] - first, state["trains"]
     freeze(model, counts, stage)
     optimizer = optimizer_for(model, stage)
-    if "optimizer" in state:
-        optimizer.load_state_dict(state["optimizer"])
+    if done:
+        run.recall(model, optimizer, done)
     if progress:
         accelerator.print(f"\n{stage.objective}: {stage.steps} steps, lr {stage.lr:g}; {describe(model, counts)}")
     with Progress(stage, done, progress and accelerator.is_main_process) as shown:
@@ -512,11 +549,12 @@ def train_stage(
                 "lr": optimizer.param_groups[0]["lr"], "gradient_norm": norm, "tokens": tokens,
                 "tokens_per_second": tokens / (time.perf_counter() - began)})
             shown.show(index + 1, records[-1])
-            if run is not None:
+            if writes:
                 run.log(**records[-1])
-                if save_every and step % save_every == 0 and index + 1 < stage.steps:
-                    of_stage = {"optimizer": optimizer.state_dict(), "trains": counts}
-                    run.save(step, model, training_state(step, stages, data, accelerator.device, **of_stage))
+            if run is not None and save_every and step % save_every == 0 and index + 1 < stage.steps:
+                at = training_state(step, stages, data, accelerator.device, trains=counts)
+                if writes or is_sharded(model):
+                    run.save(step, model, at, optimizer)
             if after_step is not None:
                 after_step(step, stage)
     return records
@@ -565,15 +603,17 @@ def train(
     accelerator = accelerator or Accelerator()
     check_settings(model, data, accelerator, save_every, micro_batch_size)
     model.to(accelerator.device)
-    writer = run if accelerator.is_main_process else None
-    if writer is not None:
-        writer.hold()
+    writes = run is not None and accelerator.is_main_process
+    if writes:
+        run.hold()
+    reshard(model)
     state = run.load(model) if run is not None else None
     done = restore(state, stages, data, accelerator.device) if state is not None else 0
-    if writer is not None:
-        writer.forget_after(done)
-    for tensor in model.state_dict().values():
-        tensor.copy_(broadcast(tensor))
+    if writes:
+        run.forget_after(done)
+    if not is_sharded(model):  # else `shard` has done so
+        for tensor in model.state_dict().values():
+            tensor.copy_(broadcast(tensor))
     records, last, flags = [], 0, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for number, stage in enumerate(stages, start=1):
         first, last = last, last + stage.steps
@@ -581,7 +621,7 @@ def train(
             continue
         try:
             records += train_stage(
-                model, stages[:number], objective_for(stage), data, state=state if done > first else None, run=writer,
+                model, stages[:number], objective_for(stage), data, state=state if done > first else None, run=run,
                 accelerator=accelerator, save_every=save_every, micro_batch_size=micro_batch_size,
                 after_step=after_step, progress=progress)
         finally:
@@ -590,7 +630,9 @@ def train(
             model.zero_grad()
         if after_stage is not None:
             after_stage(last, stage)
-        if writer is not None:
-            writer.save(last, model, training_state(last, stages[:number], data, accelerator.device))
+        if run is not None:
+            state_then = training_state(last, stages[:number], data, accelerator.device)
+            if writes or is_sharded(model):
+                run.save(last, model, state_then)
     accelerator.wait_for_everyone()
     return records
