@@ -20,7 +20,7 @@ PUBLIC = {  # module -> the names that it gives to the package
     "llamba": ("Llamba", "LlambaConfig"),
     "mohawk": ("alignment_loss", "distill", "distillation_loss", "orientation_loss"),
     "evaluate": ("compare", "evaluate", "generate_text"),
-    "data": ("Batches", "StreamBatches", "load_documents", "load_tokenizer", "pack", "split_documents"),
+    "data": ("Batches", "StreamBatches", "StreamShares", "load_documents", "load_tokenizer", "pack", "split_documents"),
     "training": ("Run", "Stage", "train"),
     "models": ("load_model", "save_model"),
 }

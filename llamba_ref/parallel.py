@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -27,8 +27,38 @@ from .checkpoint import atomic_directory, one_line
 from .decoder import Decoder
 
 # %% auto #0
-__all__ = ['OF_BLOCK', 'OF_MODEL', 'is_sharded', 'whole', 'reshard', 'shard', 'cut', 'whole_copy', 'shared_directory',
-           'write_pieces', 'read_pieces']
+__all__ = ['COMMAND', 'IGNORED', 'OF_BLOCK', 'OF_MODEL', 'processes_of', 'is_sharded', 'whole', 'reshard', 'shard', 'cut',
+           'whole_copy', 'shared_directory', 'write_pieces', 'read_pieces']
+
+# %% ../nbs/28_parallel.ipynb #96262d75
+COMMAND = "torchrun --nproc_per_node {} -m llamba_ref.cli distill"  # how to start several processes
+IGNORED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")  # nothing here reads these
+
+
+def processes_of(
+    environment: Mapping[str, str],  # in which launchers say what they started
+    device: str,  # where a process is to compute: "cpu", "cuda", "cuda:1", "mps"
+    gpus: int,  # CUDA devices of this machine
+) -> int:
+    """The number of processes that were started together; 1: this one alone.
+
+    Raises ValueError, with what to type, when each would be alone, would do something else than was asked, or two would
+    share a GPU."""
+    for name in IGNORED:
+        if environment.get(name, "").lower() in ("true", "1"):
+            raise ValueError(f"accelerate launch set {name}, which nothing here reads: for a model that is cut over "
+                             f"processes type {COMMAND.format('N')} --shard")
+    if "ACCELERATE_DYNAMO_BACKEND" in environment and "WORLD_SIZE" not in environment:
+        raise ValueError("accelerate launch started one process, whatever number it was given: for several type "
+                         f"{COMMAND.format('N')}, for one leave accelerate launch away")
+    processes = int(environment.get("WORLD_SIZE", 1))
+    here = int(environment.get("LOCAL_WORLD_SIZE", processes))
+    if here > 1 and device not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}, which {here} processes would share: leave --device away, or give cpu")
+    if device == "cuda" and here > gpus:
+        raise ValueError(f"{here} processes were started on a machine with {gpus} GPU{'s' * (gpus > 1)}: type "
+                         f"{COMMAND.format(gpus)}, or give --device cpu")
+    return processes
 
 # %% ../nbs/28_parallel.ipynb #d3bb8f10
 def is_sharded(model: nn.Module) -> bool:
@@ -62,7 +92,7 @@ def shard(
     In mixed precision "bf16" a block is fetched in bfloat16, gradients are added up in float32, pieces stay as they
     are. Raises ValueError when there is one process."""
     if accelerator.num_processes == 1:
-        raise ValueError("there is one process, and nothing to cut a model over")
+        raise ValueError(f"there is one process, and a model is cut over several: type {COMMAND.format('N')} --shard")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     mixed = accelerator.mixed_precision == "bf16"
     policy = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if mixed else (), cast_forward_inputs=False)
@@ -120,8 +150,12 @@ def write_pieces(directory: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(f"{directory}: the pieces could not be written ({one_line(err)})") from err
 
 
-def read_pieces(directory: Path, tensors: dict[str, Tensor], together: bool) -> None:
-    """Fill tensors, whole or cut in any way, from safetensors files, whole or cut in any way (DCP).
+def read_pieces(
+    directory: Path,  # of safetensors files, in pieces for any number of processes, or whole
+    tensors: dict[str, Tensor],  # to be filled: whole, or cut over any number of processes
+    together: bool,  # all processes call this, each for its pieces; else each for itself
+) -> set[str]:  # names in the files that were not asked for
+    """Read tensors of which each process needs a part (DCP).
 
     Raises ValueError that names the first tensors that are missing or have another shape."""
     reader = HuggingFaceStorageReader(str(directory))
@@ -136,3 +170,4 @@ def read_pieces(directory: Path, tensors: dict[str, Tensor], together: bool) -> 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, storage_reader=reader, no_dist=not together)
+    return stored.keys() - tensors.keys()

@@ -363,7 +363,9 @@ def load(run: Run, model: nn.Module) -> dict | None:
         hint = f"remove {newest} to go on from {older[-1].name}" if older else "none is before it, begin a new run"
         raise ValueError(f"{err}; {hint}") from err
     try:
-        read_pieces(newest, model.state_dict(), is_sharded(model))  # into the model's own tensors
+        others = read_pieces(newest, model.state_dict(), is_sharded(model))  # into the model's own tensors
+        if unexpected := sorted(name for name in others if not name.startswith(MEANS)):
+            raise ValueError(f"it has no {unexpected[0]}")
     except ValueError as err:
         raise ValueError(f"{newest}: the weights do not fit the model: {err}") from err
     return state
