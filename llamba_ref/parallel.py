@@ -55,7 +55,7 @@ def processes_of(
     here = int(environment.get("LOCAL_WORLD_SIZE", processes))
     if here > 1 and device not in ("cpu", "cuda"):
         raise ValueError(f"device is {device!r}, which {here} processes would share: leave --device away, or give cpu")
-    if device == "cuda" and here > gpus:
+    if device == "cuda" and 0 < gpus < here:
         raise ValueError(f"{here} processes were started on a machine with {gpus} GPU{'s' * (gpus > 1)}: type "
                          f"{COMMAND.format(gpus)}, or give --device cpu")
     return processes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import shutil
 import sys
@@ -80,7 +81,7 @@ class Objective(Protocol):
         Each loss must be a mean over the rows of the batch: micro-batches and processes rely on it."""
 
 # %% ../nbs/93_training.ipynb #733bb24b
-LOGITS = 2**24  # how many are alive at a time, 64 MiB in float32
+LOGITS = 2**24  # how many are alive at a time, 64 MiB in float32; on a GPU eight times as many, to keep it busy
 
 
 def mean_over_chunks(
@@ -88,8 +89,9 @@ def mean_over_chunks(
     vocab_size: int,  # logits that a token takes
     *tensors: Tensor,  # one row a token
 ) -> Float[Tensor, ""]:
-    """The mean loss of all tokens, exactly. No more than LOGITS logits are alive at a time, forward and backward."""
-    size, tokens = max(1, LOGITS // vocab_size), len(tensors[0])
+    """The mean loss of all tokens, exactly. No more than LOGITS logits of a model are alive at a time, forward and
+    backward."""
+    size, tokens = max(1, LOGITS * (8 if tensors[0].is_cuda else 1) // vocab_size), len(tensors[0])
     if tokens <= size:
         return loss(*tensors)
     chunks = zip(*(tensor.split(size) for tensor in tensors))
@@ -566,8 +568,10 @@ def check_settings(model: nn.Module, data, accelerator: Accelerator, save_every:
     """Raise ValueError for what would not train, or not as `train` says."""
     precision, pieces = accelerator.mixed_precision, accelerator.gradient_accumulation_steps
     mine = (accelerator.process_index, accelerator.num_processes)
-    given = (getattr(data, "rank", 0), getattr(data, "world_size", 1))
+    given, started = (getattr(data, "rank", 0), getattr(data, "world_size", 1)), int(os.environ.get("WORLD_SIZE", 1))
     for good, message in (
+        (started == mine[1], f"WORLD_SIZE is {started}, but the accelerator knows of {mine[1]}: each process would train "
+                             "alone; without GPUs it must be Accelerator(cpu=True)"),
         (save_every >= 0, f"save_every is {save_every}: it must be at least 0"),
         (rows is None or rows >= 1, f"micro_batch_size is {rows}: it must be at least 1, or None for the whole batch"),
         (precision in ("no", "bf16"), f"mixed_precision is {precision!r}: it must be 'no' or 'bf16' (no loss scaling)"),
