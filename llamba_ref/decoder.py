@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .conventions import check_sizes, unchecked, wide_dtype
+from .conventions import check_sizes, is_imagined, unchecked, wide_dtype
 
 # %% auto #0
 __all__ = ['RMSNorm', 'SwiGLU', 'Block', 'init_weights', 'Backbone', 'pack_left', 'check_usable', 'sample', 'LayerView',
@@ -275,7 +275,7 @@ def check_ids(
         raise ValueError(f"input_ids has dtype {input_ids.dtype}: it must be int64 or int32")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {shape}")
-    if torch.compiler.is_compiling():  # while a graph is traced, there are no values to look at
+    if torch.compiler.is_compiling() or is_imagined():  # there are no values to look at
         return
     smallest, largest = (int(bound) for bound in input_ids.aminmax())
     if smallest < 0 or largest >= vocab_size:

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from .checkpoint import atomic_directory, one_line, read_json, write_tensors
-from .conventions import check_sizes, wide_dtype
+from .conventions import check_sizes, on_gpu, wide_dtype
 from .decoder import Decoder
 from .parallel import is_sharded, read_pieces, reshard, shared_directory, whole, write_pieces
 
@@ -91,7 +91,7 @@ def mean_over_chunks(
 ) -> Float[Tensor, ""]:
     """The mean loss of all tokens, exactly. No more than LOGITS logits of a model are alive at a time, forward and
     backward."""
-    size, tokens = max(1, LOGITS * (8 if tensors[0].is_cuda else 1) // vocab_size), len(tensors[0])
+    size, tokens = max(1, LOGITS * (8 if on_gpu(tensors[0]) else 1) // vocab_size), len(tensors[0])
     if tokens <= size:
         return loss(*tensors)
     chunks = zip(*(tensor.split(size) for tensor in tensors))
@@ -570,8 +570,8 @@ def check_settings(model: nn.Module, data, accelerator: Accelerator, save_every:
     mine = (accelerator.process_index, accelerator.num_processes)
     given, started = (getattr(data, "rank", 0), getattr(data, "world_size", 1)), int(os.environ.get("WORLD_SIZE", 1))
     for good, message in (
-        (started == mine[1], f"WORLD_SIZE is {started}, but the accelerator knows of {mine[1]}: each process would train "
-                             "alone; without GPUs it must be Accelerator(cpu=True)"),
+        (started == mine[1], f"WORLD_SIZE is {started}, but the accelerator knows of {mine[1]}: each process would "
+                             "train alone; without GPUs it must be Accelerator(cpu=True)"),
         (save_every >= 0, f"save_every is {save_every}: it must be at least 0"),
         (rows is None or rows >= 1, f"micro_batch_size is {rows}: it must be at least 1, or None for the whole batch"),
         (precision in ("no", "bf16"), f"mixed_precision is {precision!r}: it must be 'no' or 'bf16' (no loss scaling)"),
