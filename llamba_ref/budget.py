@@ -103,7 +103,8 @@ def distillation_memory(
         fetched = fetched_bytes(theirs, ours, plan)
         kept_whole = trains if plan.pieces > 1 else 0  # gradients of all but the last piece
     parts = [held_by // share for held_by in held] + [trains // share + kept_whole, 2 * trains // share]
-    working = max(working, trains // share if device == "cuda" else 0)  # AdamW takes a root of all means at a time
+    roots = trains if device == "cuda" else 12 * max(parameter.numel() for parameter in trained)
+    working = max(working, roots // share)  # AdamW's, of all means at a time, or one parameter after the other
     return dict(zip(("teacher", "student", "gradients", "means", "fetched", "working"), [*parts, fetched, working]))
 
 
