@@ -5,20 +5,26 @@
 # %% ../nbs/29_distil_1b.ipynb #7d98f97b
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .conventions import check_option, check_sizes, peak_bytes, without_numbers
 from .decoder import Decoder
 from .llama import Llama, LlamaConfig
 from .llamba import Llamba, LlambaConfig
 from .mohawk import OBJECTIVES
+from .throughput import Card
 
 # %% auto #0
-__all__ = ['Plan', 'imagined', 'imagined_pass', 'distillation_memory', 'fetched_bytes', 'distillation_operations']
+__all__ = ['Plan', 'imagined', 'imagined_pass', 'distillation_memory', 'fetched_bytes', 'Moved', 'Work', 'distillation_work']
 
 # %% ../nbs/29_distil_1b.ipynb #8f90ae54
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def imagined_pass(
     teacher: LlamaConfig,  # sizes of both models
     student: LlambaConfig,
     plan: Plan,  # which stage, how
-):
+) -> tuple[Llama, Llamba, Callable[[], None]]:
     """Both models and a function that goes forward and backward through them, once; inside `without_numbers`. A
     parameter of the student requires a gradient if one reaches it."""
     dtype = torch.bfloat16 if plan.shard and plan.precision == "bf16" else torch.float32  # as blocks are fetched
@@ -71,8 +77,11 @@ def imagined_pass(
         parameter.requires_grad_(plan.train == "all" or ".mixer." in name)
     objective, ids = OBJECTIVES[plan.objective](*models), torch.zeros(plan.rows, plan.length, dtype=torch.long)
 
+    # in float32 a GPU has no attention for grouped queries but the plain one, with a matrix for each head
+    attention = SDPBackend.FLASH_ATTENTION if plan.precision == "bf16" else SDPBackend.MATH
+
     def one_pass():
-        with torch.autocast("cpu", torch.bfloat16, plan.precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, plan.precision == "bf16"), sdpa_kernel(attention):
             objective(ids, lambda loss: loss.requires_grad and loss.backward())
 
     one_pass()
@@ -119,14 +128,46 @@ def fetched_bytes(teacher: Decoder, student: Decoder, plan: Plan) -> int:
     return embeddings + 2 * size * max(blocks) + (size + 4) * blocks[1]
 
 # %% ../nbs/29_distil_1b.ipynb #f04bb79b
-def distillation_operations(
+class Moved(TorchDispatchMode):
+    """Counts the bytes that operations read and write; a view moves none."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        if not operation.is_view:
+            self.bytes += sum(one.nbytes for one in tree_leaves((args, kwargs, out)) if isinstance(one, Tensor))
+        return out
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage does for each token."""
+
+    operations: float  # multiplications and additions in products of matrices and attention
+    moved: float  # bytes that operations read and write, if none is merged with the next
+
+    def seconds(self, card: Card) -> float:
+        """Of one card for a token: what it computes and what it moves, one after the other, at the maker's rates."""
+        return self.operations / card.rate + self.moved / card.bandwidth
+
+
+def distillation_work(
     teacher: LlamaConfig,  # sizes of both models
     student: LlambaConfig,
     plan: Plan,  # which stage, how
-) -> float:  # multiplications and additions in products of matrices, for each token
-    """Count what a stage computes: teacher forward, student forward and backward, with all that is computed twice."""
+) -> Work:
+    """Count what the teacher computes forward and the student forward and backward, with all that is computed twice.
+
+    Operations are those of PyTorch's path, whose products are all seen; bytes those of the kernels', as on a GPU."""
+    tokens, of_attention = plan.rows * plan.length, lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know
     with without_numbers("cpu"):
         *_, one_pass = imagined_pass(teacher, student, plan)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping={on_cpu: of_attention}) as counter:
             one_pass()
-    return counter.get_total_flops() / (plan.rows * plan.length)
+    with without_numbers("cuda"):
+        *_, one_pass = imagined_pass(teacher, student, plan)
+        with Moved() as moved:
+            one_pass()
+    return Work(counter.get_total_flops() / tokens, moved.bytes / tokens)

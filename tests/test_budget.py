@@ -12,7 +12,7 @@ from small import llama_config, one_line
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llamba_ref.budget import Plan, distillation_memory, distillation_operations
+from llamba_ref.budget import Plan, distillation_memory, distillation_work
 from llamba_ref.conventions import peak_bytes
 from llamba_ref.llama import Llama
 from llamba_ref.llamba import Llamba, student_config
@@ -133,9 +133,9 @@ def test_operations_are_six_for_each_weight_of_the_student_and_two_of_the_teache
     configs = sizes(hidden_size=128, intermediate_size=512, head_dim=32)
     teacher, student = Llama(configs[0]), Llamba(configs[1])
     weights = [sum(p.numel() for p in model.parameters() if p.dim() == 2) for model in (teacher, student)]
-    found = distillation_operations(*configs, Plan("distillation", 2, 64, precision="no"))
+    found = distillation_work(*configs, Plan("distillation", 2, 64, precision="no")).operations
     assert 1 < found / (2 * weights[0] + 6 * weights[1]) < 1.15
-    again = distillation_operations(*configs, Plan("distillation", 2, 64, precision="no", recompute=True))
+    again = distillation_work(*configs, Plan("distillation", 2, 64, precision="no", recompute=True)).operations
     blocks = sum(p.numel() for n, p in student.named_parameters() if p.dim() == 2 and ".layers." in n)
     assert 0.7 < (again - found) / (2 * blocks) < 1  # a block is computed again up to what its last product needs
 
