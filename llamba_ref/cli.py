@@ -39,9 +39,9 @@ if TYPE_CHECKING:  # for signatures alone: when the program runs, each method im
 # %% auto #0
 __all__ = ['Count', 'Size', 'Seed', 'BatchSize', 'Place', 'Model', 'Models', 'Prompt', 'FARTHEST', 'Command', 'NO_MEMORY',
            'Range', 'check', 'free_cores', 'Machine', 'Text', 'Training', 'settings_of', 'describe_model', 'figures_of',
-           'write_results', 'save_figure', 'what_is_kept', 'Distill', 'Report', 'Generate', 'open_model', 'stream_text',
-           'Evaluate', 'bytes_of', 'free_memory', 'Bench', 'speed_line', 'contenders_of', 'Export',
-           'divergence_on_own_text', 'Pretrain', 'interruptible', 'main', 'end']
+           'write_results', 'save_figure', 'what_is_kept', 'fresh_student', 'Distill', 'Report', 'Generate',
+           'open_model', 'stream_text', 'Evaluate', 'bytes_of', 'free_memory', 'Bench', 'speed_line', 'contenders_of',
+           'Export', 'divergence_on_own_text', 'Pretrain', 'interruptible', 'main', 'end']
 
 # %% ../nbs/99_cli.ipynb #7641ad70
 @dataclass(frozen=True)
@@ -267,11 +267,33 @@ def what_is_kept(layers: int, replace: Sequence[int], keep_attention: int, keep_
         return f"auto:{keep_attention}" if keep_attention else f"heads:{keep_heads}"
     return [layer for layer in range(layers) if replace and layer not in replace]
 
+
+def fresh_student(
+    command: Distill,  # how it is made
+    teacher: lr.Llama,  # in one piece
+    kept: list[tuple[int, int]] | None = None,  # if known already: the heads that keep attention
+) -> lr.Llamba:
+    """A fresh student: the same one for the same seed. What shall not train requires no gradient.
+
+    Raises ValueError for a layer that does not exist, and more than one option that says what keeps attention."""
+    import torch
+    c = command
+    if kept is None:
+        kept = what_is_kept(teacher.config.num_hidden_layers, c.replace, c.keep_attention, c.keep_heads)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(c.seed)
+        student = lr.Llamba.from_teacher(teacher, kept, start=c.start, rotation=c.rotation, d_state=c.d_state,
+                                         chunk_size=c.chunk_size)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(c.train == "all" or ".mixer." in name)
+    return student
+
 # %% ../nbs/99_cli.ipynb #72191f49
 @dataclass
 class Distill(Training):
     """Turn a Llama into a Llamba, in MOHAWK's three stages. Without options: the demo, on what is shipped."""
 
+    student = fresh_student  # the function above, as a method
     out: Place = "runs/demo"  # directory of the run; one that is there is never overwritten
     teacher: Place = "tiny"  # tiny, smollm2, a directory, a .gguf file, or a hub name such as meta-llama/Llama-3.2-1B
     replace: tuple[int, ...] = ()  # layers whose attention is replaced, such as 3 7 11; none given: all of them
@@ -298,21 +320,6 @@ class Distill(Training):
             raise ValueError(f"steps is {' '.join(map(str, self.steps))}: at least one stage must have a step")
         stages = zip(("orientation", "alignment", "distillation"), self.steps, self.lr, (0.0, 0.1, 0.1))
         return [lr.Stage(name, steps, rate, decay) for name, steps, rate, decay in stages if steps]
-
-    def student(self, teacher: lr.Llama, kept: list[tuple[int, int]] | None = None) -> lr.Llamba:
-        """A fresh student: the same one for the same seed. `kept`, if known already: the heads that keep attention.
-
-        Raises ValueError for a layer that does not exist, and more than one option that says what keeps attention."""
-        import torch
-        if kept is None:
-            kept = what_is_kept(teacher.config.num_hidden_layers, self.replace, self.keep_attention, self.keep_heads)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            student = lr.Llamba.from_teacher(teacher, kept, start=self.start, rotation=self.rotation,
-                                             d_state=self.d_state, chunk_size=self.chunk_size)
-        for name, parameter in student.named_parameters():
-            parameter.requires_grad_(self.train == "all" or ".mixer." in name)
-        return student
 
     def run(self) -> None:
         """Distil, evaluate after every stage, write the student."""

@@ -20,7 +20,7 @@ from .conventions import check_sizes, is_imagined, unchecked, wide_dtype
 
 # %% auto #0
 __all__ = ['RMSNorm', 'SwiGLU', 'Block', 'init_weights', 'Backbone', 'pack_left', 'check_usable', 'sample', 'LayerView',
-           'check_ids', 'hidden', 'prefill', 'read', 'walk', 'check_length_and_stops', 'generate', 'Decoder',
+           'check_ids', 'hidden', 'prefill', 'read', 'embed', 'walk', 'check_length_and_stops', 'generate', 'Decoder',
            'check_sizes_of']
 
 # %% ../nbs/04_decoder.ipynb #c31411b6
@@ -335,6 +335,11 @@ def read(
     return model.head(x[:, -1]), state
 
 # %% ../nbs/04_decoder.ipynb #7074995b
+def embed(model: Decoder, input_ids: Int[Tensor, "batch len"]) -> Float[Tensor, "batch len d_model"]:
+    """What enters the first block."""
+    return model.backbone.embedding(input_ids)
+
+
 def walk(
     model: Decoder,  # the model
     input_ids: Int[Tensor, "batch len"],  # token ids
@@ -422,7 +427,7 @@ class Decoder(nn.Module):
     `matrix(u)` -> (batch, heads, len, len) and `init_state(batch)`; `forward` takes `padding=` for padded batches. It
     may have `step_in_place(u_t, state)`, which overwrites the state."""
 
-    hidden, prefill, read, generate, walk = hidden, prefill, read, generate, walk  # the functions above, as methods
+    embed, hidden, prefill, read, generate, walk = embed, hidden, prefill, read, generate, walk  # the functions above
 
     def __init__(
         self,
@@ -441,10 +446,6 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.backbone.embedding.weight.device
-
-    def embed(self, input_ids: Int[Tensor, "batch len"]) -> Float[Tensor, "batch len d_model"]:
-        """What enters the first block."""
-        return self.backbone.embedding(input_ids)
 
     def head(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of the hidden states that leave the last block: final norm, then the (possibly tied) head."""

@@ -348,7 +348,7 @@ def forget_after(run: Run, step: int) -> None:
         for left in run.path.glob(pattern):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
-
+# %% ../nbs/93_training.ipynb #0ad2f706
 def load(run: Run, model: nn.Module) -> dict | None:
     """Load the newest checkpoint into a model; its training state, or None when there is no checkpoint.
 
