@@ -190,7 +190,7 @@ def is_imagined() -> bool:
 
 def on_gpu(tensor: Tensor) -> bool:
     """Whether a tensor is on a CUDA device, or is to be treated so."""
-    return tensor.is_cuda or _imagined.get() == "cuda"
+    return tensor.is_cuda or not torch.compiler.is_compiling() and _imagined.get() == "cuda"
 
 # %% ../nbs/01_conventions.ipynb #c85c56a8
 def wide_dtype(
