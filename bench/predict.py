@@ -25,15 +25,14 @@ from unittest import mock
 
 import torch
 import tyro
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from bench.common import distill_options, in_a_process, parameters, save
 from bench.stage1_memory import ENVIRONMENT, resident
+from llamba_ref.budget import Moved
 from llamba_ref.cli import Distill
 from llamba_ref.conventions import peak_bytes
 from llamba_ref.llama import Llama, LlamaConfig
@@ -64,18 +63,6 @@ SMALL = "llamba distill --teacher small --length 256 --d-state 32 --chunk-size 6
 LINE, BEYOND = (4, 8), 12  # blocks at a time that give the line, and that it is tested with
 SLOWER = 3  # what a card takes at most, times what its maker promises
 FREE = 0.9  # of a card's memory: the rest for the allocator's gaps and the context
-
-
-class Moved(TorchDispatchMode):
-    """Counts the bytes that operations read and write; a view moves none."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if not function.is_view:
-            self.bytes += sum(one.nbytes for one in tree_leaves((args, kwargs, out)) if isinstance(one, Tensor))
-        return out
 
 
 def attention_on_cpu(q, k, v, *_, **__) -> int:

@@ -21,7 +21,7 @@ PUBLIC = {  # module -> the names that it gives to the package
     "mohawk": ("alignment_loss", "distill", "distillation_loss", "orientation_loss"),
     "evaluate": ("compare", "evaluate", "generate_text"),
     "data": (
-        "Batch", "Batches", "MixedBatches", "StreamBatches", "load_documents", "load_tokenizer", "pack",
+        "Batch", "Batches", "MixedBatches", "StreamBatches", "StreamShares", "load_documents", "load_tokenizer", "pack",
         "split_documents"),
     "training": ("Run", "Stage", "train"),
     "models": ("load_model", "save_model"),

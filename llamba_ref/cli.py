@@ -40,9 +40,10 @@ if TYPE_CHECKING:  # for signatures alone: when the program runs, each method im
 # %% auto #0
 __all__ = ['Count', 'Size', 'Seed', 'BatchSize', 'Place', 'Model', 'Models', 'Prompt', 'FARTHEST', 'Command', 'NO_MEMORY',
            'Range', 'check', 'free_cores', 'Machine', 'Text', 'batches_of', 'Training', 'settings_of', 'describe_model',
-           'figures_of', 'write_results', 'save_figure', 'what_is_kept', 'Distill', 'Report', 'Generate', 'open_model',
-           'stream_text', 'Evaluate', 'figure_lines', 'score_lines', 'bytes_of', 'free_memory', 'Bench', 'speed_line',
-           'contenders_of', 'Export', 'divergence_on_own_text', 'Pretrain', 'interruptible', 'main', 'end']
+           'figures_of', 'write_results', 'save_figure', 'what_is_kept', 'fresh_student', 'Distill', 'Report',
+           'Generate', 'open_model', 'stream_text', 'Evaluate', 'figure_lines', 'score_lines', 'bytes_of',
+           'free_memory', 'Bench', 'speed_line', 'contenders_of', 'Export', 'divergence_on_own_text', 'Pretrain',
+           'interruptible', 'main', 'end']
 
 # %% ../nbs/99_cli.ipynb #7641ad70
 @dataclass(frozen=True)
@@ -110,17 +111,23 @@ class Machine:
     # sums are rounded otherwise: losses agree to about three digits after a long training, and are not the same bits
     threads: Annotated[int, Range(0, 1024)] = 0
 
-    def accelerator(self, precision: str = "no") -> Accelerator:
-        """Set up device and threads. Raises ValueError for a device that is not there."""
+    def accelerator(self, precision: str = "no", several: bool = False) -> Accelerator:
+        """Set up device and threads. Raises ValueError for a device that is not there, and a start that cannot work;
+        `several` processes may take part in a training, and in nothing else."""
         import torch
         from accelerate import Accelerator
+        from llamba_ref.parallel import processes_of
+        found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+        where = found if self.device == "auto" else self.device
+        if (processes := processes_of(os.environ, where, torch.cuda.device_count())) > 1 and not several:
+            raise ValueError(f"{processes} processes were started for a command that runs in one: type llamba ...")
         self.threads = self.threads or (torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else free_cores())
         torch.set_num_threads(self.threads)
         try:
             device = torch.empty(0, device=None if self.device == "auto" else self.device).device
-            if device.type == "cuda":
+            if device.type == "cuda" and processes == 1:
                 torch.cuda.set_device(device)
-            accelerator = Accelerator(cpu=self.device != "auto" and device.type == "cpu", mixed_precision=precision)
+            accelerator = Accelerator(cpu=where == "cpu", mixed_precision=precision)
         except (RuntimeError, AssertionError, ImportError) as err:  # no such word, or torch was built without it
             raise ValueError(f"device is {self.device!r}: not here, or none of auto, cpu, cuda, cuda:N, mps") from err
         if self.device != "auto" and device.type != accelerator.device.type:
@@ -198,7 +205,8 @@ def batches_of(
         marks = {"resets": corpus.packing == "resets", "chat": chat}
         if corpus.streaming:
             size = "a stream"
-            sources.append(lr.StreamBatches(training, tokenizer, corpus.length, shuffle_buffer=1000, **own, **marks))
+            kind = lr.StreamBatches if several else lr.StreamShares  # of which each process reads its own files
+            sources.append(kind(training, tokenizer, corpus.length, shuffle_buffer=1000, **own, **marks))
         else:
             blocks = lr.pack(training, tokenizer, corpus.length, **marks)
             size = f"{len(blocks):,} blocks"
@@ -230,7 +238,10 @@ class Training:
             self.machine.threads = threads = read_json(begun).get("threads")
             if not isinstance(threads, int):
                 raise ValueError(f"{begun}: threads is {threads!r}: it must be a whole number")
-        return self.machine.accelerator(precision)
+        accelerator = self.machine.accelerator(precision, several=True)
+        if self.batch_size % (processes := accelerator.num_processes):
+            raise ValueError(f"batch_size is {self.batch_size}: it must be a multiple of the processes, {processes}")
+        return accelerator
 
     def begin(
         self,
@@ -260,7 +271,8 @@ def settings_of(command: Training) -> dict:
     """What defines a run and is written to its config.json: every option that its numbers depend on."""
     settings = {"command": type(command).__name__.lower(), **asdict(command)}
     settings |= settings.pop("corpus")
-    return {name: settings[name] for name in settings if name not in ("out", "resume", "machine", "prompt")}
+    others = ("out", "resume", "machine", "prompt", "shard", "recompute")  # numbers do not depend on them
+    return {name: settings[name] for name in settings if name not in others}
 
 
 def describe_model(model: lr.Decoder) -> str:
@@ -306,11 +318,33 @@ def what_is_kept(layers: int, replace: Sequence[int], keep_attention: int, keep_
         return f"auto:{keep_attention}" if keep_attention else f"heads:{keep_heads}"
     return [layer for layer in range(layers) if replace and layer not in replace]
 
+
+def fresh_student(
+    command: Distill,  # how it is made
+    teacher: lr.Llama,  # in one piece
+    kept: list[tuple[int, int]] | None = None,  # if known already: the heads that keep attention
+) -> lr.Llamba:
+    """A fresh student: the same one for the same seed. What shall not train requires no gradient.
+
+    Raises ValueError for a layer that does not exist, and more than one option that says what keeps attention."""
+    import torch
+    c = command
+    if kept is None:
+        kept = what_is_kept(teacher.config.num_hidden_layers, c.replace, c.keep_attention, c.keep_heads)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(c.seed)
+        student = lr.Llamba.from_teacher(teacher, kept, start=c.start, rotation=c.rotation, d_state=c.d_state,
+                                         chunk_size=c.chunk_size)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(c.train == "all" or ".mixer." in name)
+    return student
+
 # %% ../nbs/99_cli.ipynb #72191f49
 @dataclass
 class Distill(Training):
     """Turn a Llama into a Llamba, in MOHAWK's three stages. Without options: the demo, on what is shipped."""
 
+    student = fresh_student  # the function above, as a method
     out: Place = "runs/demo"  # directory of the run; one that is there is never overwritten
     teacher: Place = "tiny"  # tiny, smollm2, a directory, a .gguf file, or a hub name such as meta-llama/Llama-3.2-1B
     replace: tuple[int, ...] = ()  # layers whose attention is replaced, such as 3 7 11; none given: all of them
@@ -326,6 +360,9 @@ class Distill(Training):
     micro_batch_size: Count = 0  # blocks that go through the models at a time, to save memory; 0: all of a step
     precision: Literal["no", "bf16"] = "no"  # mixed precision: no, or bf16 on a GPU that has it
     compile: bool = False  # blocks by torch.compile: a minute to begin with, then faster steps in stages 2 and 3
+    train: Literal["all", "mixers"] = "all"  # what may train: everything, or the new mixers alone, with less memory
+    recompute: bool = False  # stage 3 computes blocks twice in place of keeping what they computed: less memory
+    shard: bool = False  # cut both models over the processes of torchrun; no picture of the matrices then
     prompt: str = "It is a truth universally acknowledged, that"  # what both models continue at the end
 
     def stages(self) -> list[lr.Stage]:
@@ -335,73 +372,84 @@ class Distill(Training):
         stages = zip(("orientation", "alignment", "distillation"), self.steps, self.lr, (0.0, 0.1, 0.1))
         return [lr.Stage(name, steps, rate, decay) for name, steps, rate, decay in stages if steps]
 
-    def student(self, teacher: lr.Llama, kept: list[tuple[int, int]] | None = None) -> lr.Llamba:
-        """A fresh student: the same one for the same seed. `kept`, if known already: the heads that keep attention.
-
-        Raises ValueError for a layer that does not exist, and more than one option that says what keeps attention."""
-        import torch
-        if kept is None:
-            kept = what_is_kept(teacher.config.num_hidden_layers, self.replace, self.keep_attention, self.keep_heads)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return lr.Llamba.from_teacher(teacher, kept, start=self.start, rotation=self.rotation, d_state=self.d_state,
-                                          chunk_size=self.chunk_size)
-
     def run(self) -> None:
         """Distil, evaluate after every stage, write the student."""
         from llamba_ref.evaluate import prompt_tokens
+        from llamba_ref.parallel import COMMAND, shard
         accelerator, stages = self.accelerator(self.precision), self.stages()
+        if self.shard and accelerator.num_processes == 1:
+            raise ValueError(f"shard was given to one process: type {COMMAND.format('N')} --shard, N at least 2")
         teacher, tokenizer = lr.load_model(self.teacher)
         if not isinstance(teacher, lr.Llama):
             raise ValueError(f"{self.teacher}: a teacher must be a Llama, this is a {type(teacher).__name__}")
         prompt_tokens(tokenizer, [self.prompt])  # to learn of an empty prompt before the training, not after it
         student, documents = self.student(teacher), self.corpus.documents()
         data, blocks, run = self.begin(accelerator, tokenizer, documents, teacher=teacher, student=student)
-        report = Report(self, run, teacher.to(accelerator.device), student.to(accelerator.device), blocks)
-        if first := accelerator.is_main_process:
-            report.before_training()
+        if self.shard:
+            shard(accelerator, teacher, student)
+        report = Report(self, run, teacher.to(accelerator.device), student.to(accelerator.device), blocks, accelerator)
+        report.before_training()
         lr.distill(teacher, student, data, stages, accelerator=accelerator, run=run, save_every=self.save_every,
-                   compile=self.compile, micro_batch_size=self.micro_batch_size or None,
-                   after_stage=report.after_stage if first else None)
-        if first:
-            report.at_the_end(tokenizer)
+                   compile=self.compile, recompute=self.recompute, micro_batch_size=self.micro_batch_size or None,
+                   after_stage=report.after_stage)
+        report.at_the_end(tokenizer)
 
 # %% ../nbs/99_cli.ipynb #6bde81dc
 class Report:
-    """What a distillation shows: perplexity after every stage, figures, the student, a sample of its text."""
+    """What a distillation shows: perplexity after every stage, figures, the student, a sample of its text. It is the
+    first process that shows it; when models are cut over processes, all of them compute it."""
 
-    def __init__(self, command: Distill, run: lr.Run, teacher: lr.Llama, student: lr.Llamba, blocks: TokenBlocks):
+    def __init__(
+        self, command: Distill, run: lr.Run, teacher: lr.Llama, student: lr.Llamba, blocks: TokenBlocks,
+        accelerator: Accelerator,
+    ):
         self.command, self.run, self.teacher, self.student, self.blocks = command, run, teacher, student, blocks
+        self.accelerator, self.first = accelerator, accelerator.is_main_process
 
-    def measure(self, step: int, name: str) -> Comparison:
+    def measure(self, step: int, name: str) -> None:
         """Compare on the held-out text; log and print the result. Raises FloatingPointError when it is not finite."""
         batch_size = self.command.micro_batch_size or self.command.batch_size
-        result = lr.compare(self.teacher, self.student, self.blocks, batch_size)
-        self.run.log(step=step, evaluation=name, **figures_of(result.student, result))
-        print(f"{name:>22}: perplexity {result.student.perplexity:8.2f} ({result.ratio:6.3f} x the teacher's), "
-              f"same next token {result.agreement:5.1%}, KL {result.kl:.3f}", flush=True)
-        return result
+        with self.accelerator.autocast():
+            result = lr.compare(self.teacher, self.student, self.blocks, batch_size)
+        if self.first:
+            self.run.log(step=step, evaluation=name, **figures_of(result.student, result))
+            print(f"{name:>22}: perplexity {result.student.perplexity:8.2f} ({result.ratio:6.3f} x the teacher's), "
+                  f"same next token {result.agreement:5.1%}, KL {result.kl:.3f}", flush=True)
+        if self.first and not step:
+            print(f"{'teacher':>22}: perplexity {result.teacher.perplexity:8.2f}")
 
     def before_training(self) -> None:
         """Perplexity of the teacher and of the student whose mixers are new, if the run has not begun."""
-        if not self.run.checkpoints():
+        begun = self.run.checkpoints()
+        self.accelerator.wait_for_everyone()  # all have looked before anyone writes
+        if begun or not (self.first or self.command.shard):
+            return
+        if self.first:
             self.run.forget_after(-1)
-            result = self.measure(0, "attention replaced")
-            print(f"{'teacher':>22}: perplexity {result.teacher.perplexity:8.2f}")
+        self.measure(0, "attention replaced")
 
     def after_stage(self, step: int, stage: lr.Stage) -> None:
         """Perplexity after a stage; after stage 1 also the picture of the matrices, beside those of a fresh student."""
         from llamba_ref.plots import draw_matrices
-        self.measure(step, f"after {stage.objective}")
-        if stage.objective == "orientation":
+        if self.first or self.command.shard:
+            self.measure(step, f"after {stage.objective}")
+        if self.first and stage.objective == "orientation" and not self.command.shard:
             fresh = self.command.student(self.teacher, self.student.config.kept)
             first = self.blocks.batch(slice(1))
             save_figure(self.run, "matrices.png", draw_matrices(self.teacher, fresh, self.student, first))
 
     def at_the_end(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the student and the figure of the run, and let both models continue the prompt."""
-        write_results(self.run, "student", self.student, tokenizer)
-        for name, model in (("teacher", self.teacher), ("student", self.student)):
+        from llamba_ref.parallel import whole_copy
+        teacher, student, sharded = self.teacher, self.student, self.command.shard
+        if sharded:
+            student = whole_copy(student)
+        if not self.first:
+            return
+        if sharded:
+            teacher, _ = lr.load_model(self.command.teacher)
+        write_results(self.run, "student", student, tokenizer)
+        for name, model in (("teacher", teacher), ("student", student)):
             print(f"\nthe {name} continues:")
             stream_text(model, tokenizer, self.command.prompt, 60, self.command.seed, temperature=0.8, top_p=0.95)
         print(f"\nwritten to {self.run.path}: student/ (the model), metrics.jsonl, figures/\n"

@@ -21,13 +21,14 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import torch
 from jaxtyping import Bool, Complex, Float, Inexact, Int
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # %% auto #0
-__all__ = ['Backend', 'relative_error', 'check_tensors', 'check_sizes', 'check_option', 'checked', 'unchecked', 'wide_dtype',
-           'cumulative_rotation', 'polar_gate', 'choose_backend', 'wrong_widths', 'find_kernel', 'load_result',
-           'peak_bytes', 'is_token', 'forget', 'document_begin']
+__all__ = ['Backend', 'relative_error', 'check_tensors', 'check_sizes', 'check_option', 'checked', 'unchecked', 'without_numbers',
+           'is_imagined', 'on_gpu', 'wide_dtype', 'cumulative_rotation', 'polar_gate', 'choose_backend', 'wrong_widths',
+           'find_kernel', 'load_result', 'peak_bytes', 'is_token', 'forget', 'document_begin']
 
 # %% ../nbs/01_conventions.ipynb #c0306d32
 def relative_error(
@@ -52,6 +53,9 @@ def _axis_names(axes: str, ndim: int, several: dict[str, list[str]]) -> list[tup
             several[name] = [f"axis{i}" for i in range(len(names), len(names) + ndim - len(words) + 1)]
         names += [(each, "#" in word) for each in (several[name] if "*" in word else [name])]
     return names
+
+
+_imagined = ContextVar("imagined", default="")  # the device of `without_numbers`, where that is in force
 
 
 def check_tensors(
@@ -83,7 +87,8 @@ def check_tensors(
             wanted = ", ".join(axis + " or 1" * one for axis, (_, one) in zip(wanted, names))
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be ({wanted})")
         sizes |= {axis: size for (axis, one), size in zip(names, tensor.shape) if not one}
-        unseen = torch.compiler.is_compiling() or tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+        unseen = torch.compiler.is_compiling() or _imagined.get() or (
+            tensor.is_cuda and torch.cuda.is_current_stream_capturing())
         if name.startswith("log_a") and not unseen and (tensor > 0).any():  # unseen: values cannot be looked at
             top = tensor.max().item()
             raise ValueError(f"{name} reaches {top:.4g}: it is the log of a decay and must be at most 0")
@@ -170,6 +175,30 @@ def unchecked():
     finally:
         _trusting.reset(before)
 
+
+@contextmanager
+def without_numbers(
+    device: str = "cuda",  # operators go the way that they go there, "cuda" or "cpu"
+):
+    """Inside, tensors have shapes and no numbers (PyTorch's FakeTensorMode), and nobody looks at any. So the memory of
+    a step can be counted that no machine here could take."""
+    before = _imagined.set(device)
+    try:
+        with FakeTensorMode(), unchecked():
+            yield
+    finally:
+        _imagined.reset(before)
+
+
+def is_imagined() -> bool:
+    """Whether `without_numbers` is in force."""
+    return bool(_imagined.get())
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor is on a CUDA device, or is to be treated so."""
+    return tensor.is_cuda or not torch.compiler.is_compiling() and _imagined.get() == "cuda"
+
 # %% ../nbs/01_conventions.ipynb #c85c56a8
 def wide_dtype(
     *tensors: Tensor | None,  # what goes in; None stands for an argument that was not given
@@ -212,7 +241,7 @@ def _obstacle(tensors: list[Tensor], kernel: str | None) -> str | None:
     doubles = [tensor.dtype for tensor in tensors if tensor.dtype in (torch.float64, torch.complex128)]
     if doubles:
         return f"kernel {kernel} computes in float32, but an argument is {doubles[0]}"
-    if not tensors[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not on_gpu(tensors[0]) and os.environ.get("TRITON_INTERPRET") != "1":
         return f"kernel {kernel} needs a CUDA tensor, this one is on {tensors[0].device}"
     return None
 
@@ -228,7 +257,7 @@ def choose_backend(
     Raises ValueError for an unknown name, RuntimeError that says why when backend is "triton" and Triton cannot run."""
     check_option("backend", backend, get_args(Backend))
     given = [tensor for tensor in tensors if tensor is not None]
-    if backend == "naive" or backend == "auto" and not given[0].is_cuda:
+    if backend == "naive" or backend == "auto" and not on_gpu(given[0]):
         return "naive"
     obstacle = obstacle or _obstacle(given, kernel)
     if obstacle and backend == "triton":

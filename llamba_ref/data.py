@@ -17,6 +17,7 @@ from functools import cache, cached_property, partial
 from glob import escape
 from importlib.resources import files
 from itertools import islice
+from math import gcd
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -37,12 +38,12 @@ logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # pri
 logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)  # warns of a shuffle buffer, here of 1: empty
 
 # %% auto #0
-__all__ = ['SEPARATOR', 'LOADERS', 'OPTIONS', 'MARKS_ANSWERS', 'Chat', 'split_text', 'loader_of', 'read_rows', 'text_of',
-           'conversation_of', 'files_of', 'digest', 'read_files', 'stream_files', 'require_hub', 'load_hub',
+__all__ = ['SEPARATOR', 'LOADERS', 'OPTIONS', 'MARKS_ANSWERS', 'Chat', 'SHARES', 'split_text', 'loader_of', 'read_rows',
+           'text_of', 'conversation_of', 'files_of', 'digest', 'read_files', 'stream_files', 'require_hub', 'load_hub',
            'sotu_texts', 'austen_text', 'read_texts', 'load_documents', 'chapter_numbers', 'is_held_out',
            'split_documents', 'train_tokenizer', 'end_of', 'tokenize', 'load_tokenizer', 'check_tokenizer', 'Batch',
            'asked_for_next', 'rendered', 'answers', 'is_answer', 'tokenize_chat', 'encode', 'TokenBlocks', 'pack',
-           'epoch_seed', 'EndlessBatches', 'Batches', 'read_windows', 'StreamBatches', 'MixedBatches']
+           'epoch_seed', 'EndlessBatches', 'Batches', 'read_windows', 'StreamBatches', 'StreamShares', 'MixedBatches']
 
 # %% ../nbs/92_data.ipynb #a51dd63b
 SEPARATOR = r"\n{4,}"  # three blank lines or more
@@ -795,6 +796,52 @@ class StreamBatches(EndlessBatches):
         """Go to a position that `state_dict` gave. Raises ValueError when that was in another text."""
         super().load_state_dict(state)
         self.windows = read_windows(*self.source, self.place, **self.marks)
+
+# %% ../nbs/92_data.ipynb #f94656db
+SHARES = 64  # into how many a stream is cut at most: each is a reader with an open file
+
+
+class StreamShares(EndlessBatches):
+    """`StreamBatches` for several processes, each of which reads files of its own. Row r of every batch is of share
+    r % shares of the files; who reads it changes no batch, so that a run can go on with any number of processes."""
+
+    def __init__(
+        self,
+        documents: IterableDataset,  # one column "text", of one file or many
+        tokenizer: PreTrainedTokenizerBase,  # what makes the ids
+        length: int,  # tokens in a block
+        batch_size: int,  # rows of a batch, all processes together
+        shuffle_buffer: int = 0,  # documents that all shares together read and shuffle at a time; 0: no shuffle
+        seed: int = 0,  # of the shuffles
+        rank: int = 0,  # this process: it gets rows rank, rank + world_size, ...
+        world_size: int = 1,  # processes
+        **marks,  # resets, chat: as in `StreamBatches`
+    ):
+        """Raises ValueError as `StreamBatches` does."""
+        super().__init__(length, batch_size, seed, rank, world_size)
+        most = min(documents.num_shards, batch_size, SHARES)
+        self.shares = next(n for n in range(most, 0, -1) if batch_size % n == 0)
+        step, window = gcd(world_size, self.shares), -(-shuffle_buffer // self.shares)
+        self.streams = {share: StreamBatches(
+            documents.shard(self.shares, share) if self.shares > 1 else documents, tokenizer, length,
+            batch_size // self.shares, window, seed, **marks) for share in range(rank % step, self.shares, step)}
+
+    def next(self) -> Batch:
+        """The next batch (this process's rows of it)."""
+        read = {share: stream.next() for share, stream in self.streams.items()}
+        places = [(row % self.shares, row // self.shares) for row in range(self.rank, self.batch_size, self.world_size)]
+        return Batch.join([read[share][place : place + 1] for share, place in places])
+
+    def state_dict(self) -> dict:
+        """Where those shares are that this process reads."""
+        return {share: stream.state_dict() for share, stream in self.streams.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go to a position: all shares' (`|` of what `state_dict` gave in each process), or more than are needed here.
+
+        Raises ValueError when that was in another text."""
+        for share, stream in self.streams.items():
+            stream.load_state_dict(state[share])
 
 # %% ../nbs/92_data.ipynb #ef9d2c1e
 class MixedBatches(EndlessBatches):

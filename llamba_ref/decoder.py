@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .conventions import check_sizes, unchecked, wide_dtype
+from .conventions import check_sizes, is_imagined, unchecked, wide_dtype
 
 # %% auto #0
 __all__ = ['RMSNorm', 'SwiGLU', 'Block', 'init_weights', 'Backbone', 'pack_left', 'check_usable', 'sample', 'LayerView',
-           'check_ids', 'hidden', 'prefill', 'read', 'walk', 'check_length_and_stops', 'generate', 'Decoder',
+           'check_ids', 'hidden', 'prefill', 'read', 'embed', 'walk', 'check_length_and_stops', 'generate', 'Decoder',
            'check_sizes_of']
 
 # %% ../nbs/04_decoder.ipynb #c31411b6
@@ -82,6 +83,20 @@ class Block(nn.Module):
         y_t, state = step(self.input_layernorm(x_t), state)
         return self.channel_mix(x_t + y_t), state
 
+    def init_state(self, batch: int):
+        """The mixer's state before the first token."""
+        return self.mixer.init_state(batch)
+
+    def view(self, x: Float[Tensor, "batch len d_model"], **marks) -> tuple[Tensor, Tensor, Tensor]:
+        """What the mixer reads when `x` enters the layer, what it finds, and what leaves the layer."""
+        mixer_input = self.input_layernorm(x)
+        mixer_output = self.mixer(mixer_input, **marks)
+        return mixer_input, mixer_output, self.channel_mix(x + mixer_output)
+
+    def ask(self, what: str, x: Float[Tensor, "batch len d_model"], **marks):
+        """What a method of the mixer, such as "matrix", makes of what it reads when `x` enters the layer."""
+        return getattr(self.mixer, what)(self.input_layernorm(x), **marks)
+
 # %% ../nbs/04_decoder.ipynb #9c00c799
 def init_weights(module: nn.Module, std: float = 0.02) -> None:
     """Start a linear layer or an embedding as Llama does: weights normal, biases zero. Other modules are left alone."""
@@ -105,6 +120,7 @@ class Backbone(nn.Module):
         pad_vocab_size_multiple: int = 1,  # the embedding has the next multiple of it as rows
     ):
         super().__init__()
+        self.recompute = False  # a block keeps its input alone for the backward pass, which runs it again
         self.vocab_size, rows = vocab_size, -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
         on_meta = torch.get_default_device().type == "meta"  # there, the constructor takes two seconds to draw nothing
         weight = torch.empty(rows, d_model) if on_meta else None
@@ -124,8 +140,9 @@ class Backbone(nn.Module):
     ):  # hidden states that leave the last block, (batch, len, d_model), and the new state if one was given
         x = self.embedding(input_ids)
         if state is None:
+            again = self.recompute and torch.is_grad_enabled()
             for block in self.layers:
-                x = block(x, **marks)
+                x = checkpoint(block, x, use_reentrant=False, **marks) if again else block(x, **marks)
             return x
         new_state = []
         for block, layer_state in zip(self.layers, state, strict=True):
@@ -247,7 +264,7 @@ class LayerView:
     def matrix(self) -> Float[Tensor, "batch heads len len"]:
         """The matrix that the mixer applied to its values (attention: the softmax of scores), computed when asked."""
         with torch.no_grad():
-            return self.block.mixer.matrix(self.mixer_input, **self.marks)
+            return self.block.ask("matrix", self.input, **self.marks)
 
 # %% ../nbs/04_decoder.ipynb #7074995a
 def check_ids(
@@ -266,7 +283,7 @@ def check_ids(
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {shape}")
     if starts is not None and (starts.shape != input_ids.shape or starts.dtype != torch.bool):
         raise ValueError(f"starts is {starts.dtype} of shape {tuple(starts.shape)}: it must be bool of shape {shape}")
-    if torch.compiler.is_compiling():  # while a graph is traced, there are no values to look at
+    if torch.compiler.is_compiling() or is_imagined():  # there are no values to look at
         return
     smallest, largest = (int(bound) for bound in input_ids.aminmax())
     if smallest < 0 or largest >= vocab_size:
@@ -329,6 +346,11 @@ def read(
     return model.head(x[:, -1]), state
 
 # %% ../nbs/04_decoder.ipynb #7074995b
+def embed(model: Decoder, input_ids: Int[Tensor, "batch len"]) -> Float[Tensor, "batch len d_model"]:
+    """What enters the first block."""
+    return model.backbone.embedding(input_ids)
+
+
 def walk(
     model: Decoder,  # the model
     input_ids: Int[Tensor, "batch len"],  # token ids
@@ -337,16 +359,14 @@ def walk(
     """Run the model one layer at a time, without gradients, keeping nothing of a layer once the next is asked for."""
     check_ids(input_ids, model.vocab_size, starts=starts)
     marks = {} if starts is None else {"starts": starts}
-    x = model.backbone.embedding(input_ids).detach()
+    with torch.no_grad():
+        x = model.embed(input_ids)
     for index, block in enumerate(model.backbone.layers):
         with torch.no_grad():
-            mixer_input = block.input_layernorm(x)
-            mixer_output = block.mixer(mixer_input, **marks)
-            output = block.channel_mix(x + mixer_output)
-            layer = LayerView(index, block, x, mixer_input, mixer_output, output, marks)
+            layer = LayerView(index, block, x, *block.view(x, **marks), marks)
         yield layer
         x = layer.output
-        del layer, mixer_input, mixer_output, output
+        del layer
 
 # %% ../nbs/04_decoder.ipynb #ce5d45fa
 @lru_cache
@@ -420,7 +440,7 @@ class Decoder(nn.Module):
     `matrix(u)` -> (batch, heads, len, len) and `init_state(batch)`; `forward` takes `padding=` and `starts=`, `matrix`
     the latter. It may have `step_in_place(u_t, state)`, which overwrites the state."""
 
-    hidden, prefill, read, generate, walk = hidden, prefill, read, generate, walk  # the functions above, as methods
+    embed, hidden, prefill, read, generate, walk = embed, hidden, prefill, read, generate, walk  # the functions above
 
     def __init__(
         self,
@@ -456,7 +476,7 @@ class Decoder(nn.Module):
 
     def init_state(self, batch: int) -> list:
         """The state before the first token: one entry a layer."""
-        return [block.mixer.init_state(batch) for block in self.backbone.layers]
+        return [block.init_state(batch) for block in self.backbone.layers]
 
     def step(
         self,

@@ -129,12 +129,13 @@ def match_matrix(
     """Stage 1: the student's matrix for the teacher's input, against the teacher's matrix.
 
     Raises ValueError when the matrices have different shapes, RuntimeError when backend="triton" cannot run here."""
-    ours, theirs, u = block.mixer, layer.block.mixer, block.input_layernorm(layer.input)
-    if find_kernel("matrix_distance.triton_distance", backend, u, obstacle=_needs_matrices(ours, theirs)) is None:
-        return orientation_loss(ours.matrix(u, **layer.marks), layer.matrix())
+    obstacle = _needs_matrices(block.mixer, layer.block.mixer)
+    if find_kernel("matrix_distance.triton_distance", backend, layer.input, obstacle=obstacle) is None:
+        return orientation_loss(block.ask("matrix", layer.input, **layer.marks), layer.matrix())
     with torch.no_grad():
-        q, k = theirs.queries_and_keys(layer.mixer_input, **layer.marks)
-    return matrix_distance(q, k, *ours.matrix_factors(u, **layer.marks), **layer.marks, backend="triton").mean()
+        q, k = layer.block.ask("queries_and_keys", layer.input, **layer.marks)
+    factors = block.ask("matrix_factors", layer.input, **layer.marks)
+    return matrix_distance(q, k, *factors, **layer.marks, backend="triton").mean()
 
 
 def _needs_matrices(ours: nn.Module, theirs: nn.Module) -> str | None:
@@ -224,8 +225,11 @@ OBJECTIVES: dict[str, Callable[[Decoder, Decoder], Objective]] = {
 # %% ../nbs/16_mohawk.ipynb #07bf68e2
 def check_separate(teacher: nn.Module, student: nn.Module) -> None:
     """Raise ValueError that names a parameter of the student when it is the teacher's own."""
-    theirs = {p.data_ptr() for p in teacher.parameters() if p.numel()}
-    shared = [name for name, p in student.named_parameters() if p.numel() and p.data_ptr() in theirs]
+    ours, theirs = (  # of a model that is cut over processes: the piece that this one holds
+        {name: p.to_local() if hasattr(p, "to_local") else p for name, p in model.named_parameters()}
+        for model in (student, teacher))
+    places = {p.data_ptr() for p in theirs.values() if p.numel()}
+    shared = [name for name, p in ours.items() if p.numel() and p.data_ptr() in places]
     if shared:
         raise ValueError(f"student's {shared[0]} is the teacher's own, which training would change: give it a copy")
 
@@ -238,6 +242,7 @@ def distill(
     *,
     accelerator: Accelerator | None = None,  # device, precision, processes; None: Accelerator()
     compile: bool = False,  # the blocks of both models by torch.compile, from now on: slow to begin with, then faster
+    recompute: bool = False,  # in stage 3 keep the inputs of the student's blocks alone: less memory, a third more time
     **options,  # run, save_every, micro_batch_size, after_stage, progress: see `train`
 ) -> list[dict]:  # a record a step
     """Distil `teacher` into `student`, stage by stage (MOHAWK, Bick et al. 2024).
@@ -249,6 +254,7 @@ def distill(
     check_separate(teacher, student)
     accelerator = accelerator or Accelerator()
     teacher.to(accelerator.device)
+    student.backbone.recompute = recompute
     if compile:
         for block in (*teacher.backbone.layers, *student.backbone.layers):
             block.compile()

@@ -41,8 +41,7 @@ def draw_matrices(
         layout="constrained")
     for column, layer in zip(axes.T, layers):
         blocks = [model.backbone.layers[layer.index] for model in (before, after)]
-        ours = (block.mixer.matrix(block.input_layernorm(layer.input), **layer.marks) for block in blocks)
-        matrices = [layer.matrix(), *ours]
+        matrices = [layer.matrix(), *(block.ask("matrix", layer.input, **layer.marks) for block in blocks)]
         gaps = [torch.sub(*comparable("matrix", matrix, matrices[0])) for matrix in matrices[1:]]
         distances = [torch.linalg.matrix_norm(gap)[0] for gap in gaps]
         head = int(distances[1].argsort()[len(distances[1]) // 2])

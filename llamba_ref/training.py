@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import shutil
 import sys
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import sha_fileobj
 from jaxtyping import Float, Int
@@ -27,17 +29,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from .checkpoint import atomic_directory, one_line, read_json, read_tensors, write_tensors
-from .conventions import check_sizes, wide_dtype
+from .checkpoint import atomic_directory, one_line, read_json, write_tensors
+from .conventions import check_sizes, on_gpu, wide_dtype
 from .data import Batch, asked_for_next
 from .decoder import Decoder
+from .parallel import is_sharded, read_pieces, reshard, shared_directory, whole, write_pieces
 
 # %% auto #0
-__all__ = ['Backward', 'LOGITS', 'FILES', 'Stage', 'Objective', 'mean_over_chunks', 'next_tokens', 'CrossEntropy', 'reached',
+__all__ = ['Backward', 'LOGITS', 'MEANS', 'Stage', 'Objective', 'mean_over_chunks', 'next_tokens', 'CrossEntropy', 'reached',
            'freeze', 'describe', 'optimizer_for', 'warmup_stable_decay', 'first_bad', 'shares', 'train_step',
-           'replace_text', 'read_metrics', 'write_state', 'read_state', 'checksum', 'seal', 'hold', 'check_config',
-           'forget_after', 'load', 'Run', 'Progress', 'training_state', 'restore', 'FreshBatches', 'next_batch',
-           'train_stage', 'check_settings', 'train']
+           'replace_text', 'read_metrics', 'write_state', 'read_state', 'checksum', 'checksums', 'seal', 'means_of',
+           'hold', 'check_config', 'forget_after', 'load', 'recall', 'Run', 'Progress', 'training_state', 'restore',
+           'FreshBatches', 'next_batch', 'train_stage', 'check_settings', 'train']
 
 # %% ../nbs/93_training.ipynb #9dda318b
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Objective(Protocol):
         """How many rows or tokens of a batch the losses are a mean over."""
 
 # %% ../nbs/93_training.ipynb #733bb24b
-LOGITS = 2**24  # how many are alive at a time, 64 MiB in float32
+LOGITS = 2**24  # how many are alive at a time, 64 MiB in float32; on a GPU eight times as many, to keep it busy
 
 
 def mean_over_chunks(
@@ -90,8 +93,9 @@ def mean_over_chunks(
     vocab_size: int,  # logits that a token takes
     *tensors: Tensor,  # one row a token
 ) -> Float[Tensor, ""]:
-    """The mean loss of all tokens, exactly. No more than LOGITS logits are alive at a time, forward and backward."""
-    size, tokens = max(1, LOGITS // vocab_size), len(tensors[0])
+    """The mean loss of all tokens, exactly. No more than LOGITS logits of a model are alive at a time, forward and
+    backward."""
+    size, tokens = max(1, LOGITS * (8 if on_gpu(tensors[0]) else 1) // vocab_size), len(tensors[0])
     if tokens <= size:
         return loss(*tensors)
     chunks = zip(*(tensor.split(size) for tensor in tensors))
@@ -147,6 +151,7 @@ def reached(
 
     A parameter is frozen when it has no part in the loss. When it has one, but its gradient is zero in every entry,
     then a zero further on hides it for the moment, as in an output projection that starts at zero: it trains."""
+    reshard(model)
     model.zero_grad()
     batch = Batch.of(batch)
     with torch.random.fork_rng([batch.ids.device] if batch.ids.is_cuda else []):  # a look must not change what follows
@@ -154,7 +159,7 @@ def reached(
     counts = {}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, parameter in model.named_parameters():
-        counts[name] = 0 if parameter.grad is None else int(parameter.grad.count_nonzero())
+        counts[name] = 0 if parameter.grad is None else int(whole(parameter.grad).count_nonzero())
         if parameter.grad is not None and (counts[name] == 0 or id(parameter) in embeddings):
             counts[name] = parameter.numel()  # an embedding's row is reached as soon as its token occurs
         parameter.requires_grad_(parameter.grad is not None)
@@ -257,19 +262,22 @@ def train_step(
     gradient is not finite, ValueError when nothing in the batch counts, before anything is changed."""
     batch = Batch.of(batch)
     losses = torch.zeros(len(objective.parts), device=batch.ids.device)
-    for texts, share in shares(objective, batch.split(rows), accelerator, where):
+    pieces = shares(objective, batch.split(rows), accelerator, where)
+    for index, (texts, share) in enumerate(pieces):
+        if is_sharded(model):  # gradients travel with the last piece alone
+            model.set_requires_gradient_sync(index == len(pieces) - 1)
         with accelerator.autocast():
             losses += share * objective(texts, lambda loss: loss.requires_grad and accelerator.backward(share * loss))
     trained = [p for p in model.parameters() if p.grad is not None]
     if accelerator.num_processes > 1:
         losses = accelerator.reduce(losses, "mean")
-        for parameter in trained:
+        for parameter in () if is_sharded(model) else trained:
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
     for name, loss in zip(objective.parts, losses.tolist()):
         if not math.isfinite(loss):
-            place = first_bad(objective.models, batch, rows)
+            place = first_bad(objective.models, batch.map(accelerator.gather), rows)  # the same in all processes
             raise FloatingPointError(f"{where}: the loss of {name} is {loss}; {place}")
-    norm = accelerator.clip_grad_norm_(trained, stage.clip)
+    norm = whole(accelerator.clip_grad_norm_(trained, stage.clip))
     if not norm.isfinite():
         raise FloatingPointError(f"{where}: the losses are finite, but the norm of the gradient is {norm.item()}")
     optimizer.step()
@@ -299,7 +307,7 @@ def read_metrics(path: str | Path) -> list[dict]:
     return records
 
 # %% ../nbs/93_training.ipynb #81e58c0e
-FILES = ("training.pt", "weights.safetensors")  # of a checkpoint
+MEANS = ("exp_avg", "exp_avg_sq")  # what AdamW calls its running means of the gradient and of its square
 
 
 def write_state(file: Path, state: dict) -> None:
@@ -325,9 +333,20 @@ def checksum(file: Path) -> str:
         return sha_fileobj(handle).hex()
 
 
+def checksums(checkpoint: Path) -> dict[str, str]:
+    """Of all files of a checkpoint that hold something."""
+    return {file.name: checksum(file) for file in checkpoint.iterdir() if file.suffix in (".pt", ".safetensors")}
+
+
 def seal(checkpoint: Path) -> None:
     """Write the checksums of a checkpoint that is complete."""
-    replace_text(checkpoint / "checksums.json", json.dumps({name: checksum(checkpoint / name) for name in FILES}))
+    replace_text(checkpoint / "checksums.json", json.dumps(checksums(checkpoint)))
+
+
+def means_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's running means, by the names of their weights."""
+    named = [(name, optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state]
+    return {f"{mean}.{name}": state[mean] for name, state in named for mean in MEANS}
 
 # %% ../nbs/93_training.ipynb #d3e1faac
 def hold(run: Run) -> None:
@@ -365,7 +384,7 @@ def forget_after(run: Run, step: int) -> None:
         for left in run.path.glob(pattern):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
-
+# %% ../nbs/93_training.ipynb #0ad2f706
 def load(run: Run, model: nn.Module) -> dict | None:
     """Load the newest checkpoint into a model; its training state, or None when there is no checkpoint.
 
@@ -374,26 +393,35 @@ def load(run: Run, model: nn.Module) -> dict | None:
         return None
     *older, newest = run.checkpoints()
     try:
-        written = read_json(newest / "checksums.json")
-        for name in FILES:
-            if checksum(newest / name) != written.get(name):
-                raise ValueError(f"{newest / name}: damaged, its checksum is not the one that was written")
-        state, weights = read_state(newest / FILES[0]), read_tensors(newest / FILES[1])
+        written, found = read_json(newest / "checksums.json"), checksums(newest)
+        if differ := sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name)):
+            raise ValueError(f"{newest / differ[0]}: damaged or missing, its checksum is not the one that was written")
+        state = read_state(newest / "training.pt")
     except (ValueError, FileNotFoundError) as err:
         hint = f"remove {newest} to go on from {older[-1].name}" if older else "none is before it, begin a new run"
         raise ValueError(f"{err}; {hint}") from err
     try:
-        model.load_state_dict(weights, strict=True)  # into the model's own tensors, on their device and in their type
-    except RuntimeError as err:
-        raise ValueError(f"{newest}: the weights do not fit the model: {' '.join(str(err).split())}") from err
+        others = read_pieces(newest, model.state_dict(), is_sharded(model))  # into the model's own tensors
+        if unexpected := sorted(name for name in others if not name.startswith(MEANS)):
+            raise ValueError(f"it has no {unexpected[0]}")
+    except ValueError as err:
+        raise ValueError(f"{newest}: the weights do not fit the model: {err}") from err
     return state
+
+
+def recall(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Give a new optimiser the means of the newest checkpoint, and the number of steps that it has taken."""
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        means = {mean: torch.zeros_like(parameter, requires_grad=False) for mean in MEANS}
+        optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **means}
+    read_pieces(run.checkpoints()[-1], means_of(model, optimizer), is_sharded(model))
 
 # %% ../nbs/93_training.ipynb #b404759b
 class Run:
     """A directory that holds a run: config.json, metrics.jsonl, checkpoints/, and whatever is added at the end. One
     process at a time writes: the first write takes the lock, which ends with the `Run` or with its process."""
 
-    forget_after, hold, load = forget_after, hold, load  # the functions above, as methods
+    forget_after, hold, load, recall = forget_after, hold, load, recall  # the functions above, as methods
 
     def __init__(
         self,
@@ -427,14 +455,23 @@ class Run:
         """The checkpoints, oldest first. A directory is renamed to its name when all of it is written."""
         return sorted((self.path / "checkpoints").glob("step-*"))
 
-    def save(self, step: int, model: nn.Module, state: dict) -> None:
-        """Save weights and training state atomically, drop what is older than the newest `keep`. Raises OSError."""
-        self.hold()
-        with atomic_directory(self.path / "checkpoints" / f"step-{step:08d}") as directory:
-            write_state(directory / "training.pt", state)
-            write_tensors(directory / "weights.safetensors", model.state_dict())
-            seal(directory)
-        for old in self.checkpoints()[: -self.keep]:
+    def save(self, step: int, model: nn.Module, state: dict, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Save weights, means and training state atomically, drop what is older than the newest `keep`; of a model that
+        is cut over processes, all of them together, each its pieces. Raises OSError."""
+        first, path = not is_sharded(model) or dist.get_rank() == 0, self.path / "checkpoints" / f"step-{step:08d}"
+        tensors = model.state_dict() | ({} if optimizer is None else means_of(model, optimizer))
+        if first:
+            self.hold()
+        with (shared_directory if is_sharded(model) else atomic_directory)(path) as directory:
+            if first:
+                write_state(directory / "training.pt", state)
+            if is_sharded(model):
+                write_pieces(directory, tensors)
+            else:
+                write_tensors(directory / "weights.safetensors", tensors)
+            if first:
+                seal(directory)
+        for old in self.checkpoints()[: -self.keep] if first else ():
             shutil.rmtree(old.rename(old.with_name(f".{old.name}-old")))
 
 # %% ../nbs/93_training.ipynb #7af9d09e
@@ -458,12 +495,15 @@ class Progress(tqdm):
 
 # %% ../nbs/93_training.ipynb #1db95353
 def training_state(step: int, stages: Sequence[Stage], data, device: torch.device, **in_stage) -> dict:
-    """What a run needs besides the weights to go on after `step`; `stages` are those that have begun."""
+    """What a run needs besides tensors to go on after `step`; `stages` are those that have begun. All processes call
+    it together: of a stream, each knows the places of what it reads itself."""
     random = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
-    begun = [asdict(stage) for stage in stages]
-    return {"step": step, "stages": begun, "data": data.state_dict(), "random": random, **in_stage}
+    begun, places = [asdict(stage) for stage in stages], {}
+    for state in gather_object([data.state_dict()]):
+        places |= state
+    return {"step": step, "stages": begun, "data": places, "random": random, **in_stage}
 
 
 def restore(state: dict, stages: Sequence[Stage], data, device: torch.device) -> int:
@@ -516,7 +556,7 @@ def train_stage(
     data,  # `Batches` or `StreamBatches`
     *,
     state: dict | None,  # training state of a checkpoint within this stage; None: from its beginning
-    run: Run | None,  # where this process logs and saves
+    run: Run | None,  # where the first process logs, and checkpoints are saved
     accelerator: Accelerator,
     save_every: int,  # steps between checkpoints; 0: only at the end of a stage
     micro_batch_size: int | None,  # None: the whole batch at once
@@ -525,7 +565,9 @@ def train_stage(
 ) -> list[dict]:  # a record a step
     """Run one stage, or the rest of it. Raises ValueError when no parameter of it may train."""
     stage, first, records = stages[-1], sum(stage.steps for stage in stages[:-1]), []
+    writes = run is not None and accelerator.is_main_process
     batch = next_batch(data, accelerator.device)
+    reshard(*objective.models.values())
     if state is None:
         texts = replace(batch, asked=None)[:micro_batch_size].map(lambda z: broadcast(z.clone()))  # in all processes
         with accelerator.autocast():
@@ -533,8 +575,8 @@ def train_stage(
     done, counts = state["step"] - first, state["trains"]
     freeze(model, counts, stage)
     optimizer = optimizer_for(model, stage)
-    if "optimizer" in state:
-        optimizer.load_state_dict(state["optimizer"])
+    if done:
+        run.recall(model, optimizer, done)
     if progress:
         accelerator.print(f"\n{stage.objective}: {stage.steps} steps, lr {stage.lr:g}; {describe(model, counts)}")
     with Progress(stage, done, progress and accelerator.is_main_process) as shown:
@@ -552,11 +594,12 @@ def train_stage(
                 "lr": optimizer.param_groups[0]["lr"], "gradient_norm": norm, "tokens": tokens,
                 "tokens_per_second": tokens / (time.perf_counter() - began)})
             shown.show(index + 1, records[-1])
-            if run is not None:
+            if writes:
                 run.log(**records[-1])
-                if save_every and step % save_every == 0 and index + 1 < stage.steps:
-                    of_stage = {"optimizer": optimizer.state_dict(), "trains": counts}
-                    run.save(step, model, training_state(step, stages, data, accelerator.device, **of_stage))
+            if run is not None and save_every and step % save_every == 0 and index + 1 < stage.steps:
+                at = training_state(step, stages, data, accelerator.device, trains=counts)
+                if writes or is_sharded(model):
+                    run.save(step, model, at, optimizer)
             if after_step is not None:
                 after_step(step, stage)
     return records
@@ -566,8 +609,10 @@ def check_settings(model: nn.Module, data, accelerator: Accelerator, save_every:
     """Raise ValueError for what would not train, or not as `train` says."""
     precision, pieces = accelerator.mixed_precision, accelerator.gradient_accumulation_steps
     mine = (accelerator.process_index, accelerator.num_processes)
-    given = (getattr(data, "rank", 0), getattr(data, "world_size", 1))
+    given, started = (getattr(data, "rank", 0), getattr(data, "world_size", 1)), int(os.environ.get("WORLD_SIZE", 1))
     for good, message in (
+        (started == mine[1], f"WORLD_SIZE is {started}, but the accelerator knows of {mine[1]}: each process would "
+                             "train alone; without GPUs it must be Accelerator(cpu=True)"),
         (save_every >= 0, f"save_every is {save_every}: it must be at least 0"),
         (rows is None or rows >= 1, f"micro_batch_size is {rows}: it must be at least 1, or None for the whole batch"),
         (precision in ("no", "bf16"), f"mixed_precision is {precision!r}: it must be 'no' or 'bf16' (no loss scaling)"),
@@ -605,15 +650,17 @@ def train(
     accelerator = accelerator or Accelerator()
     check_settings(model, data, accelerator, save_every, micro_batch_size)
     model.to(accelerator.device)
-    writer = run if accelerator.is_main_process else None
-    if writer is not None:
-        writer.hold()
+    writes = run is not None and accelerator.is_main_process
+    if writes:
+        run.hold()
+    reshard(model)
     state = run.load(model) if run is not None else None
     done = restore(state, stages, data, accelerator.device) if state is not None else 0
-    if writer is not None:
-        writer.forget_after(done)
-    for tensor in model.state_dict().values():
-        tensor.copy_(broadcast(tensor))
+    if writes:
+        run.forget_after(done)
+    if not is_sharded(model):  # else `shard` has done so
+        for tensor in model.state_dict().values():
+            tensor.copy_(broadcast(tensor))
     records, last, flags = [], 0, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for number, stage in enumerate(stages, start=1):
         first, last = last, last + stage.steps
@@ -621,7 +668,7 @@ def train(
             continue
         try:
             records += train_stage(
-                model, stages[:number], objective_for(stage), data, state=state if done > first else None, run=writer,
+                model, stages[:number], objective_for(stage), data, state=state if done > first else None, run=run,
                 accelerator=accelerator, save_every=save_every, micro_batch_size=micro_batch_size,
                 after_step=after_step, progress=progress)
         finally:
@@ -630,7 +677,9 @@ def train(
             model.zero_grad()
         if after_stage is not None:
             after_stage(last, stage)
-        if writer is not None:
-            writer.save(last, model, training_state(last, stages[:number], data, accelerator.device))
+        if run is not None:
+            state_then = training_state(last, stages[:number], data, accelerator.device)
+            if writes or is_sharded(model):
+                run.save(last, model, state_then)
     accelerator.wait_for_everyone()
     return records

@@ -1162,6 +1162,66 @@ def test_a_run_goes_on_with_as_many_threads_as_it_began_with(run, toy, tmp_path,
     assert llamba(*words(toy, again, "--resume", "--threads", "2"))[0] == 0 and used[1:] == [2]
 
 
+# Several processes
+
+
+ACCELERATE = {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_CPU": "True"}  # what accelerate launch --cpu sets
+TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+
+
+@pytest.mark.parametrize(("environment", "command", "words"), [
+    (ACCELERATE, ["distill"], "accelerate launch started one process"),
+    (ACCELERATE, ["generate", "tiny", "It"], "accelerate launch started one process"),
+    ({"ACCELERATE_USE_FSDP": "true"}, ["distill"], "torchrun --nproc_per_node N -m llamba_ref.cli distill --shard"),
+    (TORCHRUN, ["generate", "tiny", "It"], "2 processes were started for a command that runs in one"),
+    (TORCHRUN, ["distill", "--device", "mps"], "device is 'mps', which 2 processes would share"),
+    ({}, ["distill", "--shard"], "shard was given to one process: type torchrun --nproc_per_node N -m llamba_ref.cli"),
+])  # fmt: skip
+def test_a_start_that_cannot_work_says_what_to_type(message, tmp_path, monkeypatch, environment, command, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert words in message(*command, *(["--out", tmp_path / "run"] if "distill" in command else []))
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_mixers_train(toy, tmp_path, llamba):
+    assert llamba(*words(toy, tmp_path / "run", "--train", "mixers", steps=("0", "1", "1")))[0] == 0
+    student, teacher = (load_model(str(path))[0].state_dict() for path in (tmp_path / "run/student", toy / "teacher"))
+    shared = [name for name in teacher if ".mixer." not in name]
+    assert shared and all(torch.equal(student[name], teacher[name]) for name in shared)
+
+
+def test_blocks_that_are_computed_twice_change_nothing(toy, tmp_path, llamba, run):
+    assert llamba(*words(toy, tmp_path / "run", "--recompute"))[0] == 0
+    assert losses(tmp_path / "run") == losses(run)
+
+
+def torchrun(number: int, *command) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(number), "-m", "llamba_ref.cli",
+            *map(str, command)]
+
+
+@pytest.mark.slow
+def test_torchrun_killed_and_resumed(toy, tmp_path, run):
+    """Two processes that share both models, stopped by kill -9 all together; then four, and what one process has."""
+    command = words(toy, tmp_path / "run", "--shard", "--batch-size", "4", steps=("2", "2", "40"))
+    with subprocess.Popen(torchrun(2, *command), start_new_session=True, stdout=subprocess.DEVNULL) as started:
+        metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 120
+        while not (metrics.exists() and '{"step": 7, "stage"' in metrics.read_text()):
+            assert started.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(started.pid, signal.SIGKILL)
+    assert not (tmp_path / "run/student").exists()
+    done = subprocess.run(torchrun(4, *command, "--resume"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "the student continues:" in done.stdout, done.stderr
+    main(words(toy, tmp_path / "one", "--batch-size", "4", steps=("2", "2", "40")))
+    ours, theirs = losses(tmp_path / "run"), losses(tmp_path / "one")
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+    for a, b in zip(ours, theirs):
+        for name in ("loss", "perplexity", "kl"):
+            assert name not in a or abs(a[name] / b[name] - 1) < 1e-3  # AdamW makes much of the rounding of float32
+
+
 # In processes of their own
 
 

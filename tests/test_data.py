@@ -25,8 +25,8 @@ from transformers import AutoTokenizer
 
 from llamba_ref import data
 from llamba_ref.data import (
-    Batch, Batches, MixedBatches, StreamBatches, TokenBlocks, check_tokenizer, epoch_seed, is_held_out, load_documents,
-    load_tokenizer, pack, read_texts, split_documents, split_text, tokenize, train_tokenizer,
+    Batch, Batches, MixedBatches, StreamBatches, StreamShares, TokenBlocks, check_tokenizer, epoch_seed, is_held_out,
+    load_documents, load_tokenizer, pack, read_texts, split_documents, split_text, tokenize, train_tokenizer,
 )
 
 CATS, LLAMAS = "the cat and the hat ", "é🦙"
@@ -1310,3 +1310,68 @@ def test_blocks_of_several_texts(documents, tokenizer):
     assert both.n_tokens == plain.n_tokens + marked.n_tokens and both.n_bytes == plain.n_bytes + marked.n_bytes
     assert not both.starts[:3].any() and torch.equal(both.starts[3:], marked.starts) and both.asked is None
     assert same(TokenBlocks.join([plain]).marked, plain.marked)
+
+
+# A stream for several processes
+
+
+@pytest.mark.parametrize(("n_files", "buffer"), [(1, 30), (3, 0), (4, 30), (6, 30)])
+def test_shares_of_a_stream(tmp_path, tokenizer, n_files, buffer):
+    """Batches are the same for any number of processes, and any number goes on from any other's place."""
+    rows = load_documents(write_files(tmp_path, TEXTS, n_files), streaming=True)
+    training, _ = split_documents(rows, 9)
+
+    def make(processes):
+        return [StreamShares(training, tokenizer, 16, 12, buffer, 5, rank, processes) for rank in range(processes)]
+
+    def together(streams):
+        return torch.stack([stream.next().ids for stream in streams], dim=1).flatten(0, 1)
+
+    (one,) = make(1)
+    unbroken = [one.next().ids for _ in range(24)]
+    for before, after in ((1, 4), (2, 3), (3, 1), (4, 2)):
+        streams = make(before)
+        assert all(torch.equal(together(streams), batch) for batch in unbroken[:10])
+        place = {share: at for stream in streams for share, at in stream.state_dict().items()}
+        torch.save(place, tmp_path / "place.pt")
+        streams = make(after)
+        for stream in streams:
+            stream.load_state_dict(torch.load(tmp_path / "place.pt", weights_only=True))
+        assert all(torch.equal(together(streams), batch) for batch in unbroken[10:])
+
+
+def test_each_process_reads_its_own_files(tmp_path, tokenizer, monkeypatch):
+    """Of eight files, four processes open two each; a text of one file is read by all."""
+    rows = load_documents(write_files(tmp_path, TEXTS, 8), streaming=True)
+    shares = []
+    for rank in range(4):
+        read, stream = [], StreamShares(rows.map(lambda row: read.append(row["text"]) or row), tokenizer, 16, 8,
+                                        rank=rank, world_size=4)
+        assert stream.shares == 8 and sorted(stream.streams) == [rank, rank + 4]
+        for _ in range(40):
+            stream.next()
+        shares.append(set(read))
+    assert sorted(text for share in shares for text in share) == sorted(TEXTS)  # each by one process alone
+    alone = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    assert [sorted(StreamShares(alone, tokenizer, 16, 8, 0, 0, rank, 4).streams) for rank in range(4)] == [[0]] * 4
+    expected, same = StreamBatches(alone, tokenizer, 16, 8), StreamShares(alone, tokenizer, 16, 8)
+    assert all(torch.equal(same.next().ids, expected.next().ids) for _ in range(40))
+
+
+@pytest.mark.parametrize(("files", "batch", "shares"), [(5, 8, 4), (7, 6, 6), (100, 128, 64), (3, 7, 1)])
+def test_shares_divide_the_batch(tokenizer, files, batch, shares):
+    texts = [[text] for text in TEXTS] * 2
+    rows = IterableDataset.from_generator(lambda each: ({"text": text} for text in sum(each, [])),
+                                          gen_kwargs={"each": texts[:files]})
+    assert StreamShares(rows, tokenizer, 4, batch).shares == shares
+
+
+def test_shares_refuse_another_text_and_a_batch_that_cannot_be_dealt(tmp_path, tokenizer):
+    for name, texts in (("a", TEXTS), ("b", TEXTS[::-1])):
+        (tmp_path / name).mkdir()
+        write_files(tmp_path / name, texts, 4)
+    one, other = (StreamShares(load_documents(tmp_path / name, streaming=True), tokenizer, 16, 4) for name in "ab")
+    with pytest.raises(ValueError, match="cannot go on with another text"):
+        other.load_state_dict(one.state_dict())
+    with pytest.raises(ValueError, match="batch_size is 4: it must be a positive multiple of world_size, 3"):
+        StreamShares(load_documents(tmp_path / "a", streaming=True), tokenizer, 16, 4, world_size=3)
