@@ -549,6 +549,8 @@ class Evaluate:
         from llamba_ref.harness import LOCAL, check_tasks, run_tasks
         tasks = [task.strip() for task in self.tasks.split(",") if task.strip()]
         check_tasks(tasks)
+        if len({*self.models}) < len(self.models) or self.teacher in self.models:
+            raise ValueError(f"models is {' '.join(self.models)}, teacher {self.teacher!r}: name each once")
         for name in self.models:
             if Path(name).suffix in SUFFIXES.values():
                 raise ValueError(f"{name}: tasks are for models, not for exported files")
@@ -570,12 +572,12 @@ def figure_lines(measured: dict[str, dict[str, float]]) -> list[str]:
 
 def score_lines(scores: Sequence[Score]) -> list[str]:
     """A table: a row for each metric of a task, a column for each model, and how each compares with the last one."""
-    models = list(dict.fromkeys(score.model for score in scores))
-    rows = dict.fromkeys((score.task, score.metric) for score in scores)
+    models = list(dict.fromkeys(score.model for score in scores)) or [""]
+    rows = dict.fromkeys((score.task, score.metric, score.filter) for score in scores)
     width = max(18, *(len(model) + 2 for model in models))
     lines = [f"{'task':18}{'metric':16}" + "".join(f"{model:>{width}}" for model in models)]
     for row in rows:
-        found = {score.model: score for score in scores if (score.task, score.metric) == row}
+        found = {score.model: score for score in scores if (score.task, score.metric, score.filter) == row}
         last, cells = found[models[-1]].value, []
         for score in found.values():
             error = "" if score.stderr is None else f" +- {score.stderr:.3f}"

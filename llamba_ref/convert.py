@@ -233,7 +233,7 @@ def _read_mistral(config: dict) -> dict:
     check_names(config, config, ["num_key_value_heads", "sliding_window"])
     if (window := config.pop("sliding_window")) is not None:
         raise ValueError(f"sliding_window is {window!r}: only None is built here")
-    return _read_llama(config)
+    return _read_llama({"max_position_embeddings": 131072, **config})
 
 
 def _read_qwen2(config: dict) -> dict:
@@ -242,7 +242,7 @@ def _read_qwen2(config: dict) -> dict:
     kinds = config.pop("layer_types", None) or ["full_attention"]
     if set(kinds) != {"full_attention"}:
         raise ValueError(f"layer_types is {kinds!r}: only 'full_attention' is built here")
-    return _read_llama(config | {"attention_bias": True})
+    return _read_llama({"max_position_embeddings": 32768, **config, "attention_bias": True})
 
 
 def _zero_output_biases(weights: dict) -> dict:

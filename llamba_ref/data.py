@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
 from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Bool, Int, Int32, Int64
 from tokenizers.implementations import ByteLevelBPETokenizer
 from torch import Tensor
@@ -352,7 +353,7 @@ def load_tokenizer(
     try:
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except ValueError:  # not a model of transformers, or one that brings its own code
+        except (ValueError, StrictDataclassError):  # no model of transformers, one with its own code, or other sizes
             config = PreTrainedConfig()
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:

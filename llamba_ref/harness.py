@@ -132,6 +132,7 @@ class Score:
     stderr: float | None  # its standard error; None where lm-eval gives none
     items: int  # on which it was measured
     higher_is_better: bool  # of this metric
+    filter: str = "none"  # what lm-eval does with a text before it compares it, where a task has several
 
 
 def common_context(models: Iterable[LanguageModel]) -> int:
@@ -150,8 +151,10 @@ def check_tasks(tasks: Sequence[str]) -> None:
     far = [task for task in tasks if task not in LOCAL]
     if not far:
         return
-    known = set(manager().all_tasks)
-    if unknown := [task for task in far if task not in known]:
+    index = manager()
+    if tags := [task for task in far if task in index.all_tags]:
+        raise ValueError(f"tasks holds {tags[0]!r}: that is a tag, name the tasks that carry it")
+    if unknown := [task for task in far if task not in set(index.all_tasks)]:
         known = f"{', '.join(LOCAL)}, or a task of lm-eval such as piqa"
         raise ValueError(f"tasks holds {unknown[0]!r}: it must be {known}")
     if problem := hub_problem():
@@ -176,31 +179,51 @@ def run_tasks(
     wrap = optional("lm_eval.models.huggingface", "eval").HFLM
     from llamba_ref.hf import DecoderForCausalLM  # which changes what transformers' Auto classes know
     local = local_tasks(texts, limit or ITEMS, seed) if set(tasks) & set(LOCAL) else {}
+    for name, (_, tokenizer) in models.items():
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise ValueError(f"{name}: its tokenizer has no token that begins or ends a text, and tasks need one")
     scores, context = {}, common_context(model for model, _ in models.values())
     for name, (model, tokenizer) in models.items():
-        with quiet():
-            wrapped = wrap(pretrained=DecoderForCausalLM.around(model).eval(), tokenizer=tokenizer, backend="causal",
-                           batch_size=batch_size, max_length=context)
-            found = lm_eval.simple_evaluate(
-                wrapped, tasks=[local.get(task, task) for task in tasks], bootstrap_iters=100, limit=limit,
-                task_manager=manager(include_defaults=not set(tasks) <= set(LOCAL)))
+        training = model.training
+        try:
+            with quiet():
+                wrapped = wrap(pretrained=DecoderForCausalLM.around(model.eval()), tokenizer=tokenizer,
+                               backend="causal", batch_size=batch_size, max_length=context)
+                found = lm_eval.simple_evaluate(
+                    wrapped, tasks=[local.get(task, task) for task in tasks], bootstrap_iters=100, limit=limit,
+                    task_manager=manager(include_defaults=not set(tasks) <= set(LOCAL)))
+        finally:
+            model.train(training)
         for score in scores_of(found, tasks, name):
-            scores.setdefault((tasks.index(score.task), score.metric), []).append(score)
-    return [score for key in sorted(scores) for score in scores[key]]
+            key = score.task, score.metric, score.filter
+            scores.setdefault(key, []).append(score)
+    return [score for row in scores.values() for score in row]
 
 
 def scores_of(found: dict, tasks: Sequence[str], model: str) -> list[Score]:
-    """The numbers in what lm-eval returns, of the tasks that were asked for (not of the parts of a group)."""
-    scores, samples = [], found["n-samples"]
+    """The numbers in what lm-eval returns, of the tasks that were asked for; of a group without a number of its own,
+    those of its tasks."""
+    scores = []
     for task in tasks:
-        values = found["results"][task]
-        parts = [part for group, inside in found.get("group_subtasks", {}).items() if group == task for part in inside]
-        items = sum(samples[part]["effective"] for part in (parts or [task]) if part in samples)
-        better = found["higher_is_better"].get(task, {})
-        for key, value in values.items():
-            metric, _, rest = key.partition(",")
-            if rest and not metric.endswith("_stderr") and isinstance(value, (int, float)):
-                error = values.get(f"{metric}_stderr,{rest}")
-                error = float(error) if isinstance(error, (int, float)) and isfinite(error) else None
-                scores.append(Score(task, metric, model, float(value), error, items, bool(better.get(metric, True))))
+        leaves = _leaves(found, task)
+        for name in [task] if _numbers(found, task) else leaves:
+            better = found["higher_is_better"].get(name, {})
+            items = sum(found["n-samples"][leaf]["effective"] for leaf in _leaves(found, name))
+            for (metric, kind), (value, error) in _numbers(found, name).items():
+                scores.append(Score(name, metric, model, value, error, items, bool(better.get(metric, True)), kind))
     return scores
+
+
+def _leaves(found, task):
+    """The tasks in a group, at any depth; a task alone."""
+    inside = found.get("group_subtasks", {}).get(task, [])
+    return [leaf for part in inside for leaf in _leaves(found, part)] if inside else [task]
+
+
+def _numbers(found, task):
+    """Metric and filter -> value and standard error, None where there is none."""
+    values = {tuple(key.split(",", 1)): value for key, value in found["results"].get(task, {}).items() if "," in key}
+    numbers = {key: float(value) for key, value in values.items() if isinstance(value, (int, float))}
+    return {(metric, kind): (value, error if error is not None and isfinite(error) else None)
+            for (metric, kind), value in numbers.items() if not metric.endswith("_stderr")
+            for error in [numbers.get((f"{metric}_stderr", kind))]}

@@ -5,6 +5,8 @@
 # %% ../nbs/26_transformers.ipynb #6fac4245
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -15,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from .checkpoint import load_strict
-from .convert import LanguageModel, ModelConfig, check_fields, layout_of
+from .convert import LanguageModel, ModelConfig, layout_of, own_fields
 from .decoder import Decoder, pack_left
 from .gateloop_lm import GateLoopLM
 from .llama import Llama, LlamaConfig
@@ -31,9 +33,13 @@ class StateCache(Cache):
 
     It has the size of a state, whatever the length of the text; the layers of a hybrid that keep attention grow."""
 
-    def __init__(self, states: list):
+    def __init__(
+        self,
+        states: list,  # one a layer, as of `Decoder.init_state` or `Decoder.read`
+        length: int = 0,  # tokens that they have read
+    ):
         super().__init__(layers=[])
-        self.states, self.length = states, 0
+        self.states, self.length, self.by_step = states, length, None  # by_step: see `_walk`
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read so far, padding among them."""
@@ -45,6 +51,10 @@ class StateCache(Cache):
 
     batch_select_indices = reorder_cache
 
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no longest text."""
+        return -1
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row so many times, side by side: several continuations of one text."""
         self.states = tree_map_only(Tensor, lambda z: z.repeat_interleave(repeats, 0), self.states)
@@ -53,22 +63,30 @@ class StateCache(Cache):
         """Raises ValueError: a recurrent state does not know what it was before."""
         raise ValueError("a state cannot take back tokens: keep a copy.deepcopy of the cache before reading them")
 
+    reset = crop  # of all of them, for which a new cache is cheaper
+
 # %% ../nbs/26_transformers.ipynb #c4cd4405
 def padding_of(
     attention_mask: Int[Tensor, "batch total"],  # 1 token, 0 padding; of all tokens so far, or of the new ones
-    length: int,  # how many are new
-    begins: bool,  # these are all the tokens there will be, or `generate` will add to them: each row must have one
+    batch: int,  # rows
+    length: int,  # how many tokens of each are new
+    past: int,  # how many the cache has read
+    begins: bool,  # no cache was given: each row must have a token
 ) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch"]] | None:  # order, pads a row; None: no new padding
     """Where the new padding is, so that it can be packed to the left (see `pack_left`).
 
-    Raises ValueError for padding behind a token that is in the state, and a row of a new text without a token."""
+    Raises ValueError for a mask of another shape, padding behind a token that is in the state, and a row of a new text
+    without a token."""
+    if tuple(attention_mask.shape) not in ((batch, length), (batch, past + length)):
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: it must be ({batch}, "
+                         f"{past + length}), or ({batch}, {length}) for new tokens alone")
     new, old = attention_mask[:, -length:], attention_mask[:, :-length]
     if not torch.compiler.is_compiling() and new.all():
         return None
     if begins:
         return pack_left(new)
     pads = (new == 0).sum(1)
-    if (old.any(1) & (pads > 0)).any():
+    if (pads > 0).any() and (old.shape[1] < past or (old.any(1) & (pads > 0)).any()):
         raise ValueError("attention_mask has padding behind tokens that were read: a state cannot leave it out")
     return new.long().argsort(dim=1, stable=True), pads
 
@@ -96,11 +114,15 @@ class TokenEmbedding:
         """Replace the embedding."""
         self.backbone.embedding = value
 
-    def resize_token_embeddings(self, *args, **options) -> nn.Embedding:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
         """As in transformers. Raises ValueError for a model `around` another, which would keep its number of tokens."""
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return self.backbone.embedding
         if self.shared:
             raise ValueError("this model shares its weights with another, whose tokens would stay: save and load it")
-        embedding = super().resize_token_embeddings(*args, **options)
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self.backbone.vocab_size = self.config.vocab_size = self.vocab_size = embedding.num_embeddings
         self.config.pad_vocab_size_multiple = 1  # all rows are tokens now
         return embedding
@@ -146,7 +168,7 @@ class DecoderForCausalLM(TokenEmbedding, PreTrainedModel, GenerationMixin):
         return False  # transformers would make a cache of keys and values; `forward` makes the cache
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the constructors have done it, and transformers would call this for weights that it has loaded."""
+        """Nothing: the constructors have done it, and transformers would begin anew a model that this one is around."""
 
     def save_pretrained(self, *args, **options) -> None:
         """As in transformers. Raises ValueError for a model `around` one that has no class of its own here."""
@@ -155,33 +177,45 @@ class DecoderForCausalLM(TokenEmbedding, PreTrainedModel, GenerationMixin):
         super().save_pretrained(*args, **options)
 
 # %% ../nbs/26_transformers.ipynb #e7b9d02f
+def _watched(block):
+    """Whether anything hangs on calls of this block or its parts: a device_map that brings weights, a user's hook."""
+    return any(part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook") for part in block.modules())
+
+
 def _walk(model, x, cache, marks):
     """The hidden states that enter each block, and what leaves the last one; fills the cache."""
     recompute = model.gradient_checkpointing and model.training
+    if cache is not None and cache.by_step is None:
+        cache.by_step = [not _watched(block) for block in model.backbone.layers]
     hidden = []
     for i, block in enumerate(model.backbone.layers):
         hidden.append(x)
         if cache is None:
-            x = model._gradient_checkpointing_func(block, x, **marks) if recompute else block(x, **marks)
-        elif cache.length and x.shape[1] == 1 and not marks and not hasattr(block, "_hf_hook"):
+            call = partial(block, **marks)
+            x = model._gradient_checkpointing_func(call, x) if recompute else call(x)
+        elif cache.length and x.shape[1] == 1 and not marks and cache.by_step[i]:
             y, cache.states[i] = block.step(x[:, 0], cache.states[i], in_place=not torch.is_grad_enabled())
             x = y[:, None]
-        else:  # also for a block whose weights and inputs a device_map moves: that happens around `forward` alone
+        else:
             x, cache.states[i] = block(x, cache.states[i], **marks)
     return [*hidden, x]
 
 
 def _cache_for(model, x, cache, use_cache):
     """The cache that was given, or a new one. Every state begins as zeros, on whatever device the input is."""
+    if use_cache and model.gradient_checkpointing and model.training:
+        raise ValueError("use_cache is True: gradient checkpointing runs blocks twice, which a cache cannot bear")
     use_cache = model.config.use_cache and not model.training if use_cache is None else use_cache
     if cache is None and use_cache:
-        states = [block.mixer.init_state(len(x)) for block in model.backbone.layers]
-        return StateCache(tree_map_only(Tensor, lambda z: torch.zeros_like(z, device=x.device), states))
+        states = [block.init_state(len(x)) for block in model.backbone.layers]
+        return StateCache(tree_map_only(Tensor, lambda z: torch.zeros(z.shape, dtype=z.dtype, device=x.device), states))
     if not isinstance(cache, StateCache | None):
         raise ValueError(f"past_key_values is a {type(cache).__name__}: it must be a StateCache, or None to begin")
+    if cache is not None and not torch.is_inference_mode_enabled():  # what was made there could not be written
+        cache.states = tree_map_only(Tensor, lambda z: z.clone() if z.is_inference() else z, cache.states)
     return cache
 
-
+# %% ../nbs/26_transformers.ipynb #b040cc0c
 def starts_of(
     position_ids: Int[Tensor, "rows len"],  # of the new tokens; rows is 1 or batch
     attention_mask: Int[Tensor, "batch total"] | None,  # as in `forward`
@@ -224,10 +258,12 @@ def _forward(
     """Logits, and where wanted loss and cache. Raises ValueError for a mask, positions, a cache that do not fit."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("either input_ids or inputs_embeds must be given")
+    if options.pop("output_attentions", None):
+        raise ValueError("output_attentions is True: `Decoder.walk` of this package has the matrices of mixers")
     x = self.backbone.embedding(input_ids) if inputs_embeds is None else inputs_embeds
     cache = _cache_for(self, x, past_key_values, use_cache)
     past = 0 if cache is None else cache.length
-    packed = None if attention_mask is None else padding_of(attention_mask, x.shape[1], past_key_values is None)
+    packed = None if attention_mask is None else padding_of(attention_mask, *x.shape[:2], past, past_key_values is None)
     order, marks = (None, {}) if packed is None else (packed[0], {"padding": packed[1]})
     starts = starts_of(position_ids, attention_mask, past) if position_ids is not None and x.shape[1] > 1 else None
     marks |= {} if starts is None else {"starts": starts.expand(x.shape[:2])}
@@ -256,10 +292,10 @@ class AutoModelConfig:
     def from_dict(cls, config: dict, where: str = "config.json", return_unused_kwargs: bool = False, **options):
         """Read a config.json; options that are entries of it replace them. Raises ValueError as `ModelConfig`."""
         ours = super().from_dict(config, where)
-        changed = {name: options.pop(name) for name in [*options] if hasattr(ours, name)}
-        for name, value in changed.items():
-            setattr(ours, name, value)
-        check_fields(ours)
+        own = {name: options.pop(name, getattr(ours, name)) for name in own_fields(cls)}
+        ours = cls(**own)  # which checks them
+        for name in [name for name in options if hasattr(ours, name)]:
+            setattr(ours, name, options.pop(name))
         return (ours, options) if return_unused_kwargs else ours
 
     def to_dict(self) -> dict:

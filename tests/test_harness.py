@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from math import log
 
@@ -149,12 +150,48 @@ def test_all_models_have_the_same_window(models):
     assert harness.common_context([lr.load_model("tiny-gateloop")[0]]) == 2048
 
 
+def test_groups_filters_and_errors_that_are_none():
+    """What lm-eval returns for a group with a number, one without, and a task with two filters."""
+    found = {
+        "results": {
+            "big": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "big"},
+            "a": {"acc,none": 0.4, "acc_stderr,none": "N/A"}, "b": {"acc,none": 0.6}, "loose": {"alias": "loose"},
+            "math": {"exact_match,strict": 0.3, "exact_match_stderr,strict": float("nan"), "exact_match,flexible": 0.4},
+            "c": {"perplexity,none": 8.0}},
+        "group_subtasks": {"big": ["inner"], "inner": ["a", "b"], "loose": ["c"]},
+        "n-samples": {name: {"effective": n} for name, n in (("a", 3), ("b", 4), ("c", 5), ("math", 6))},
+        "higher_is_better": {"c": {"perplexity": False}}}
+    scores = harness.scores_of(found, ["big", "math", "loose"], "m")
+    assert scores == [
+        Score("big", "acc", "m", 0.5, 0.1, 7, True), Score("math", "exact_match", "m", 0.3, None, 6, True, "strict"),
+        Score("math", "exact_match", "m", 0.4, None, 6, True, "flexible"),
+        Score("c", "perplexity", "m", 8.0, None, 5, False)]
+    assert len(score_lines(scores)) == 5 and score_lines([]) == [score_lines([])[0]]
+
+
+def test_a_model_in_training_stays_in_training(models, texts):
+    model, tokenizer = models["student"]
+    model.train()
+    run_tasks({"student": (model, tokenizer)}, ["last_word"], texts, limit=2)
+    assert all(part.training for part in model.modules())
+    model.eval()
+
+
+def test_a_tokenizer_without_an_end_is_refused(models, texts):
+    model, tokenizer = models["student"]
+    other = deepcopy(tokenizer)
+    other.bos_token = other.eos_token = None
+    with pytest.raises(ValueError) as error:
+        run_tasks({"student": (model, other)}, ["text"], texts)
+    assert "no token that begins or ends" in one_line(error)
+
+
 # Errors
 
 
 @pytest.mark.parametrize("tasks, kind, word", [
     ((), ValueError, "tasks is empty"), (("last_words",), ValueError, "tasks holds 'last_words'"),
-    (("text", "piqa"), ConnectionError, "task piqa comes from the hub")])
+    (("ai2_arc",), ValueError, "that is a tag"), (("text", "piqa"), ConnectionError, "task piqa comes from the hub")])
 def test_tasks_that_cannot_be_run(tasks, kind, word, monkeypatch):
     monkeypatch.setattr(harness, "hub_problem", lambda: "the hub cannot be reached (ConnectError)")
     with pytest.raises(kind) as error:
@@ -191,6 +228,13 @@ def test_several_models_without_tasks(capsys):
     both = json.loads(capsys.readouterr().out)
     main(["evaluate", "tiny", "--validation-blocks", "2", "--json"])
     assert both["tiny"] == json.loads(capsys.readouterr().out) and both.keys() == {"tiny-llamba", "tiny"}
+
+
+def test_a_model_that_is_named_twice(capsys):
+    for args in (["tiny", "tiny"], ["tiny", "--teacher", "tiny"]):
+        with pytest.raises(SystemExit):
+            main(["evaluate", *args, "--tasks", "text"])
+        assert "name each once" in capsys.readouterr().err
 
 
 def test_an_exported_file_takes_no_tasks(capsys):

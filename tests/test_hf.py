@@ -231,6 +231,69 @@ def test_positions_that_do_not_count_are_refused(positions, tmp_path):
     assert "position_ids must count" in one_line(error)
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (3, 15), (2, 11), (1, 11), (3, 1, 11, 11)], ids=str)
+def test_masks_of_another_shape_are_refused(shape, tmp_path):
+    _, model = pair("pure", tmp_path)
+    with pytest.raises(ValueError) as error:
+        model(prompts()[0], attention_mask=torch.ones(shape, dtype=torch.long))
+    assert f"attention_mask has shape {shape}: it must be (3, 11)" in one_line(error)
+
+
+def test_a_mask_of_new_tokens_alone(tmp_path):
+    ours, model = pair("hybrid of heads", tmp_path)
+    a, b = prompts()[0], prompts()[0][:, :4]
+    with torch.no_grad():
+        cache = model(a, use_cache=True).past_key_values
+        again = copy.deepcopy(cache)
+        assert torch.equal(model(b, attention_mask=torch.ones_like(b), past_key_values=cache).logits,
+                           ours.prefill(b, state=ours.prefill(a)[1])[0])
+    mask = torch.ones_like(b)
+    mask[0, 0] = 0
+    with pytest.raises(ValueError) as error:
+        model(b, attention_mask=mask, past_key_values=again)
+    assert "padding behind tokens" in one_line(error)
+
+
+@pytest.mark.parametrize("kind", ["pure", "hybrid of heads"])
+def test_hooks_are_called_for_every_token(kind, tmp_path):
+    """A hook that steers a mixer gives the same text with a cache and without one."""
+    _, model = pair(kind, tmp_path)
+    calls, ids = [], prompts()[0][1:2]
+    plain = model.generate(ids, max_new_tokens=6, do_sample=False)
+    mixer = model.backbone.layers[0].mixer
+    mixer = getattr(mixer, "recurrent", mixer)
+    mixer.out_proj.register_forward_hook(lambda module, inputs, y: (calls.append(1), y + 3)[1])
+    model.backbone.layers[1].register_forward_hook(lambda module, inputs, y: calls.append(2))
+    steered = model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert calls.count(1) == calls.count(2) == 6 and not torch.equal(steered, plain)
+    assert torch.equal(steered, model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False))
+
+
+@pytest.mark.parametrize("kind", ["pure", "hybrid of layers"])
+def test_a_cache_from_inference_mode_goes_on(kind, tmp_path):
+    ours, model = pair(kind, tmp_path)
+    ids = prompts()[0]
+    with torch.inference_mode():
+        first = model.generate(ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    more = model.generate(first.sequences.clone(), past_key_values=first.past_key_values, max_new_tokens=4,
+                          do_sample=False)
+    assert torch.equal(more, ours.generate(ids, 8))
+
+
+def test_a_cache_of_what_the_library_has_read(tmp_path):
+    ours, model = pair("pure", tmp_path)
+    ids = prompts()[0]
+    cache = hf.StateCache(ours.read(ids[:, :-1])[1], length=10)
+    assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False),
+                       ours.generate(ids, 5))
+    assert cache.get_max_length() == -1
+    with pytest.raises(ValueError):
+        cache.reset()
+    with pytest.raises(ValueError) as error:
+        model(ids, output_attentions=True)
+    assert "output_attentions is True" in one_line(error)
+
+
 # Files
 
 
@@ -285,8 +348,9 @@ def test_options_of_from_pretrained(tmp_path):
     ours, _ = pair("tied", tmp_path)
     config, left = AutoConfig.from_pretrained(tmp_path / "model", eos_token_id=7, other=1, return_unused_kwargs=True)
     assert config.eos_token_id == 7 and left == {"other": 1} and type(config) is hf.LlambaConfig
-    with pytest.raises(ValueError):
-        AutoConfig.from_pretrained(tmp_path / "model", eos_token_id=-7)
+    for wrong in ({"eos_token_id": -7}, {"n_layer": 1, "attn_cfg": HYBRID}):  # which keeps layer 1
+        with pytest.raises(ValueError):
+            AutoConfig.from_pretrained(tmp_path / "model", **wrong)
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     ids = torch.randint(VOCAB, (2, 100))
     with torch.no_grad():
@@ -330,6 +394,7 @@ def test_more_tokens(kind, tmp_path):
     ids, old = torch.randint(VOCAB - 3, (2, 9)), model.vocab_size
     with torch.no_grad():
         before = model(ids).logits
+        assert model.resize_token_embeddings() is model.get_input_embeddings() and model.vocab_size == old
         model.resize_token_embeddings(old + 9)
         after = model(ids).logits
     assert after.shape[-1] == old + 9 and torch.equal(after[..., :old], before)
@@ -348,7 +413,9 @@ def test_more_tokens(kind, tmp_path):
 @pytest.mark.parametrize("model", [lr.Llama(llama_config()), lr.Llamba(KINDS["hybrid of heads"]),
                                    lr.GateLoopLM(KINDS["gateloop"])], ids=lambda model: type(model).__name__)
 def test_around_shares_weights(model):
+    before = copy.deepcopy(model.state_dict())
     wrapped = hf.DecoderForCausalLM.around(model)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert {id(p) for p in wrapped.parameters()} == {id(p) for p in model.parameters()} and wrapped.training
     ids = torch.randint(VOCAB, (2, 9))
     with torch.no_grad():
@@ -362,7 +429,9 @@ def test_around_shares_weights(model):
 
 def test_gradients_reach_the_model_inside(tmp_path):
     student = lr.Llamba(KINDS["pure"])
+    before = copy.deepcopy(student.state_dict())
     wrapped = hf.LlambaForCausalLM.around(student)
+    assert all(torch.equal(weight, before[name]) for name, weight in student.state_dict().items())
     ids = torch.randint(VOCAB, (2, 9))
     wrapped(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in student.parameters())
@@ -380,15 +449,20 @@ def test_loss_and_gradient_checkpointing(tmp_path):
     mask = torch.ones_like(ids)
     mask[0, -3:], labels[0, -3:] = 0, -100
     grads = []
-    for recompute in (False, True):
+    for recompute in (None, False, True):
         model.train().zero_grad()
-        if recompute:
-            model.gradient_checkpointing_enable()
+        if recompute is not None:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": recompute})
         out = model(ids, attention_mask=mask, labels=labels)
         assert out.past_key_values is None
         out.loss.backward()
         grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    for other in grads[1:]:
+        assert all(torch.equal(grads[0][name], other[name]) for name in grads[0])
+    with pytest.raises(ValueError) as error:
+        model(ids, use_cache=True)
+    assert "gradient checkpointing" in one_line(error)
     expected = nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert relative_error(out.loss, expected) < 1e-6
 
@@ -579,7 +653,28 @@ def test_what_is_no_llama_is_refused(name, tmp_path):
                  lambda: lr.Llama.from_pretrained(tmp_path)):
         with pytest.raises(ValueError) as error:
             read()
-        assert len(one_line(error)) < 600
+        assert len(one_line(error)) < 600 and any(word in one_line(error) for word in (
+            "model_type is", "sliding_window is", "hidden_act is", "rope_type is", "layer_types is"))
+
+
+def test_contexts_that_a_file_leaves_out():
+    for name, context in (("Mistral", 131072), ("Qwen 2", 32768), ("Llama", 2048)):
+        values = TEACHERS[name].to_dict()
+        del values["max_position_embeddings"]
+        assert lr.LlamaConfig.from_dict(values).max_position_embeddings == context
+    for name, entry, value in (("Mistral", "num_key_value_heads", None), ("Qwen 2", "num_key_value_heads", None),
+                               ("Qwen 2", "layer_types", ["full_attention", "sliding_attention"]),
+                               ("Qwen 2", "use_mrope", True)):
+        values = {key: kept for key, kept in TEACHERS[name].to_dict().items() if key != entry}
+        with pytest.raises(ValueError) as error:
+            lr.LlamaConfig.from_dict(values | ({} if value is None else {entry: value}))
+        assert entry in one_line(error)
+
+
+def test_what_ends_a_text_comes_from_the_generation_config():
+    theirs = AutoModelForCausalLM.from_config(TEACHERS["Llama"])
+    theirs.generation_config.eos_token_id = [5, 7]
+    assert hf.as_llama(theirs).stop_tokens == (5, 7)
 
 
 def test_mistral_files_that_do_not_speak_of_a_window_have_one(tmp_path):
