@@ -199,7 +199,7 @@ def run_tasks(
             scores.setdefault(key, []).append(score)
     return [score for row in scores.values() for score in row]
 
-
+# %% ../nbs/27_harness.ipynb #a0089933
 def scores_of(found: dict, tasks: Sequence[str], model: str) -> list[Score]:
     """The numbers in what lm-eval returns, of the tasks that were asked for; of a group without a number of its own,
     those of its tasks."""
