@@ -143,7 +143,7 @@ def read_pieces(
     return stored.keys() - tensors.keys()
 
 # %% ../nbs/28_parallel.ipynb #96262d75
-COMMAND = "torchrun --nproc_per_node {} -m llamba_ref.cli distill"  # how to start several processes
+COMMAND = "torchrun --nproc_per_node {} -m -- llamba_ref.cli distill"  # -- : torchrun keeps no option that follows
 IGNORED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")  # nothing here reads these
 
 

@@ -342,7 +342,7 @@ def test_processes_are_counted(environment, device, gpus, found):
 
 @pytest.mark.parametrize(("environment", "device", "gpus", "words"), [
     ({"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_CPU": "True"}, "cpu", 0,
-     "accelerate launch started one process.*torchrun --nproc_per_node N -m llamba_ref.cli distill"),
+     "accelerate launch started one process.*torchrun --nproc_per_node N -m -- llamba_ref.cli distill"),
     ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, "cuda", 2, "ACCELERATE_USE_FSDP.*distill --shard"),
     ({"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}, "cuda", 2, "ACCELERATE_USE_DEEPSPEED"),
     ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "cuda", 1, "2 processes.* 1 GPU: type torchrun --nproc_per_node 1"),
@@ -358,9 +358,9 @@ def test_a_start_that_cannot_work_is_refused(environment, device, gpus, words):
 
 def test_processes_that_would_train_alone_are_refused(monkeypatch):
     """In a script that forgets cpu=True where there is no GPU."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
     teacher, student = models()
     alone = Accelerator(cpu=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"WORLD_SIZE is 2, but the accelerator knows of 1.*Accelerator\(cpu=True\)"):
         distill(teacher, student, Batches(rows(), 4), STAGES, accelerator=alone, progress=False)
 
