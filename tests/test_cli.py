@@ -1175,7 +1175,7 @@ TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK
     ({"ACCELERATE_USE_FSDP": "true"}, ["distill"], "torchrun --nproc_per_node N -m -- llamba_ref.cli distill --shard"),
     (TORCHRUN, ["generate", "tiny", "It"], "2 processes were started for a command that runs in one"),
     (TORCHRUN, ["distill", "--device", "mps"], "device is 'mps', which 2 processes would share"),
-    ({}, ["distill", "--shard"], "shard was given to one process: type torchrun --nproc_per_node N -m -- llamba_ref.cli"),
+    ({}, ["distill", "--shard"], "shard was given to one process: type torchrun --nproc_per_node N -m -- llamba"),
 ])  # fmt: skip
 def test_a_start_that_cannot_work_says_what_to_type(message, tmp_path, monkeypatch, environment, command, words):
     for name, value in environment.items():
