@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from .conventions import check_sizes, is_imagined, unchecked, wide_dtype
 
 # %% auto #0
-__all__ = ['RMSNorm', 'SwiGLU', 'Block', 'init_weights', 'Backbone', 'pack_left', 'check_usable', 'sample', 'LayerView',
+__all__ = ['RMSNorm', 'SwiGLU', 'Block', 'init_weights', 'Backbone', 'pack_left', 'unpack', 'check_usable', 'sample', 'LayerView',
            'check_ids', 'hidden', 'prefill', 'read', 'embed', 'walk', 'check_length_and_stops', 'generate', 'Decoder',
            'check_sizes_of']
 
@@ -190,7 +190,10 @@ def _pack(input_ids, attention_mask, starts=None):
     return input_ids.gather(1, order), {"padding": padding, **marks}, order.argsort(1)
 
 
-def _unpack(x, back):
+def unpack(
+    x: Float[Tensor, "batch len d_model"],  # hidden states, in the order of `pack_left`
+    back: Int[Tensor, "batch len"] | None,  # where each position has gone: `order.argsort(1)`; None: nowhere
+) -> Float[Tensor, "batch len d_model"]:
     """Hidden states in the order in which the tokens were given."""
     return x if back is None else x.take_along_dim(back[..., None], 1)
 
@@ -300,7 +303,7 @@ def hidden(
     """Hidden states that leave the last block, for `head`. Raises ValueError as `check_ids` and `pack_left` do."""
     check_ids(input_ids, model.vocab_size, attention_mask, starts)
     input_ids, marks, back = _pack(input_ids, attention_mask, starts)
-    return _unpack(model.backbone(input_ids, **marks), back)
+    return unpack(model.backbone(input_ids, **marks), back)
 
 
 def _begin(model, input_ids, attention_mask, state, starts=None):
@@ -322,7 +325,7 @@ def prefill(
     """Read a prompt, or go on reading from `state`. Raises ValueError as `forward`, and for a mask with a state."""
     input_ids, marks, back, state = _begin(model, input_ids, attention_mask, state, starts)
     x, state = model.backbone(input_ids, state, **marks)
-    return model.head(_unpack(x, back)), state
+    return model.head(unpack(x, back)), state
 
 # %% ../nbs/04_decoder.ipynb #710e65b7
 def read(

@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .checkpoint import load_strict
 from .convert import LanguageModel, ModelConfig, layout_of, own_fields
-from .decoder import Decoder, pack_left
+from .decoder import Decoder, pack_left, unpack
 from .gateloop_lm import GateLoopLM
 from .llama import Llama, LlamaConfig
 from .llamba import Llamba
@@ -182,14 +182,14 @@ def _watched(block):
     return any(part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook") for part in block.modules())
 
 
-def _walk(model, x, cache, marks):
-    """The hidden states that enter each block, and what leaves the last one; fills the cache."""
+def _walk(model, x, cache, marks, seen):
+    """What leaves the last block; fills the cache. What enters each block goes into `seen`, unless that is None."""
     recompute = model.gradient_checkpointing and model.training
     if cache is not None and cache.by_step is None:
         cache.by_step = [not _watched(block) for block in model.backbone.layers]
-    hidden = []
     for i, block in enumerate(model.backbone.layers):
-        hidden.append(x)
+        if seen is not None:
+            seen.append(x)
         if cache is None:
             call = partial(block, **marks)
             x = model._gradient_checkpointing_func(call, x) if recompute else call(x)
@@ -198,7 +198,7 @@ def _walk(model, x, cache, marks):
             x = y[:, None]
         else:
             x, cache.states[i] = block(x, cache.states[i], **marks)
-    return [*hidden, x]
+    return x
 
 
 def _cache_for(model, x, cache, use_cache):
@@ -226,7 +226,7 @@ def starts_of(
     Raises ValueError unless positions count the tokens of each document: our models have no other positions."""
     length = position_ids.shape[1]
     count = torch.arange(past, past + length, device=position_ids.device).expand_as(position_ids)
-    if attention_mask is not None and not attention_mask.all():
+    if padded := attention_mask is not None and not attention_mask.all():
         new = attention_mask[:, -length:]
         count = (attention_mask.cumsum(1) - 1)[:, -length:]
         position_ids = torch.where(new == 0, count, position_ids)
@@ -235,7 +235,7 @@ def starts_of(
     begins = (position_ids == 0) & (count > 0)
     goes_on = F.pad(position_ids[:, 1:] == position_ids[:, :-1] + 1, (1, 0), value=True)
     first = begins[:, 0] | (position_ids[:, 0] == count[:, 0])
-    if not (first.all() and (begins | goes_on).all()) or attention_mask is not None and not attention_mask.all():
+    if padded or not (first.all() and (begins | goes_on).all()):
         raise ValueError("position_ids must count the tokens of each document, from 0 where one begins in a row "
                          "without padding, or be left out")
     return begins
@@ -267,19 +267,19 @@ def _forward(
     order, marks = (None, {}) if packed is None else (packed[0], {"padding": packed[1]})
     starts = starts_of(position_ids, attention_mask, past) if position_ids is not None and x.shape[1] > 1 else None
     marks |= {} if starts is None else {"starts": starts.expand(x.shape[:2])}
-    hidden = _walk(self, x if order is None else x.take_along_dim(order[..., None], 1), cache, marks)
-    if order is not None:
-        hidden = [z.take_along_dim(order.argsort(1)[..., None], 1) for z in hidden]
+    wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    seen = [] if wanted else None  # kept only where it is wanted: a long prompt would not fit into memory
+    x = _walk(self, x if order is None else x.take_along_dim(order[..., None], 1), cache, marks, seen)
+    back = None if order is None else order.argsort(1)
+    x, seen = unpack(x, back), seen and [unpack(z, back) for z in seen]
     if cache is not None:
         cache.length += x.shape[1]
-    x = hidden[-1]
-    x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
-    logits = Decoder.head(self, x if hasattr(self, "lm_head") else x.to(self.backbone.embedding.weight.device))
+    kept = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
+    logits = Decoder.head(self, kept if hasattr(self, "lm_head") else kept.to(self.backbone.embedding.weight.device))
     options |= {"logits": logits, "labels": labels, "vocab_size": self.vocab_size}
-    wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
     return CausalLMOutputWithPast(
         loss=None if labels is None else self.loss_function(**options), logits=logits, past_key_values=cache,
-        hidden_states=(*hidden[:-1], self.backbone.final_layernorm(hidden[-1])) if wanted else None)
+        hidden_states=(*seen, self.backbone.final_layernorm(x)) if wanted else None)
 
 
 DecoderForCausalLM.forward = _forward
