@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import isfinite
 from random import Random
 
@@ -19,8 +20,8 @@ from .convert import LanguageModel
 from .export import optional, quiet
 
 # %% auto #0
-__all__ = ['SENTENCE', 'BEFORE', 'ITEMS', 'LOCAL', 'PAPER', 'sentences', 'last_words', 'halves', 'endings', 'passages',
-           'local_tasks', 'Score', 'common_context', 'check_tasks', 'run_tasks', 'scores_of']
+__all__ = ['SENTENCE', 'BEFORE', 'ITEMS', 'LOCAL', 'sentences', 'last_words', 'halves', 'endings', 'passages', 'local_tasks',
+           'Score', 'common_context', 'check_tasks', 'run_tasks', 'scores_of']
 
 # %% ../nbs/27_harness.ipynb #18d4af5e
 SENTENCE = r"[A-Z][^.!?\"]{80,300} [a-z]{2,}[.!?]"  # long enough to tell something, and ends in a plain word
@@ -118,7 +119,6 @@ def local_tasks(
 
 # %% ../nbs/27_harness.ipynb #545b1dd3
 LOCAL = ("last_word", "written_word", "choices", "text")
-PAPER = ("arc_challenge", "arc_easy", "piqa", "winogrande", "hellaswag", "lambada_openai", "openbookqa", "mmlu")
 
 
 @dataclass(frozen=True)
@@ -142,16 +142,21 @@ def common_context(models: Iterable[LanguageModel]) -> int:
                 if getattr(model.config, "max_position_embeddings", None)), default=2048)
 
 
+@cache
+def _manager(everything):
+    """lm-eval's index of its own tasks, which takes seconds to read, or an empty one."""
+    return optional("lm_eval.tasks", "eval").TaskManager(include_defaults=everything)
+
+
 def check_tasks(tasks: Sequence[str]) -> None:
     """Raises ValueError for no task and one that lm-eval does not know, ImportError without lm-eval, ConnectionError
     where a task needs the hub and it cannot be reached."""
-    manager = optional("lm_eval.tasks", "eval").TaskManager
     if not tasks:
         raise ValueError("tasks is empty: name at least one")
     far = [task for task in tasks if task not in LOCAL]
+    index = _manager(bool(far))
     if not far:
         return
-    index = manager()
     if tags := [task for task in far if task in index.all_tags]:
         raise ValueError(f"tasks holds {tags[0]!r}: that is a tag, name the tasks that carry it")
     if unknown := [task for task in far if task not in set(index.all_tasks)]:
@@ -175,7 +180,7 @@ def run_tasks(
     """Evaluate models with lm-eval, zero-shot unless a task says otherwise. Raises what `check_tasks` and `local_tasks`
     raise."""
     check_tasks(tasks)
-    lm_eval, manager = optional("lm_eval", "eval"), optional("lm_eval.tasks", "eval").TaskManager
+    lm_eval, index = optional("lm_eval", "eval"), _manager(not set(tasks) <= set(LOCAL))
     wrap = optional("lm_eval.models.huggingface", "eval").HFLM
     from llamba_ref.hf import DecoderForCausalLM  # which changes what transformers' Auto classes know
     local = local_tasks(texts, limit or ITEMS, seed) if set(tasks) & set(LOCAL) else {}
@@ -191,7 +196,7 @@ def run_tasks(
                                backend="causal", batch_size=batch_size, max_length=context)
                 found = lm_eval.simple_evaluate(
                     wrapped, tasks=[local.get(task, task) for task in tasks], bootstrap_iters=100, limit=limit,
-                    task_manager=manager(include_defaults=not set(tasks) <= set(LOCAL)))
+                    task_manager=index)
         finally:
             model.train(training)
         for score in scores_of(found, tasks, name):
