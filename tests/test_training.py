@@ -6,12 +6,10 @@ import importlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import socket
 import sys
 import time
 import types
@@ -24,6 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from small import RELEASED
+from together import process
+from together import run as run_together
 
 from llamba_ref import training
 from llamba_ref.conventions import peak_bytes, relative_error
@@ -732,23 +732,6 @@ def test_after_stage_is_called_again_when_killed_before_the_checkpoint(tmp_path,
 # A real kill
 
 
-servers = multiprocessing.get_context("forkserver")  # one process that has imported the libraries starts all others
-servers.set_forkserver_preload(["hypothesis", "pytest", "llamba_ref.mohawk", "llamba_ref.data"])
-
-
-def process(function, *args, **environment):
-    """A process of its own that runs a function of this file."""
-    started = servers.Process(target=in_process, args=(function, args, environment))
-    started.start()
-    return started
-
-
-def in_process(function, args, environment):
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    function(*args)
-
-
 def slow_run(path):
     """What the process that is killed runs: the run of the other tests, with a pause at every step."""
     data = Data()
@@ -1257,15 +1240,7 @@ def share_of_a_run(path):
 
 
 def test_two_processes_give_what_one_gives(tmp_path, unbroken):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    run = str(tmp_path / "run")
-    processes = [process(share_of_a_run, run, RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in range(2)]
-    for one in processes:
-        one.join(120)
-    assert [one.exitcode for one in processes] == [0, 0]
+    run_together(2, share_of_a_run, str(tmp_path / "run"))  # both must end well
     first, second = (torch.load(tmp_path / f"run-{rank}.pt", weights_only=True) for rank in range(2))
     for name, expected in unbroken[1].state_dict().items():
         assert torch.equal(first[name], second[name]), "processes drifted apart"

@@ -12,17 +12,10 @@ servers = multiprocessing.get_context("forkserver")  # one process that has impo
 servers.set_forkserver_preload(["hypothesis", "pytest", "llamba_ref.mohawk", "llamba_ref.data", "llamba_ref.parallel"])
 
 
-def begin(number, function, *args):
-    """Start processes that run a function of a test file, as torchrun would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
-    started = [servers.Process(target=inside, args=(function, args, place | rank)) for rank in ranks]
-    for process in started:
-        process.start()
+def process(function, *args, **environment):
+    """A process of its own that runs a function of a test file."""
+    started = servers.Process(target=inside, args=(function, args, environment))
+    started.start()
     return started
 
 
@@ -32,22 +25,32 @@ def inside(function, args, environment):
     function(*args)
 
 
+def begin(number, function, *args):
+    """Start processes that run a function of a test file, as torchrun would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    return [process(function, *args, RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in range(number)]
+
+
 @contextlib.contextmanager
 def killed_at_the_end(started):
     """Whatever happens, none of the processes goes on."""
     try:
         yield started
     finally:
-        for process in started:
-            process.kill()
-            process.join()
+        for one in started:
+            one.kill()
+            one.join()
 
 
 def run(number, function, *args, seconds=120):
     """Processes that must all end well, within a time."""
     with killed_at_the_end(begin(number, function, *args)) as started:
         deadline = time.monotonic() + seconds
-        while any(process.exitcode is None for process in started) and time.monotonic() < deadline:
-            assert not any(process.exitcode for process in started), "a process failed: see its traceback"
+        while any(one.exitcode is None for one in started) and time.monotonic() < deadline:
+            assert not any(one.exitcode for one in started), "a process failed: see its traceback"
             time.sleep(0.02)
-        assert [process.exitcode for process in started] == [0] * number
+        assert [one.exitcode for one in started] == [0] * number
