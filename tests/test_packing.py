@@ -1,14 +1,12 @@
 """Several documents in a row: the numbers of each are those that it has alone, whatever the mixer."""
 
-import multiprocessing
-import os
-import socket
 from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from small import RELEASED, VOCAB, llama_config, llamba_config, mamba2_config, one_line, shaken
+from together import run as run_together
 
 from llamba_ref.associative_recall import WithConvolution
 from llamba_ref.conv import causal_conv
@@ -342,30 +340,13 @@ def part_of_a_step(path, name):
     torch.save(stepped(name, batch, 1), f"{path}-{name}-{rank}.pt")
 
 
-def in_process(paths, names, environment):
-    os.environ.update(environment)
-    torch.set_num_threads(1)
+def parts_of_steps(paths, names):
     for name in names:
         part_of_a_step(paths, name)
 
 
 def test_two_processes_weigh_as_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    processes = [multiprocessing.get_context("spawn").Process(
-        target=in_process, args=(str(tmp_path / "step"), list(OBJECTIVES), place | {"RANK": rank, "LOCAL_RANK": rank}))
-        for rank in "01"]
-    try:
-        for one in processes:
-            one.start()
-        for one in processes:
-            one.join(120)
-        assert [one.exitcode for one in processes] == [0, 0]
-    finally:
-        for one in processes:
-            one.kill()
+    run_together(2, parts_of_steps, str(tmp_path / "step"), list(OBJECTIVES))  # both must end well
     for name in OBJECTIVES:
         whole = stepped(name, batch_of(), 4)
         for rank in "01":
