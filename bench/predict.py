@@ -28,11 +28,11 @@ import tyro
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.common import distill_options, in_a_process, parameters, save
 from bench.stage1_memory import ENVIRONMENT, resident
-from llamba_ref.budget import Moved
+from llamba_ref.budget import ON_CPU, Moved
 from llamba_ref.cli import Distill
 from llamba_ref.conventions import peak_bytes
 from llamba_ref.llama import Llama, LlamaConfig
@@ -63,14 +63,6 @@ SMALL = "llamba distill --teacher small --length 256 --d-state 32 --chunk-size 6
 LINE, BEYOND = (4, 8), 12  # blocks at a time that give the line, and that it is tested with
 SLOWER = 3  # what a card takes at most, times what its maker promises
 FREE = 0.9  # of a card's memory: the rest for the allocator's gaps and the context
-
-
-def attention_on_cpu(q, k, v, *_, **__) -> int:
-    """The operations of the attention that PyTorch takes on a CPU, which its counter does not know."""
-    return sdpa_flop_count(q, k, v)
-
-
-KNOWN = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_on_cpu}
 
 
 @contextmanager
@@ -125,7 +117,7 @@ def counted(command: Distill, stage: Stage, precision: str) -> dict:
     with FakeTensorMode():
         steps = Steps(teacher, student_of(command, teacher), stage, length, precision)
         steps(1)  # AdamW's means exist from here on
-        with FlopCounterMode(display=False, custom_mapping=KNOWN) as counter, Moved() as moved:
+        with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter, Moved() as moved:
             steps.backward(1)
         steps.update()
         peaks = []

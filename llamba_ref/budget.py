@@ -24,7 +24,8 @@ from .mohawk import OBJECTIVES
 from .throughput import Card
 
 # %% auto #0
-__all__ = ['Plan', 'imagined', 'imagined_pass', 'distillation_memory', 'fetched_bytes', 'Moved', 'Work', 'distillation_work']
+__all__ = ['ON_CPU', 'Plan', 'imagined', 'imagined_pass', 'distillation_memory', 'fetched_bytes', 'Moved', 'Work',
+           'distillation_work']
 
 # %% ../nbs/29_distil_1b.ipynb #8f90ae54
 @dataclass(frozen=True)
@@ -152,6 +153,10 @@ class Work:
         return self.operations / card.rate + self.moved / card.bandwidth
 
 
+ON_CPU = {  # the attention that PyTorch takes on a CPU, which its counter of operations does not know
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+
+
 def distillation_work(
     teacher: LlamaConfig,  # sizes of both models
     student: LlambaConfig,
@@ -160,11 +165,10 @@ def distillation_work(
     """Count what the teacher computes forward and the student forward and backward, with all that is computed twice.
 
     Operations are those of PyTorch's path, whose products are all seen; bytes those of the kernels', as on a GPU."""
-    tokens, of_attention = plan.rows * plan.length, lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which the counter does not know
+    tokens = plan.rows * plan.length
     with without_numbers("cpu"):
         *_, one_pass = imagined_pass(teacher, student, plan)
-        with FlopCounterMode(display=False, custom_mapping={on_cpu: of_attention}) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
             one_pass()
     with without_numbers("cuda"):
         *_, one_pass = imagined_pass(teacher, student, plan)
