@@ -1,4 +1,4 @@
-"""What torch.compile of the blocks is worth in training: time of a step of stages 2 and 3 (chapter 24).
+"""What torch.compile of the blocks is worth in training: time of a step of stages 2 and 3 (chapter 19).
 
     python -m bench.compiled        about five minutes on one core; needs a C++ compiler
 

@@ -1,4 +1,4 @@
-"""What a student is worth as a file: size, agreement, speed, memory (chapter 25).
+"""What a student is worth as a file: size, agreement, speed, memory (chapter 20).
 
     .venv-edge/bin/python -m bench.edge        needs `make demo` and `make test-edge` first; about ten minutes
 

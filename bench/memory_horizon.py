@@ -1,4 +1,4 @@
-"""Which gates can forget on cue: five models of equal size on the Memory Horizon task of chapter 03.
+"""Which gates can forget on cue: five models of equal size on the Memory Horizon task of chapter 06.
 
     python -m bench.memory_horizon                 all runs, two at a time; about 50 minutes on two cores
     python -m bench.memory_horizon --save-to DIR   train the model with complex gates and seed 0 again, write it to DIR

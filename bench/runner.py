@@ -1,4 +1,4 @@
-"""The C++ program of examples/, run on a student's file (chapter 25).
+"""The C++ program of examples/, run on a student's file (chapter 20).
 
     .venv-edge/bin/python -m bench.runner        needs `make test-edge` first, g++, and Debian's qemu-user and
                                                g++-aarch64-linux-gnu; five minutes

@@ -1,4 +1,4 @@
-"""Speculative decoding: how often a student is right about its teacher, and what that saves (chapter 23).
+"""Speculative decoding: how often a student is right about its teacher, and what that saves (chapter 18).
 
     python -m bench.speculation        needs `make demo` first; about three minutes on one core
 

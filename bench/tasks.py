@@ -1,4 +1,4 @@
-"""The demo's student on tasks of lm-eval that are made of its held-out text (chapter 27).
+"""The demo's student on tasks of lm-eval that are made of its held-out text (appendix 91).
 
     python -m bench.tasks        about twenty minutes, most of it for the hybrid
 

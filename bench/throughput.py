@@ -1,4 +1,4 @@
-"""How fast models write, beside transformers' own Llama at its best (chapter 24).
+"""How fast models write, beside transformers' own Llama at its best (chapter 19).
 
     python -m bench.throughput        about a quarter of an hour on one core
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-APPENDICES = 90  # from this number on: tools, which any chapter may use
+APPENDICES = 80  # from this number on: tools, which any chapter may use
 PACKAGE = ROOT / "llamba_ref"
 LONGEST_CELL = 60
 
