@@ -19,13 +19,13 @@ import torch
 import tyro
 
 from bench.common import in_a_process, save
-from llamba_ref.conventions import unchecked
 from llamba_ref.data import load_documents, pack, split_documents
 from llamba_ref.decoder import Decoder
 from llamba_ref.edge import EdgeModel, load_edge
 from llamba_ref.evaluate import compare
 from llamba_ref.export import SUFFIXES, export_model, optional
 from llamba_ref.models import load_model
+from llamba_ref.operators import unchecked
 from llamba_ref.throughput import step_cost
 
 STUDENT, TEACHER = "runs/demo", "tiny"

@@ -34,8 +34,9 @@ from torch import Tensor
 
 from bench.common import save
 from llamba_ref import conv, mohawk
-from llamba_ref.conventions import peak_bytes, relative_error
+from llamba_ref.conventions import relative_error
 from llamba_ref.gateloop import gateloop
+from llamba_ref.operators import peak_bytes
 from llamba_ref.scan import linear_scan
 from llamba_ref.ssd import ssd, ssd_step
 

@@ -19,8 +19,9 @@ from bench.common import save
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
-from llamba_ref.conventions import peak_bytes, relative_error
+from llamba_ref.conventions import relative_error
 from llamba_ref.mohawk import matrix_distance
+from llamba_ref.operators import peak_bytes
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 WIDTH = STATE = 32

@@ -34,10 +34,10 @@ from bench.common import distill_options, in_a_process, parameters, save
 from bench.stage1_memory import ENVIRONMENT, resident
 from llamba_ref.budget import ON_CPU, Moved
 from llamba_ref.cli import Distill
-from llamba_ref.conventions import peak_bytes
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba, LlambaConfig, student_config
 from llamba_ref.mohawk import OBJECTIVES
+from llamba_ref.operators import peak_bytes
 from llamba_ref.throughput import CARDS
 from llamba_ref.training import Stage, optimizer_for
 

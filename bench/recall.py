@@ -19,7 +19,11 @@ from torch import nn
 
 from bench.common import Curve, best_rate_runs, parameters, save
 from llamba_ref.associative_recall import (
-    WithConvolution, recall_accuracy, recall_batches, recall_sequences, recall_targets,
+    WithConvolution,
+    recall_accuracy,
+    recall_batches,
+    recall_sequences,
+    recall_targets,
 )
 from llamba_ref.decoder import Decoder
 from llamba_ref.gateloop_lm import GateLoopConfig, GateLoopLM

@@ -16,11 +16,11 @@ import torch
 import tyro
 
 from bench.common import save
-from llamba_ref.conventions import unchecked
 from llamba_ref.data import load_documents, pack, split_documents
 from llamba_ref.decoder import Decoder
 from llamba_ref.decoding import expected_speedup, speculate
 from llamba_ref.models import load_model
+from llamba_ref.operators import unchecked
 
 STUDENTS = {"its student": "runs/demo", "Mamba-2": "tiny-mamba2", "GateLoop": "tiny-gateloop", "itself": "tiny"}
 CONTEXTS, AHEAD, NEW, PROMPTS = (32, 256, 1024), (1, 2, 4, 8), 64, 8

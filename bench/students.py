@@ -30,12 +30,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import tyro
+from accelerate import Accelerator
 from einops import rearrange
 from torch import Tensor, nn
 
 import llamba_ref
-from accelerate import Accelerator
-
 from bench.common import best_rate_runs, parameters, save
 from llamba_ref.cli import Distill
 from llamba_ref.data import Batch, Batches, load_documents, pack, split_documents
@@ -43,8 +42,8 @@ from llamba_ref.decoder import Decoder
 from llamba_ref.evaluate import compare, evaluate
 from llamba_ref.llama import Attention, Llama
 from llamba_ref.llamba import Llamba
-from llamba_ref.models import load_model
 from llamba_ref.mamba2 import SSDMixer
+from llamba_ref.models import load_model
 from llamba_ref.mohawk import OBJECTIVES, EndToEnd, LayerByLayer, alignment_loss
 from llamba_ref.training import Stage, train
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .conv import causal_conv
-from .conventions import check_sizes, is_token
+from .operators import check_sizes, is_token
 
 # %% auto #0
 __all__ = ['memory_length', 'recall_sequences', 'recall_targets', 'recall_accuracy', 'recall_batches', 'WithConvolution']

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from .conventions import check_option, check_sizes, peak_bytes, without_numbers
 from .decoder import Decoder
 from .llama import Llama, LlamaConfig
 from .llamba import Llamba, LlambaConfig
 from .mohawk import OBJECTIVES
+from .operators import check_option, check_sizes, peak_bytes, without_numbers
 from .throughput import Card
 
 # %% auto #0

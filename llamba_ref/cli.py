@@ -116,6 +116,7 @@ class Machine:
         `several` processes may take part in a training, and in nothing else."""
         import torch
         from accelerate import Accelerator
+
         from llamba_ref.parallel import processes_of
         found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
         where = found if self.device == "auto" else self.device
@@ -717,6 +718,7 @@ FARTHEST = {32: 1e-5, 8: 0.05, 4: 0.5}  # nats a token; a scale that is lost cos
 def divergence_on_own_text(model: lr.Decoder, file: EdgeModel) -> float:
     """Mean KL divergence from a model to its exported file, in nats a token, on a text that the model writes."""
     import torch
+
     from llamba_ref.start import own_texts
     ids = own_texts(model, 1, 96)
     with torch.no_grad():

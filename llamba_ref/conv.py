@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .conventions import Backend, checked, document_begin, find_kernel, wrong_widths
+from .operators import Backend, checked, document_begin, find_kernel, wrong_widths
 
 # %% auto #0
 __all__ = ['causal_conv', 'causal_conv_step']

@@ -23,8 +23,16 @@ from huggingface_hub.dataclasses import type_validator
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from .checkpoint import atomic_directory, find_checkpoint, load_strict, one_line
-from .checkpoint import read_config, read_json, read_weights, write_checkpoint
+from llamba_ref.checkpoint import (
+    atomic_directory,
+    find_checkpoint,
+    load_strict,
+    one_line,
+    read_config,
+    read_json,
+    read_weights,
+    write_checkpoint,
+)
 from .decoder import Decoder
 
 # %% auto #0

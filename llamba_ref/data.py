@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .checkpoint import hub_problem, is_hub_name, one_line, read_json
-from .conventions import check_option, check_sizes
+from .operators import check_option, check_sizes
 
 logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # prints the errors that are raised below
 logging.getLogger("datasets.iterable_dataset").setLevel(logging.ERROR)  # warns of a shuffle buffer, here of 1: empty

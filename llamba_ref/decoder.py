@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .conventions import check_sizes, is_imagined, unchecked, wide_dtype
+from .operators import check_sizes, is_imagined, unchecked, wide_dtype
 
 # %% auto #0
 __all__ = ['RMSNorm', 'SwiGLU', 'Block', 'init_weights', 'Backbone', 'pack_left', 'unpack', 'check_usable', 'sample', 'LayerView',

@@ -13,9 +13,9 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from .conventions import check_sizes, unchecked
 from .decoder import Decoder, check_length_and_stops, check_sizes_of, check_usable
 from .llama import KVCache
+from .operators import check_sizes, unchecked
 
 # %% auto #0
 __all__ = ['copy_state', 'restore_state', 'fork_state', 'Speculation', 'speculate', 'expected_yield', 'expected_speedup']

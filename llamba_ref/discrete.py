@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .conventions import check_option, check_sizes, forget, wide_dtype
 from .mamba2 import MambaState, Projected, SSDMixer, convolve
+from .operators import check_option, check_sizes, forget, wide_dtype
 
 # %% auto #0
 __all__ = ['OPEN_GATE', 'DiscreteMamba2']

@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .conventions import check_sizes, wide_dtype
 from .data import Batch, TokenBlocks, asked_for_next
 from .decoder import Decoder, check_sizes_of
+from .operators import check_sizes, wide_dtype
 
 # %% auto #0
 __all__ = ['PEOPLE', 'PLACES', 'token_nll', 'Evaluation', 'batches_in_order', 'predicted_tokens', 'evaluate', 'Comparison',

@@ -30,12 +30,12 @@ from transformers import PreTrainedTokenizerBase
 
 from . import llama, mamba2
 from .checkpoint import read_json
-from .conventions import check_option, unchecked
 from .data import load_tokenizer
 from .decoder import Decoder
 from .llama import Attention, causal_mask
 from .llamba import MixedHeads
 from .mamba2 import SSDMixer
+from .operators import check_option, unchecked
 
 # %% auto #0
 __all__ = ['BLOCK', 'COARSE', 'EXACT', 'PIECE', 'Format', 'SUFFIXES', 'optional', 'quiet', 'Program', 'growing_axes',

@@ -14,8 +14,17 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Inexact, Int
 from torch import Tensor, nn
 
-from .conventions import Backend, check_option, check_sizes, checked, find_kernel
-from .conventions import forget, is_token, wide_dtype, wrong_widths
+from llamba_ref.operators import (
+    Backend,
+    check_option,
+    check_sizes,
+    checked,
+    find_kernel,
+    forget,
+    is_token,
+    wide_dtype,
+    wrong_widths,
+)
 from .scan import factor_out_phase, linear_scan, recurrence
 
 # %% auto #0

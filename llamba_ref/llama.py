@@ -16,9 +16,9 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .conventions import document_begin
 from .convert import LanguageModel, ModelConfig, check_fields
 from .decoder import Backbone, init_weights
+from .operators import document_begin
 
 # %% auto #0
 __all__ = ['Rope', 'rope_frequencies', 'turn_pairs', 'apply_rope', 'rotate', 'KVCache', 'first_keys', 'causal_mask',

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .conventions import check_option, wide_dtype
 from .convert import LanguageModel, ModelConfig, check_fields
 from .decoder import Backbone, Decoder, check_sizes_of
 from .discrete import DiscreteMamba2
 from .llama import Attention, KVCache, Llama, LlamaConfig, Rope
 from .mamba2 import MambaState, SSDMixer
-from .rotation import Rotation, RotaryMamba2, RotaryState
+from .operators import check_option, wide_dtype
+from .rotation import RotaryMamba2, RotaryState, Rotation
 from .start import own_texts, silence_heads, start_from_teacher
 
 # %% auto #0

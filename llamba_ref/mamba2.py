@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .conv import causal_conv, causal_conv_step
-from .conventions import check_sizes, forget, is_token, wide_dtype
 from .convert import LanguageModel, ModelConfig
 from .decoder import Backbone
+from .operators import check_sizes, forget, is_token, wide_dtype
 from .ssd import ssd, ssd_matrix, ssd_step
 
 # %% auto #0

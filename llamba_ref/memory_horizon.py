@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .conventions import check_sizes
+from .operators import check_sizes
 
 # %% auto #0
 __all__ = ['horizon_sequences', 'since_reset', 'horizon_targets', 'horizon_accuracy']

@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .conventions import Backend, check_option, checked, find_kernel, forget, wide_dtype, wrong_widths
 from .data import Batch
 from .decoder import Decoder, LayerView, check_sizes_of
 from .llama import Attention, attention_matrix
 from .mamba2 import SSDMixer
+from .operators import Backend, check_option, checked, find_kernel, forget, wide_dtype, wrong_widths
 from .ssd import ssd_matrix
 from .training import Backward, CrossEntropy, Objective, Stage, mean_over_chunks, train
 

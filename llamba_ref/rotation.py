@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .conventions import check_option, wide_dtype
 from .discrete import DiscreteMamba2
 from .llama import Rope, rope_frequencies, turn_pairs
 from .mamba2 import Projected
+from .operators import check_option, wide_dtype
 
 # %% auto #0
 __all__ = ['Rotation', 'rotate_pairs', 'running_angle', 'RotaryState', 'RotaryMamba2']

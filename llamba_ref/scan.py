@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Complex, Float, Inexact
 from torch import Tensor
 
-from .conventions import Backend, checked, cumulative_rotation, find_kernel, polar_gate, wide_dtype
+from .operators import Backend, checked, cumulative_rotation, find_kernel, polar_gate, wide_dtype
 
 # %% auto #0
 __all__ = ['BLOCK', 'split_gate', 'recurrence_step', 'recurrence', 'factor_out_phase', 'linear_scan']

@@ -13,7 +13,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from .conventions import Backend, checked, find_kernel, wide_dtype, wrong_widths
+from .operators import Backend, checked, find_kernel, wide_dtype, wrong_widths
 from .scan import recurrence, recurrence_step, split_gate
 
 # %% auto #0

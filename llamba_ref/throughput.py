@@ -18,9 +18,9 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .conventions import check_option, check_sizes, peak_bytes, unchecked
 from .decoder import Decoder
 from .llama import Attention, KVCache, Llama
+from .operators import check_option, check_sizes, peak_bytes, unchecked
 
 # %% auto #0
 __all__ = ['CARDS', 'Card', 'StepCost', 'step_cost', 'Decoding', 'measure_decoding', 'TransformersLlama', 'as_transformers']

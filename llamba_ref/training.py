@@ -30,9 +30,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from .checkpoint import atomic_directory, one_line, read_json, write_tensors
-from .conventions import check_sizes, on_gpu, wide_dtype
 from .data import Batch, asked_for_next
 from .decoder import Decoder
+from .operators import check_sizes, on_gpu, wide_dtype
 from .parallel import is_sharded, read_pieces, reshard, shared_directory, whole, write_pieces
 
 # %% auto #0

@@ -60,7 +60,7 @@ def once_a_shape(function: Callable | type | None = None, **options) -> Callable
         seen.add(key)
         return out
 
-    call.__code__ = call.__code__.replace(co_name=function.__name__)  # as in conventions.checked
+    call.__code__ = call.__code__.replace(co_name=function.__name__)  # as in operators.checked
     return call
 
 

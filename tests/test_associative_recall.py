@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamba_ref.associative_recall import (
-    WithConvolution, memory_length, recall_accuracy, recall_batches, recall_sequences, recall_targets,
+    WithConvolution,
+    memory_length,
+    recall_accuracy,
+    recall_batches,
+    recall_sequences,
+    recall_targets,
 )
 from llamba_ref.conventions import load_result, relative_error
 from llamba_ref.decoder import Backbone, Decoder

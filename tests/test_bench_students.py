@@ -6,18 +6,27 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from small import llama_config
 
-from bench import recall_students, smollm2_all, smollm2_hybrid, students, where
-from bench import common
+from bench import common, recall_students, smollm2_all, smollm2_hybrid, students, where
 from bench.common import best_rate_runs, search
 from bench.keep_attention import KEPT, choices
 from bench.recall import model
 from bench.report import SHOWN
 from bench.smollm2_hybrid import Window
 from bench.students import (
-    BUDGETS, LOSSES, RATES, SINKS, WINDOW, HalfWindow, Row, RunningMean, Silence, WindowAttention, rows, with_mixers,
+    BUDGETS,
+    LOSSES,
+    RATES,
+    SINKS,
+    WINDOW,
+    HalfWindow,
+    Row,
+    RunningMean,
+    Silence,
+    WindowAttention,
+    rows,
+    with_mixers,
 )
 from llamba_ref.cli import Distill
 from llamba_ref.conventions import relative_error

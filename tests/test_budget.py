@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llamba_ref.budget import Plan, distillation_memory, distillation_work
-from llamba_ref.conventions import peak_bytes
 from llamba_ref.llama import Llama
 from llamba_ref.llamba import Llamba, student_config
 from llamba_ref.mohawk import OBJECTIVES
+from llamba_ref.operators import peak_bytes
 from llamba_ref.parallel import reshard, shard
 from llamba_ref.training import Stage, optimizer_for, reached, train_step
 

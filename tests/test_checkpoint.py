@@ -25,8 +25,16 @@ from torch import nn
 
 from llamba_ref import checkpoint
 from llamba_ref.checkpoint import (
-    atomic_directory, find_checkpoint, hub_problem, is_hub_name, load_strict, read_config, read_tensors, read_weights,
-    write_checkpoint, write_tensors,
+    atomic_directory,
+    find_checkpoint,
+    hub_problem,
+    is_hub_name,
+    load_strict,
+    read_config,
+    read_tensors,
+    read_weights,
+    write_checkpoint,
+    write_tensors,
 )
 
 

@@ -23,14 +23,14 @@ from small import llama_config
 import llamba_ref as lr
 from llamba_ref import checkpoint, cli, training
 from llamba_ref.cli import Range, main
-from llamba_ref.models import load_model, save_model
-from llamba_ref.throughput import step_cost
 from llamba_ref.data import load_documents, pack, split_documents, train_tokenizer
+from llamba_ref.discrete import DiscreteMamba2
 from llamba_ref.evaluate import compare, evaluate
 from llamba_ref.llama import Attention, Llama, LlamaConfig
-from llamba_ref.discrete import DiscreteMamba2
 from llamba_ref.llamba import Llamba
+from llamba_ref.models import load_model, save_model
 from llamba_ref.rotation import RotaryMamba2
+from llamba_ref.throughput import step_cost
 from llamba_ref.training import read_metrics, seal
 
 TEXT = ["--held-out", "4", "--length", "32", "--validation-blocks", "4"]

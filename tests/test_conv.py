@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamba_ref.conv import causal_conv, causal_conv_step
-from llamba_ref.conventions import peak_bytes, relative_error
+from llamba_ref.conventions import relative_error
+from llamba_ref.operators import peak_bytes
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.booleans())

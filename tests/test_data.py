@@ -25,8 +25,23 @@ from transformers import AutoTokenizer
 
 from llamba_ref import data
 from llamba_ref.data import (
-    Batch, Batches, MixedBatches, StreamBatches, StreamShares, TokenBlocks, check_tokenizer, epoch_seed, is_held_out,
-    load_documents, load_tokenizer, pack, read_texts, split_documents, split_text, tokenize, train_tokenizer,
+    Batch,
+    Batches,
+    MixedBatches,
+    StreamBatches,
+    StreamShares,
+    TokenBlocks,
+    check_tokenizer,
+    epoch_seed,
+    is_held_out,
+    load_documents,
+    load_tokenizer,
+    pack,
+    read_texts,
+    split_documents,
+    split_text,
+    tokenize,
+    train_tokenizer,
 )
 
 CATS, LLAMAS = "the cat and the hat ", "é🦙"

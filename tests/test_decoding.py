@@ -8,7 +8,7 @@ from small import HostReads, llama_config, llamba_config, mamba2_config, shaken
 from torch.utils._pytree import tree_leaves
 
 from llamba_ref.associative_recall import WithConvolution
-from llamba_ref.conventions import peak_bytes, relative_error, unchecked
+from llamba_ref.conventions import relative_error
 from llamba_ref.decoder import Backbone, Decoder
 from llamba_ref.decoding import copy_state, fork_state, restore_state, speculate
 from llamba_ref.gateloop import GateLoop
@@ -16,6 +16,7 @@ from llamba_ref.llama import KVCache, Llama
 from llamba_ref.llamba import Llamba, MixedState
 from llamba_ref.mamba2 import Mamba2LM, SSDMixer
 from llamba_ref.models import load_model
+from llamba_ref.operators import peak_bytes, unchecked
 from llamba_ref.ssd import ssd, ssd_step
 
 VOCAB = 48

@@ -9,14 +9,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
-
 from small import RELEASED, one_line
 
 from llamba_ref.conventions import relative_error
 from llamba_ref.data import TokenBlocks, train_tokenizer
 from llamba_ref.evaluate import (
-    PEOPLE, PLACES, Comparison, Evaluation, compare, copy_accuracy, evaluate, fact_accuracy, first_tokens,
-    generate_text, prompt_tokens, token_nll,
+    PEOPLE,
+    PLACES,
+    Comparison,
+    Evaluation,
+    compare,
+    copy_accuracy,
+    evaluate,
+    fact_accuracy,
+    first_tokens,
+    generate_text,
+    prompt_tokens,
+    token_nll,
 )
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba

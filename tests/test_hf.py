@@ -18,8 +18,15 @@ from small import RELEASED, VOCAB, llama_config, llamba_config, one_line, shaken
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, DataCollatorWithFlattening,
-    TextStreamer, Trainer, TrainingArguments, pipeline,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
+    TextStreamer,
+    Trainer,
+    TrainingArguments,
+    pipeline,
 )
 
 import llamba_ref as lr

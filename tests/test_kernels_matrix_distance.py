@@ -5,14 +5,14 @@ import functools
 
 import pytest
 import torch
-
 from small import RELEASED
 
-from llamba_ref.conventions import peak_bytes, relative_error
+from llamba_ref.conventions import relative_error
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba
 from llamba_ref.mamba2 import Mamba2
 from llamba_ref.mohawk import LayerByLayer, match_matrix, matrix_distance
+from llamba_ref.operators import peak_bytes
 
 pytest.importorskip("triton")
 

@@ -17,7 +17,14 @@ from llamba_ref.conventions import relative_error  # noqa: E402
 from llamba_ref.kernels import scan as kernels  # noqa: E402
 from llamba_ref.kernels.launch import GPUS, launch  # noqa: E402
 from llamba_ref.kernels.scan import (  # noqa: E402
-    combine, combine_complex, cos_sin, expm1, last_row, scan_backward_op, scan_op, triton_scan,
+    combine,
+    combine_complex,
+    cos_sin,
+    expm1,
+    last_row,
+    scan_backward_op,
+    scan_op,
+    triton_scan,
 )
 from llamba_ref.scan import linear_scan  # noqa: E402
 

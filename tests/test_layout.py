@@ -93,14 +93,14 @@ def test_modules_import_in_no_circle():
 
 
 def test_operators_stand_below_models():
-    """Operators import conventions and operators alone; kernels nothing but conventions and what they share."""
+    """Operators import what all share and operators alone; kernels nothing but that and what they share."""
     graph = {name.removeprefix("llamba_ref."): {m.removeprefix("llamba_ref.") for m in found}
              for name, found in modules().items()}
     operators = {"scan", "gateloop", "ssd", "conv"}
     for name in operators:
-        assert graph[name] <= operators | {"conventions"}, name
+        assert graph[name] <= operators | {"operators"}, name
     for name in (name for name in graph if name.startswith("kernels.")):
-        assert all(m.startswith("kernels.") or m == "conventions" for m in graph[name]), name
+        assert all(m.startswith("kernels.") or m == "operators" for m in graph[name]), name
 
 
 def test_cells_fit_on_a_screen():

@@ -13,12 +13,21 @@ from small import RELEASED, llama_config, one_line
 from torch import nn
 
 from llamba_ref.checkpoint import find_checkpoint, read_weights
-from llamba_ref.conventions import peak_bytes, relative_error
+from llamba_ref.conventions import relative_error
 from llamba_ref.convert import LLAMA
 from llamba_ref.llama import (
-    Attention, KVCache, Llama, LlamaConfig, Rope, apply_rope, causal_attention, causal_mask, rope_frequencies,
+    Attention,
+    KVCache,
+    Llama,
+    LlamaConfig,
+    Rope,
+    apply_rope,
+    causal_attention,
+    causal_mask,
+    rope_frequencies,
 )
 from llamba_ref.llamba import Llamba
+from llamba_ref.operators import peak_bytes
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

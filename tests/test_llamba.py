@@ -17,7 +17,14 @@ from llamba_ref.conventions import relative_error
 from llamba_ref.discrete import OPEN_GATE, DiscreteMamba2
 from llamba_ref.llama import Attention, Llama, Rope
 from llamba_ref.llamba import (
-    LLAMBA_SIZES, AttentionConfig, Llamba, LlambaConfig, MixedHeads, attention_need, keep_heads, some_heads,
+    LLAMBA_SIZES,
+    AttentionConfig,
+    Llamba,
+    LlambaConfig,
+    MixedHeads,
+    attention_need,
+    keep_heads,
+    some_heads,
 )
 from llamba_ref.mamba2 import MambaState
 from llamba_ref.mohawk import distill

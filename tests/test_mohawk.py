@@ -10,9 +10,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-
 from small import RELEASED
+from torch import nn
 
 from llamba_ref import mohawk, training
 from llamba_ref.conventions import relative_error
@@ -20,8 +19,16 @@ from llamba_ref.decoder import Backbone, Decoder
 from llamba_ref.llama import Attention, Llama, LlamaConfig
 from llamba_ref.llamba import DiscreteMamba2, Llamba
 from llamba_ref.mohawk import (
-    OBJECTIVES, EndToEnd, LayerByLayer, alignment_loss, comparable, distill, distillation_loss, match_matrix,
-    match_output, orientation_loss,
+    OBJECTIVES,
+    EndToEnd,
+    LayerByLayer,
+    alignment_loss,
+    comparable,
+    distill,
+    distillation_loss,
+    match_matrix,
+    match_output,
+    orientation_loss,
 )
 from llamba_ref.plots import draw_matrices
 from llamba_ref.training import Stage, reached

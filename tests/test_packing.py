@@ -10,7 +10,7 @@ from together import run as run_together
 
 from llamba_ref.associative_recall import WithConvolution
 from llamba_ref.conv import causal_conv
-from llamba_ref.conventions import document_begin, forget, relative_error
+from llamba_ref.conventions import relative_error
 from llamba_ref.data import Batch, TokenBlocks, asked_for_next
 from llamba_ref.decoder import Backbone, Decoder
 from llamba_ref.evaluate import compare, evaluate
@@ -20,6 +20,7 @@ from llamba_ref.llama import Llama, attention_matrix
 from llamba_ref.llamba import AttentionConfig, Llamba, RotaryConfig
 from llamba_ref.mamba2 import Mamba2LM
 from llamba_ref.mohawk import OBJECTIVES, distill, match_matrix, matrix_distance
+from llamba_ref.operators import document_begin, forget
 from llamba_ref.ssd import ssd_matrix
 from llamba_ref.training import Stage, train_step
 

@@ -4,7 +4,6 @@ from math import pi
 
 import pytest
 import torch
-
 from small import llama_config, llamba_config, shaken
 
 from llamba_ref.conventions import relative_error

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llamba_ref.conventions import cumulative_rotation, peak_bytes, polar_gate, relative_error
+from llamba_ref.conventions import relative_error
+from llamba_ref.operators import cumulative_rotation, peak_bytes, polar_gate
 from llamba_ref.scan import linear_scan, recurrence, recurrence_step, split_gate
 
 MODES = ("sequential", "parallel")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from small import llama_config, one_line, shaken
 
 from llamba_ref.conventions import relative_error
@@ -14,7 +13,14 @@ from llamba_ref.llamba import Llamba
 from llamba_ref.models import load_model
 from llamba_ref.rotation import RotaryMamba2
 from llamba_ref.start import (
-    best_factors, fit_head, keys_and_queries, matching_pairs, own_texts, start_from_teacher, start_mixer, write_rows,
+    best_factors,
+    fit_head,
+    keys_and_queries,
+    matching_pairs,
+    own_texts,
+    start_from_teacher,
+    start_mixer,
+    write_rows,
 )
 
 

@@ -8,13 +8,19 @@ import torch
 from small import llama_config, llamba_config, mamba2_config, shaken
 from torch.utils._pytree import tree_leaves
 
-from llamba_ref.conventions import peak_bytes, relative_error
+from llamba_ref.conventions import relative_error
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import LLAMBA_SIZES, Llamba
 from llamba_ref.mamba2 import Mamba2LM
 from llamba_ref.models import load_model
+from llamba_ref.operators import peak_bytes
 from llamba_ref.throughput import (
-    CARDS, StepCost, TransformersLlama, as_transformers, measure_decoding, step_cost,
+    CARDS,
+    StepCost,
+    TransformersLlama,
+    as_transformers,
+    measure_decoding,
+    step_cost,
 )
 
 

@@ -20,20 +20,34 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from small import RELEASED
 from together import process
 from together import run as run_together
 
 from llamba_ref import training
-from llamba_ref.conventions import peak_bytes, relative_error
+from llamba_ref.conventions import relative_error
 from llamba_ref.data import Batches
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba
 from llamba_ref.mohawk import OBJECTIVES, distill
+from llamba_ref.operators import peak_bytes
 from llamba_ref.training import (
-    CrossEntropy, FreshBatches, Objective, Run, Stage, describe, first_bad, mean_over_chunks, next_tokens,
-    optimizer_for, reached, read_metrics, seal, train, train_step, warmup_stable_decay,
+    CrossEntropy,
+    FreshBatches,
+    Objective,
+    Run,
+    Stage,
+    describe,
+    first_bad,
+    mean_over_chunks,
+    next_tokens,
+    optimizer_for,
+    reached,
+    read_metrics,
+    seal,
+    train,
+    train_step,
+    warmup_stable_decay,
 )
 
 VOCAB, LENGTH, BATCH = 48, 24, 4

@@ -11,10 +11,10 @@ import triton.language as tl
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ..conventions import cumulative_rotation
 from .launch import as_operation, gpu_of, launch, load_rows, precision_of, set_gradient, store_rows
 from .scan import scan_backward, scan_forward
 from .ssd import ssd_op
+from ..operators import cumulative_rotation
 
 # %% auto #0
 __all__ = ['CHUNK', 'SUB', 'gateloop_op', 'gateloop_backward_op', 'gates_until', 'gates_after', 'gates_between', 'update_kernel',

@@ -11,10 +11,17 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
-from ..conventions import document_begin
 from llamba_ref.kernels.launch import (
-    INTERPRETED, as_operation, gpu_of, launch, load_rows, precision_of, set_gradient, store_rows,
+    INTERPRETED,
+    as_operation,
+    gpu_of,
+    launch,
+    load_rows,
+    precision_of,
+    set_gradient,
+    store_rows,
 )
+from ..operators import document_begin
 
 # %% auto #0
 __all__ = ['matrix_distance_op', 'matrix_distance_backward_op', 'of_head', 'load_first', 'load_side', 'entries',

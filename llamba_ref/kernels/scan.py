@@ -11,8 +11,8 @@ import triton.language as tl
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ..conventions import polar_gate
 from .launch import as_operation, gpu_of, launch, load_rows, set_gradient, store_rows
+from ..operators import polar_gate
 
 # %% auto #0
 __all__ = ['scan_op', 'scan_backward_op', 'expm1', 'combine', 'combine_complex', 'wrap_angle', 'cos_sin', 'rotate', 'load_tile',

@@ -14,7 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llamba_ref.kernels.launch import (
-    GPU, as_operation, gpu_of, launch, load_rows, precision_of, set_gradient, store_rows,
+    GPU,
+    as_operation,
+    gpu_of,
+    launch,
+    load_rows,
+    precision_of,
+    set_gradient,
+    store_rows,
 )
 from .scan import expm1, scan_backward, scan_forward
 
