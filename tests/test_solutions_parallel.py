@@ -25,7 +25,7 @@ def cells(stem):
 
 def solutions():
     """The code of each solution, by its label."""
-    for stem in ("92_parallel", "93_distil_1b"):
+    for stem in ("84_parallel", "93_distil_1b"):
         prose = "\n".join("".join(cell["source"]) for cell in cells(stem) if cell["cell_type"] == "markdown")
         for label, text in re.findall(r"^:::\{solution\} (\S+)\n(.*?)^:::$", prose, re.DOTALL | re.MULTILINE):
             code = "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
