@@ -7,42 +7,30 @@ from __future__ import annotations
 
 import re
 import shutil
-from pathlib import Path
 
 import nbformat
 from drawings import llama_to_llamba, special_cases
 from sphinx.errors import ExtensionError
+from way import NOTEBOOKS, ROOT, Chapter, chapter, contents, directives, fold, parts, routes
 
 from llamba_ref.conventions import load_result
 
-ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOKS, PAGES, REFERENCE = ROOT / "nbs", ROOT / "docs" / "nbs", ROOT / "docs" / "api"
-WORDS, LINES = 200, 40  # read in a minute: words of prose, lines of code
+PAGES, REFERENCE = ROOT / "docs" / "nbs", ROOT / "docs" / "api"
 
-DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?\s*(.*?)\s*$")
 BLOCK = re.compile(r"^:::\{(exercise|solution)\}(.*?)\n(.*?)^:::$", re.DOTALL | re.MULTILINE)
 
 
-def directives(source: str) -> tuple[dict[str, str], str]:
-    """The `#|` lines at the head of a cell, by name, and the rest of the cell."""
-    lines, found = source.splitlines(), {}
-    while lines and lines[0].startswith("#|"):
-        name, value = DIRECTIVE.match(lines.pop(0)).groups()
-        found[name] = value
-    return found, "\n".join(lines).strip("\n")
-
-
-def metadata(found: dict[str, str]) -> dict:
+def metadata(found: dict[str, str], body: str, solving: bool) -> dict:
     """What MyST-NB wants to know of a cell with these directives."""
-    tags = ["exported"] if "exports" in found else ["hide-input"] if "export" in found else []
-    result = {"tags": tags} if tags else {}
-    if "export" in found:
-        result["mystnb"] = {"code_prompt_show": "Imports", "code_prompt_hide": "Imports"}
+    title, result = fold(found, body, solving), {}
+    tags = ["exported"] * ("exports" in found) + ["hide-cell" if solving else "hide-input"] * (title is not None)
+    if tags:
+        result["tags"] = tags
+    if title:
+        result["mystnb"] = {"code_prompt_show": title, "code_prompt_hide": title}
     if "fig-cap" in found:
-        result["mystnb"] = {
-            "figure": {"caption": found["fig-cap"], "name": found["label"]},
-            "image": {"alt": found["fig-alt"]},
-        }
+        result.setdefault("mystnb", {}).update(
+            figure={"caption": found["fig-cap"], "name": found["label"]}, image={"alt": found["fig-alt"]})
     return result
 
 
@@ -54,13 +42,14 @@ def run_times() -> dict[str, str]:
     }
 
 
-def facts(name: str, minutes: int, run_time: str) -> str:
-    """The line under a chapter's title: where to run it, how long it takes to read and to run."""
-    colab = f"https://colab.research.google.com/github/llamba-ref/llamba_ref/blob/main/nbs/{name}.ipynb"
+def facts(about: Chapter, run_time: str) -> str:
+    """The line under a title: whether the chapter is on the way, where to run it, how long reading and running take."""
+    colab = f"https://colab.research.google.com/github/llamba-ref/llamba_ref/blob/main/nbs/{about.name}.ipynb"
     parts = [
+        {"essential": "**Essential**", "further": "Further reading", "appendix": "Appendix"}[about.standing],
         f"[Open in Colab]({colab})",
-        f"{{download}}`Download notebook <../../nbs/{name}.ipynb>`",
-        f"{minutes} min to read",
+        f"{{download}}`Download notebook <../../nbs/{about.name}.ipynb>`",
+        f"{about.minutes} min to read" + f" (and {about.folded} for what is folded)" * (about.folded > 0),
         run_time,
     ]
     return "{.chapter-facts}\n" + " · ".join(parts)
@@ -72,10 +61,8 @@ def with_facts(title_cell: str, line: str) -> str:
     return f"{title}\n\n{line}\n{rest}"
 
 
-def page(notebook: nbformat.NotebookNode, name: str, run_time: str) -> nbformat.NotebookNode:
-    """A notebook as MyST-NB wants it: no cells for machines only, code of solutions folded, facts under the title."""
-    words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
-    code = sum(cell.source.count("\n") + 1 for cell in notebook.cells if cell.cell_type == "code")
+def page(notebook: nbformat.NotebookNode, about: Chapter, run_time: str) -> nbformat.NotebookNode:
+    """A notebook as MyST-NB wants it: no cells for machines only, long code folded, facts under the title."""
     cells, solving = [], False
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -85,18 +72,11 @@ def page(notebook: nbformat.NotebookNode, name: str, run_time: str) -> nbformat.
         found, body = directives(cell.source)
         if "hide" in found or found.get("eval") == "false" or not body:
             continue
-        about = metadata(found)
-        if solving:
-            about.setdefault("tags", []).append("hide-cell")
-            about["mystnb"] = {
-                **about.get("mystnb", {}),
-                "code_prompt_show": "Solution in code",
-                "code_prompt_hide": "Solution in code",
-            }
-        cells.append(nbformat.v4.new_code_cell(body, id=cell.id, metadata=about, outputs=cell.outputs))
+        seen = metadata(found, body, solving)
+        cells.append(nbformat.v4.new_code_cell(body, id=cell.id, metadata=seen, outputs=cell.outputs))
     if not cells[0].source.startswith("# "):
-        raise ExtensionError(f"nbs/{name}.ipynb has to begin with its title")
-    cells[0].source = with_facts(cells[0].source, facts(name, round(words / WORDS + code / LINES), run_time))
+        raise ExtensionError(f"nbs/{about.name}.ipynb has to begin with its title")
+    cells[0].source = with_facts(cells[0].source, facts(about, run_time))
     return nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
 
 
@@ -119,11 +99,6 @@ def exercises_of(notebook: nbformat.NotebookNode) -> str:
     return "\n".join(parts) if len(parts) > 1 else ""
 
 
-def summary(notebook: nbformat.NotebookNode) -> str:
-    """The quoted lines under a chapter's title, which are also its module's docstring."""
-    return " ".join(line.removeprefix("> ") for line in notebook.cells[0].source.splitlines() if line.startswith("> "))
-
-
 def module_page(module: str, chapter: str) -> str:
     """The reference page of a module."""
     return (f"# {module}\n\n`llamba_ref.{module}` is derived and tested in {{doc}}`/nbs/{chapter}`.\n\n"
@@ -136,16 +111,19 @@ def stage(app) -> None:
     for folder in (PAGES, REFERENCE):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    times, exercises, modules = run_times(), [], []
-    for name in re.findall(r"^nbs/(\w+)$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE):
+    times, exercises, modules, chapters = run_times(), [], [], {}
+    for name in (name for names in parts().values() for name in names):
         if name not in times:
             raise ExtensionError(f"nbs/{name}.ipynb was never timed: make notebooks RECORD=--record")
         notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
-        nbformat.write(page(notebook, name, times[name]), PAGES / f"{name}.ipynb")
+        about = chapters[name] = chapter(name, notebook)
+        nbformat.write(page(notebook, about, times[name]), PAGES / f"{name}.ipynb")
         exercises.append(exercises_of(notebook))
-        module = next(m[1] for cell in notebook.cells if (m := re.match(r"#\| default_exp (\S+)", cell.source)))
-        (REFERENCE / f"{module}.md").write_text(module_page(module, name))
-        modules.append(f"[`{module}`](api/{module}.md)\n: {summary(notebook)}\n")
+        for module in (m[1] for cell in notebook.cells if (m := re.match(r"#\| default_exp (\S+)", cell.source))):
+            (REFERENCE / f"{module}.md").write_text(module_page(module, name))
+            modules.append(f"[`{module}`](api/{module}.md)\n: {about.about}\n")
+    (PAGES / "_routes.md").write_text(routes(chapters))  # docs/index.md includes it
+    (PAGES / "_contents.md").write_text(contents(chapters))  # and this
     (PAGES / "_exercises.md").write_text("\n".join(filter(None, exercises)))  # docs/exercises.md includes it
     (PAGES / "_modules.md").write_text("\n".join(modules))  # docs/api.md includes it
     (PAGES / "_llama_to_llamba.svg").write_text(llama_to_llamba())  # docs/index.md shows it
