@@ -1,38 +1,29 @@
-"""What a distillation takes on a GPU: memory and time, predicted from steps that are taken without numbers.
+"""What a distillation takes on a GPU: memory and time, predicted from passes that are taken without numbers.
 
-    python -m bench.predict        about twenty minutes on one core; needs no weights and no GPU
+    python -m bench.predict        some minutes on one core; needs no weights and no GPU
 
-Teacher, student and optimiser are made of tensors that store nothing, and the steps of each stage of two commands go
-through them: all of SmolLM2-135M, and Llama-3.2-1B with the published numbers of tokens. Counted are the bytes that are
-alive at a time, the operations of matrix products and attention, and the bytes that all operations read and write.
-Memory grows in a straight line with the blocks that go through at a time; two sizes give it.
+Two commands are counted as `llamba_ref.budget` counts: all of SmolLM2-135M, and Llama-3.2-1B with the
+published numbers of tokens. Memory grows in a straight line with the blocks that go through at a time; two sizes give
+it.
 
 Time is operations over a card's published rate plus bytes over its published bandwidth, as if neither waited for the
-other and no operation were merged with the next; and three times that, for no card keeps what its maker promises. Plain
-PyTorch is counted: the kernels of the package keep less and move less. Nothing here ran on a GPU. What can be measured
-here is memory: steps of a smaller model are taken with numbers as well, with more blocks than those that gave the line,
-and the growth of the process is put beside the prediction.
+other and no operation were merged with the next; and three times that, for no card keeps what its maker promises.
+Nothing here ran on a GPU. What can be measured here is memory: steps of a smaller model are taken with numbers as well,
+with more blocks than those that gave the line, and the growth of the process is put beside the prediction.
 """
 
 from __future__ import annotations
 
-import gc
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import torch
 import tyro
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from bench.common import distill_options, in_a_process, parameters, save
+from bench.common import distill_options, in_a_process, save
 from bench.stage1_memory import ENVIRONMENT, resident
-from llamba_ref.budget import ON_CPU, Moved
+from llamba_ref.budget import Plan, distillation_memory, distillation_work
 from llamba_ref.cli import Distill
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba, LlambaConfig, student_config
@@ -65,44 +56,6 @@ SLOWER = 3  # what a card takes at most, times what its maker promises
 FREE = 0.9  # of a card's memory: the rest for the allocator's gaps and the context
 
 
-@contextmanager
-def as_on_a_gpu(precision: str) -> Iterator[None]:
-    """Mixed precision where it is asked for, and what else differs from a CPU: without it a GPU has no attention for
-    grouped queries but the plain one, sequences are cut into chunks as they are there, and ids are not looked at."""
-    backend = SDPBackend.FLASH_ATTENTION if precision == "bf16" else SDPBackend.MATH
-    unseen = mock.patch("torch.compiler.is_compiling", return_value=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), sdpa_kernel(backend), unseen:
-        yield
-
-
-class Steps:
-    """A teacher, its student, and steps of one stage."""
-
-    def __init__(self, teacher: LlamaConfig, student: LlambaConfig, stage: Stage, length: int, precision: str):
-        self.teacher, self.student, self.length, self.precision = Llama(teacher), Llamba(student), length, precision
-        self.objective = OBJECTIVES[stage.objective](self.teacher, self.student)
-        self.optimizer = optimizer_for(self.student, stage)
-        for group in self.optimizer.param_groups:
-            group["foreach"] = True  # as on a GPU
-
-    def backward(self, blocks: int) -> None:
-        """Some blocks through both models, and back."""
-        ids = torch.randint(self.teacher.vocab_size, (blocks, self.length))
-        with as_on_a_gpu(self.precision):
-            self.objective(ids, lambda loss: loss.backward())
-
-    def update(self) -> None:
-        """AdamW's step, and the gradients are gone."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def __call__(self, blocks: int) -> None:
-        """A step whose blocks go through in two parts, so that gradients are there during the second."""
-        self.backward(blocks)
-        self.backward(blocks)
-        self.update()
-
-
 def student_of(command: Distill, teacher: LlamaConfig) -> LlambaConfig:
     """The sizes of a command's student. Raises ValueError for one that keeps attention."""
     if command.replace or command.keep_attention or command.keep_heads:
@@ -111,25 +64,13 @@ def student_of(command: Distill, teacher: LlamaConfig) -> LlambaConfig:
                           bias=command.start == "teacher")
 
 
-def counted(command: Distill, stage: Stage, precision: str) -> dict:
-    """Of a stage: operations and bytes moved a token; and the line of memory."""
-    teacher, length = SIZES[command.teacher], command.corpus.length
-    with FakeTensorMode():
-        steps = Steps(teacher, student_of(command, teacher), stage, length, precision)
-        steps(1)  # AdamW's means exist from here on
-        with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter, Moved() as moved:
-            steps.backward(1)
-        steps.update()
-        peaks = []
-        for blocks in LINE:
-            gc.collect()
-            peaks.append(peak_bytes(lambda: steps(blocks)))
-        states = tree_leaves([list(state.values()) for state in steps.optimizer.state.values()])
-        lasting = 4 * (parameters(steps.teacher) + parameters(steps.student)) + sum(state.nbytes for state in states)
-    block = (peaks[1] - peaks[0]) / (LINE[1] - LINE[0])
-    return {"stage": stage.objective, "precision": precision, "lasting": lasting, "block": block,
-            "without_blocks": lasting + peaks[0] - LINE[0] * block, "operations": counter.get_total_flops() / length,
-            "moved": moved.bytes / length}
+def line(command: Distill, stage: Stage, precision: str, device: str = "cuda") -> dict:
+    """Memory of a stage, as a line over the blocks at a time."""
+    teacher = SIZES[command.teacher]
+    student, plan = student_of(command, teacher), Plan(stage.objective, LINE[0], command.corpus.length, 1, precision)
+    low, high = (sum(distillation_memory(teacher, student, replace(plan, rows=rows), device).values()) for rows in LINE)
+    block = (high - low) / (LINE[1] - LINE[0])
+    return {"stage": stage.objective, "precision": precision, "block": block, "without_blocks": low - LINE[0] * block}
 
 
 def memory(part: dict, blocks: int) -> float:
@@ -137,9 +78,28 @@ def memory(part: dict, blocks: int) -> float:
     return part["without_blocks"] + blocks * part["block"]
 
 
+def counted(command: Distill, stage: Stage, precision: str) -> dict:
+    """Of a stage: the line of memory; operations and bytes moved a token."""
+    teacher, plan = SIZES[command.teacher], Plan(stage.objective, 1, command.corpus.length, 1, precision)
+    work = distillation_work(teacher, student_of(command, teacher), plan)
+    return line(command, stage, precision) | {"operations": work.operations, "moved": work.moved}
+
+
 def most_resident() -> int:
     """Bytes of this process in memory at most so far."""
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def take_a_step(command: Distill, stage: Stage, teacher: LlamaConfig, blocks: int, precision: str) -> None:
+    """With numbers: both models, so many blocks through them and back, and AdamW's step."""
+    models = Llama(teacher), Llamba(student_of(command, teacher))
+    objective, optimizer = OBJECTIVES[stage.objective](*models), optimizer_for(models[1], stage)
+    for _ in range(2):  # AdamW's means are there during the second
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            ids = torch.randint(teacher.vocab_size, (blocks, command.corpus.length))
+            objective(ids, lambda loss: loss.backward())
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def measured(objective: str, precision: str) -> int:
@@ -147,11 +107,9 @@ def measured(objective: str, precision: str) -> int:
     torch.set_num_threads(1)
     command = distill_options(SMALL)
     stage = next(stage for stage in command.stages() if stage.objective == objective)
-    for name, blocks in (("tiny", 1), ("small", BEYOND)):  # first a tiny one, so that all of PyTorch is loaded
-        teacher, before = SIZES[name], resident()
-        steps = Steps(teacher, student_of(command, teacher), stage, command.corpus.length, precision)
-        steps(1)
-        steps(blocks)
+    take_a_step(command, stage, SIZES["tiny"], 1, precision)  # so that all of PyTorch is loaded
+    before = resident()
+    take_a_step(command, stage, SIZES["small"], BEYOND, precision)
     return most_resident() - before
 
 
@@ -176,9 +134,9 @@ def predict(text: str) -> dict:
     command = distill_options(text)
     parts = [counted(command, stage, precision) for precision in ("no", "bf16") for stage in command.stages()]
     for part in parts:
-        print(f"{command.teacher}, {part['stage']}, precision {part['precision']}: {part['lasting'] / 1e9:.1f} GB that "
-              f"last, {memory(part, 1) / 1e9:.2f} GB with one block, {part['block'] / 1e9:.2f} GB for one more, "
-              f"{part['operations'] / 1e9:.2f} GFLOP and {part['moved'] / 1e6:.0f} MB moved a token", flush=True)
+        print(f"{command.teacher}, {part['stage']}, precision {part['precision']}: {memory(part, 1) / 1e9:.2f} GB with "
+              f"one block, {part['block'] / 1e9:.2f} GB for one more, {part['operations'] / 1e9:.2f} GFLOP and "
+              f"{part['moved'] / 1e6:.0f} MB moved a token", flush=True)
     rows = [plan(text, parts, card) for card in CARDS]
     for row in rows:
         hours = "" if row["hours"] is None else ", {:.1f} to {:.1f} hours".format(*row["hours"])
@@ -192,7 +150,7 @@ def checked() -> list[dict]:
     command, rows = distill_options(SMALL), []
     for stage in command.stages():
         for precision in ("no", "bf16"):
-            predicted = memory(counted(command, stage, precision), BEYOND)
+            predicted = memory(line(command, stage, precision, "cpu"), BEYOND)
             found = in_a_process(f"bench.predict.measured({stage.objective!r}, {precision!r})", ENVIRONMENT)
             rows.append({"stage": stage.objective, "precision": precision, "predicted": predicted, "measured": found})
             print(f"a small model, {stage.objective}, precision {precision}: predicted {predicted / 1e6:.0f} MB, "

@@ -90,6 +90,7 @@ def test_trivial_answers_are_what_they_are_called(teacher):
     assert not with_mixers(teacher, Silence).backbone.layers[0].mixer(u).any()
 
 
+@pytest.mark.slow
 def test_a_random_start_depends_on_the_seed(teacher):
     for row in (Row(start="published", rotation="none"), Row("scratch")):
         weights = [row.build(teacher, seed).backbone.layers[0].mixer.in_proj.weight for seed in (0, 0, 1)]
@@ -159,6 +160,7 @@ def test_a_rate_with_which_another_seed_diverges_is_not_taken(monkeypatch):
                        RATES, (0,))
 
 
+@pytest.mark.slow
 def test_a_window_beside_a_state_keeps_no_more_than_a_student_and_starts_as_the_window(teacher):
     model = Row("both", stages="3").build(teacher, 0)
     token = 2 * teacher.config.num_key_value_heads * teacher.config.head_dim
@@ -241,6 +243,7 @@ def test_what_is_written_is_scored(teacher, monkeypatch):
     assert where.written(silent, teacher, theirs)["as the teacher"] < 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bench, layers", [(smollm2_all, ()), (smollm2_hybrid, (0, 2))])
 def test_the_benches_of_the_real_teacher_run_from_their_commands(bench, layers, monkeypatch, tmp_path):
     replaced = f"--replace {' '.join(map(str, layers))}" if layers else ""

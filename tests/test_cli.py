@@ -322,7 +322,10 @@ def talks(toy) -> Path:
     return toy / "talks.jsonl"
 
 
-@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["in memory", "as a stream"])
+AS_A_STREAM = pytest.param(["--streaming"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("streaming", [[], AS_A_STREAM], ids=["in memory", "as a stream"])
 def test_a_run_on_everything_at_once(toy, talks, tmp_path, llamba, no_pictures, streaming):
     """Two texts of which one holds conversations, three to one, rows that forget; killed, resumed, to the same bits."""
     options = ["--teacher", toy / "speaker", "--text", toy / "text.txt", talks, "--weights", "3", "1", *streaming]

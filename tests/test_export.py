@@ -102,7 +102,10 @@ def test_onnx_writes_what_the_model_writes(exported):
     assert torch.equal(edge.generate(prompts, 5, attention_mask=mask), model.generate(prompts, 5, attention_mask=mask))
 
 
-@pytest.mark.parametrize("name", ["untied", "heads", "mamba2", "padded", "narrow", "data"])
+MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("heads", "mamba2", "padded", "narrow", "data")]
+
+
+@pytest.mark.parametrize("name", ["untied", *MORE])
 def test_onnx_with_rounded_weights(tokenizer, tmp_path, name):
     """Random weights tell nothing about quality; that a scale was lost, they do."""
     model, ids, errors, sizes = made(name).eval(), torch.randint(1000, (1, 50)), [], []
@@ -114,6 +117,7 @@ def test_onnx_with_rounded_weights(tokenizer, tmp_path, name):
     assert sizes[1] < sizes[0] < 2 * sum(weight.numel() for weight in model.parameters()) + 100_000
 
 
+@pytest.mark.slow
 def test_the_student_with_rounded_weights(tokenizer, tmp_path):
     student, blocks = load_model("tiny-llamba")[0], lr.pack(lr.load_documents("austen"), tokenizer, 256, max_blocks=8)
     limits, sizes = {8: 4e-4, 4: 0.02}, {}
@@ -178,7 +182,7 @@ def test_steps_and_states_that_do_not_fit(exported):
                 reading(torch.randint(1000, (rows, 3)), state=state)
 
 
-def test_beside_a_file_lies_what_ends_a_text(exported, tokenizer, tmp_path):
+def test_beside_a_file_lies_what_ends_a_text(tokenizer, tmp_path):
     model = made("published", layers=1)
     model.config.eos_token_id = 7
     file = export_model(model, tokenizer, tmp_path / "m.onnx", "onnx", 32)

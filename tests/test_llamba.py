@@ -87,7 +87,7 @@ def read_split(model, ids, k):
 # Prefill and step
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6, 7, 8, 9, 33])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6, 7, 8, 9, pytest.param(33, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("keep", [(), (1,), (0, 2), HEADS])
 def test_prefill_and_step_are_forward_at_every_split(keep, length):
     for chunk_size in (1, 4, 128):

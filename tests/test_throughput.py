@@ -115,6 +115,7 @@ def test_transformers_writes_what_we_write(cache):
     assert measure_decoding(theirs, 2, 9, 2).peak > sum(weight.nbytes for weight in ours.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["llama", "transformers"])
 def test_every_compiled_step_is_compiled(first, monkeypatch):
     """Also after models with growing caches, which are compiled again and again: there is a limit for that."""
