@@ -50,27 +50,28 @@ def accuracy(net: Decoder, input_ids: torch.Tensor) -> float:
 
 
 def fit(name: str, lr: float, seed: int) -> tuple[Decoder, dict]:
-    """Train one model: the model, its learning curve, and its accuracy against distance at both lengths."""
+    """Train one model: the model and its record."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     net = equal_size(model, name, MODELS[0], MLP, 3 * WIDTH * LAYERS)
+    return net, learn(net, name, lr, seed)
+
+
+def learn(net: Decoder, name: str, lr: float, seed: int, steps: int = STEPS) -> dict:
+    """Train a model: its learning curve, and its accuracy against distance at both lengths."""
     short, long = (horizon_sequences(count, length, MODULUS, generator=torch.Generator().manual_seed(10_000 + length))
                    for length, count in ((LENGTH, 128), (LONG, 32)))
     curve = Curve(EVERY, lambda step: {"accuracy": accuracy(net, short[:32])})
     data = FreshBatches(lambda step, generator: horizon_sequences(BATCH, LENGTH, MODULUS, generator=generator), seed)
     objective = CrossEntropy(net, lambda input_ids: horizon_targets(input_ids, MODULUS), "sums")
-    records = train(net, [Stage("horizon", STEPS, lr)], data, lambda stage: objective, after_step=curve, progress=False)
+    records = train(net, [Stage("horizon", steps, lr)], data, lambda stage: objective, after_step=curve, progress=False)
     result = {"name": name, "lr": lr, "seed": seed, "parameters": parameters(net), "curve": curve.points,
               "score": statistics.mean(record["loss"] for record in records[-20:]),
               "accuracy": accuracy(net, short), "by_distance": horizon_accuracy(net, short, EDGES[:9], MODULUS),
               "long_accuracy": accuracy(net, long), "long_by_distance": horizon_accuracy(net, long, EDGES, MODULUS)}
-    print(
-        f"{name:>19} lr {lr:g} seed {seed}: final loss {result['score']:.3f}, accuracy at {LENGTH} tokens "
-        f"{result['accuracy']:.3f}, "
-        f"at {LONG} {result['long_accuracy']:.3f}",
-        flush=True,
-    )
-    return net, result
+    print(f"{name:>19} lr {lr:g} seed {seed}: final loss {result['score']:.3f}, accuracy at {LENGTH} tokens "
+          f"{result['accuracy']:.3f}, at {LONG} {result['long_accuracy']:.3f}", flush=True)
+    return result
 
 
 def run(name: str, lr: float, seed: int) -> dict:

@@ -28,7 +28,6 @@ from llamba_ref.cli import Distill
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba, LlambaConfig, student_config
 from llamba_ref.mohawk import OBJECTIVES
-from llamba_ref.operators import peak_bytes
 from llamba_ref.throughput import CARDS
 from llamba_ref.training import Stage, optimizer_for
 

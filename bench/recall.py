@@ -75,10 +75,14 @@ def state_numbers(name: str) -> int | None:
 
 
 def run(name: str, lr: float, seed: int) -> dict:
-    """Train one model: its learning curve, and its accuracy for each number of pairs."""
+    """The record of one model."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    net = model(name)
+    return learn(model(name), name, lr, seed, state_numbers(name))
+
+
+def learn(net: Decoder, name: str, lr: float, seed: int, state: int | None, steps: int = STEPS) -> dict:
+    """Train a model with `state` numbers in a layer: its learning curve, and its accuracy for each number of pairs."""
     tests = {
         pairs: recall_sequences(4096 // pairs, pairs, generator=torch.Generator().manual_seed(10_000 + pairs))
         for pairs in PAIRS
@@ -86,7 +90,7 @@ def run(name: str, lr: float, seed: int) -> dict:
     curve = Curve(EVERY, lambda step: {"accuracy": recall_accuracy(net, tests[PAIRS[-1]])})
     data = FreshBatches(recall_batches(PAIRS_IN_BATCH, PAIRS), seed)
     objective = CrossEntropy(net, recall_targets, "values")
-    records = train(net, [Stage("recall", STEPS, lr)], data, lambda stage: objective, after_step=curve, progress=False)
+    records = train(net, [Stage("recall", steps, lr)], data, lambda stage: objective, after_step=curve, progress=False)
     accuracy = {pairs: recall_accuracy(net, ids) for pairs, ids in tests.items()}
     print(
         f"{name:>46} lr {lr:g} seed {seed}: "
@@ -99,7 +103,7 @@ def run(name: str, lr: float, seed: int) -> dict:
         "lr": lr,
         "seed": seed,
         "parameters": parameters(net),
-        "state_numbers": state_numbers(name),
+        "state_numbers": state,
         "curve": curve.points,
         "score": statistics.mean(record["loss"] for record in records[-50:]),
         "accuracy": list(accuracy.values()),
