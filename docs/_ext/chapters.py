@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import nbformat
-from drawings import llama_to_llamba, special_cases
+from drawings import attention_and_state, llama_to_llamba, special_cases
 from sphinx.errors import ExtensionError
 
 from llamba_ref.conventions import load_result
@@ -20,6 +20,7 @@ NOTEBOOKS, PAGES, REFERENCE = ROOT / "nbs", ROOT / "docs" / "nbs", ROOT / "docs"
 WORDS, LINES = 200, 40  # read in a minute: words of prose, lines of code
 
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?\s*(.*?)\s*$")
+DRAWING = re.compile(r"^<!-- drawing: (\w+) -->$", re.MULTILINE)  # only the site shows it, in the page's colours
 BLOCK = re.compile(r"^:::\{(exercise|solution)\}(.*?)\n(.*?)^:::$", re.DOTALL | re.MULTILINE)
 
 
@@ -80,7 +81,8 @@ def page(notebook: nbformat.NotebookNode, name: str, run_time: str) -> nbformat.
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             solving = ":::{solution}" in cell.source
-            cells.append(nbformat.v4.new_markdown_cell(cell.source, id=cell.id))
+            drawn = DRAWING.sub(r"```{raw} html\n:file: _\1.svg\n```", cell.source)
+            cells.append(nbformat.v4.new_markdown_cell(drawn, id=cell.id))
             continue
         found, body = directives(cell.source)
         if "hide" in found or found.get("eval") == "false" or not body:
@@ -124,6 +126,11 @@ def summary(notebook: nbformat.NotebookNode) -> str:
     return " ".join(line.removeprefix("> ") for line in notebook.cells[0].source.splitlines() if line.startswith("> "))
 
 
+def modules_of(notebook: nbformat.NotebookNode) -> list[str]:
+    """The module that a chapter begins, if it begins one: chapter zero exports nothing."""
+    return [m[1] for cell in notebook.cells if (m := re.match(r"#\| default_exp (\S+)", cell.source))]
+
+
 def module_page(module: str, chapter: str) -> str:
     """The reference page of a module."""
     return (f"# {module}\n\n`llamba_ref.{module}` is derived and tested in {{doc}}`/nbs/{chapter}`.\n\n"
@@ -137,19 +144,21 @@ def stage(app) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     times, exercises, modules = run_times(), [], []
+    drawings = {"attention_and_state": attention_and_state, "llama_to_llamba": llama_to_llamba,
+                "special_cases": special_cases}
+    for name, draw in drawings.items():
+        (PAGES / f"_{name}.svg").write_text(draw())  # a chapter, docs/index.md and docs/map.md show them
     for name in re.findall(r"^nbs/(\w+)$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE):
         if name not in times:
             raise ExtensionError(f"nbs/{name}.ipynb was never timed: make notebooks RECORD=--record")
         notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
         nbformat.write(page(notebook, name, times[name]), PAGES / f"{name}.ipynb")
         exercises.append(exercises_of(notebook))
-        module = next(m[1] for cell in notebook.cells if (m := re.match(r"#\| default_exp (\S+)", cell.source)))
-        (REFERENCE / f"{module}.md").write_text(module_page(module, name))
-        modules.append(f"[`{module}`](api/{module}.md)\n: {summary(notebook)}\n")
+        for module in modules_of(notebook):
+            (REFERENCE / f"{module}.md").write_text(module_page(module, name))
+            modules.append(f"[`{module}`](api/{module}.md)\n: {summary(notebook)}\n")
     (PAGES / "_exercises.md").write_text("\n".join(filter(None, exercises)))  # docs/exercises.md includes it
     (PAGES / "_modules.md").write_text("\n".join(modules))  # docs/api.md includes it
-    (PAGES / "_llama_to_llamba.svg").write_text(llama_to_llamba())  # docs/index.md shows it
-    (PAGES / "_special_cases.svg").write_text(special_cases())  # docs/map.md shows it
 
 
 def setup(app):
