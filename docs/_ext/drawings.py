@@ -137,28 +137,28 @@ def attention_and_state() -> str:
         return [box(x, y, 74, 34, [f"token {i + 1}"]) for i, x in enumerate(places)]
 
     arcs = [
-        f'<path class="arrow" d="M{places[-1]} 118 Q{(x + places[-1]) / 2:g} {190 - 0.1 * x:g} {x} 120" '
+        f'<path class="arrow" d="M{places[-1]} 84 Q{(x + places[-1]) / 2:g} {156 - 0.1 * x:g} {x} 86" '
         'marker-end="url(#head)"/>'
         for x in places[:-1]
     ]
-    table = [f'<g class="box main"><rect x="{x - 24}" y="302" width="48" height="48" rx="4"/>'
-             f'<path class="arrow" d="M{x - 24} 318 h48 M{x - 24} 334 h48 M{x - 8} 302 v48 M{x + 8} 302 v48"/></g>'
+    table = [f'<g class="box main"><rect x="{x - 24}" y="253" width="48" height="48" rx="4"/>'
+             f'<path class="arrow" d="M{x - 24} 269 h48 M{x - 24} 285 h48 M{x - 8} 253 v48 M{x + 8} 253 v48"/></g>'
              for x in places]
     return drawing(
         740,
-        385,
+        336,
         "Above, attention: the sixth token looks back at all five before it, so all of them are kept. Below, a "
         "recurrence: each token writes into a table of three by three numbers, which is handed on from token to token "
         "and is all that is kept.",
         [
             text(20, 28, "attention looks back: every token is kept", "head", "start"),
-            *tokens(100), *arcs,
-            text(20, 228, "a recurrence hands on a table: nothing else is kept", "head", "start"),
-            *tokens(265), *table,
-            *(arrow(x, 283, x, 300) for x in places),
-            *(arrow(x + 26, 326, x + 74, 326) for x in places[:-1]),
-            *(text(x, 372, f"S{i + 1}", "small") for i, x in enumerate(places)),
-            text(90, 105, "read", "small", "end"), text(90, 270, "write", "small", "end"),
-            text(90, 331, "state", "small", "end"),
+            *tokens(66), *arcs,
+            text(20, 176, "a recurrence hands on a table: nothing else is kept", "head", "start"),
+            *tokens(216), *table,
+            *(arrow(x, 234, x, 251) for x in places),
+            *(arrow(x + 26, 277, x + 74, 277) for x in places[:-1]),
+            *(text(x, 323, f"S{i + 1}", "small") for i, x in enumerate(places)),
+            text(90, 71, "read", "small", "end"), text(90, 221, "write", "small", "end"),
+            text(90, 282, "state", "small", "end"),
         ],
     )
