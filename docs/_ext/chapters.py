@@ -9,7 +9,7 @@ import re
 import shutil
 
 import nbformat
-from drawings import llama_to_llamba, special_cases
+from drawings import attention_and_state, llama_to_llamba, special_cases
 from sphinx.errors import ExtensionError
 from way import NOTEBOOKS, ROOT, Chapter, chapter, contents, directives, fold, parts, routes
 
@@ -17,6 +17,7 @@ from llamba_ref.conventions import load_result
 
 PAGES, REFERENCE = ROOT / "docs" / "nbs", ROOT / "docs" / "api"
 
+DRAWING = re.compile(r"^<!-- drawing: (\w+) -->$", re.MULTILINE)  # only the site shows it, in the page's colours
 BLOCK = re.compile(r"^:::\{(exercise|solution)\}(.*?)\n(.*?)^:::$", re.DOTALL | re.MULTILINE)
 
 
@@ -67,7 +68,8 @@ def page(notebook: nbformat.NotebookNode, about: Chapter, run_time: str) -> nbfo
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             solving = ":::{solution}" in cell.source
-            cells.append(nbformat.v4.new_markdown_cell(cell.source, id=cell.id))
+            drawn = DRAWING.sub(r"```{raw} html\n:file: _\1.svg\n```", cell.source)
+            cells.append(nbformat.v4.new_markdown_cell(drawn, id=cell.id))
             continue
         found, body = directives(cell.source)
         if "hide" in found or found.get("eval") == "false" or not body:
@@ -99,6 +101,11 @@ def exercises_of(notebook: nbformat.NotebookNode) -> str:
     return "\n".join(parts) if len(parts) > 1 else ""
 
 
+def modules_of(notebook: nbformat.NotebookNode) -> list[str]:
+    """The module that a chapter begins, if it begins one: chapter zero exports nothing."""
+    return [m[1] for cell in notebook.cells if (m := re.match(r"#\| default_exp (\S+)", cell.source))]
+
+
 def module_page(module: str, chapter: str) -> str:
     """The reference page of a module."""
     return (f"# {module}\n\n`llamba_ref.{module}` is derived and tested in {{doc}}`/nbs/{chapter}`.\n\n"
@@ -112,6 +119,10 @@ def stage(app) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     times, exercises, modules, chapters = run_times(), [], [], {}
+    drawings = {"attention_and_state": attention_and_state, "llama_to_llamba": llama_to_llamba,
+                "special_cases": special_cases}
+    for name, draw in drawings.items():
+        (PAGES / f"_{name}.svg").write_text(draw())  # a chapter, docs/index.md and docs/map.md show them
     for name in (name for names in parts().values() for name in names):
         if name not in times:
             raise ExtensionError(f"nbs/{name}.ipynb was never timed: make notebooks RECORD=--record")
@@ -119,15 +130,13 @@ def stage(app) -> None:
         about = chapters[name] = chapter(name, notebook)
         nbformat.write(page(notebook, about, times[name]), PAGES / f"{name}.ipynb")
         exercises.append(exercises_of(notebook))
-        for module in (m[1] for cell in notebook.cells if (m := re.match(r"#\| default_exp (\S+)", cell.source))):
+        for module in modules_of(notebook):
             (REFERENCE / f"{module}.md").write_text(module_page(module, name))
             modules.append(f"[`{module}`](api/{module}.md)\n: {about.about}\n")
     (PAGES / "_routes.md").write_text(routes(chapters))  # docs/index.md includes it
     (PAGES / "_contents.md").write_text(contents(chapters))  # and this
     (PAGES / "_exercises.md").write_text("\n".join(filter(None, exercises)))  # docs/exercises.md includes it
     (PAGES / "_modules.md").write_text("\n".join(modules))  # docs/api.md includes it
-    (PAGES / "_llama_to_llamba.svg").write_text(llama_to_llamba())  # docs/index.md shows it
-    (PAGES / "_special_cases.svg").write_text(special_cases())  # docs/map.md shows it
 
 
 def setup(app):

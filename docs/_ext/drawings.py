@@ -1,5 +1,5 @@
-"""Two drawings of the site, as SVG that takes its colours from the page: what Llamba is, and which model is which
-special case."""
+"""The drawings of the site, as SVG that takes its colours from the page: what Llamba is, which model is which special
+case, and what attention and a recurrence remember."""
 
 from __future__ import annotations
 
@@ -125,5 +125,40 @@ def llama_to_llamba() -> str:
             *column(left, "Llama", "attention", attention, "its memory grows with each token"),
             *between,
             *column(right, "Llamba", "Mamba-2", recurrence, "its memory stays the same"),
+        ],
+    )
+
+
+def attention_and_state() -> str:
+    """What is kept of six tokens: attention has all of them, a recurrence one table, which each token changes."""
+    places = [170 + 100 * i for i in range(6)]
+
+    def tokens(y):
+        return [box(x, y, 74, 34, [f"token {i + 1}"]) for i, x in enumerate(places)]
+
+    arcs = [
+        f'<path class="arrow" d="M{places[-1]} 84 Q{(x + places[-1]) / 2:g} {156 - 0.1 * x:g} {x} 86" '
+        'marker-end="url(#head)"/>'
+        for x in places[:-1]
+    ]
+    table = [f'<g class="box main"><rect x="{x - 24}" y="253" width="48" height="48" rx="4"/>'
+             f'<path class="arrow" d="M{x - 24} 269 h48 M{x - 24} 285 h48 M{x - 8} 253 v48 M{x + 8} 253 v48"/></g>'
+             for x in places]
+    return drawing(
+        740,
+        336,
+        "Above, attention: the sixth token looks back at all five before it, so all of them are kept. Below, a "
+        "recurrence: each token writes into a table of three by three numbers, which is handed on from token to token "
+        "and is all that is kept.",
+        [
+            text(20, 28, "attention looks back: every token is kept", "head", "start"),
+            *tokens(66), *arcs,
+            text(20, 176, "a recurrence hands on a table: nothing else is kept", "head", "start"),
+            *tokens(216), *table,
+            *(arrow(x, 234, x, 251) for x in places),
+            *(arrow(x + 26, 277, x + 74, 277) for x in places[:-1]),
+            *(text(x, 323, f"S{i + 1}", "small") for i, x in enumerate(places)),
+            text(90, 71, "read", "small", "end"), text(90, 221, "write", "small", "end"),
+            text(90, 282, "state", "small", "end"),
         ],
     )

@@ -87,11 +87,14 @@ def chapter(name: str, notebook: nbformat.NotebookNode) -> Chapter:
 
 
 def parts() -> dict[str, list[str]]:
-    """The chapters of each part, in the order of the contents in index.md."""
-    page = (ROOT / "docs" / "index.md").read_text()
-    trees = re.findall(r"^```\{toctree\}\n:caption: (.+)\n([^`]*)^```$", page, re.MULTILINE)
-    found = {caption: re.findall(r"^nbs/(\w+)$", body, re.MULTILINE) for caption, body in trees}
-    return {caption: names for caption, names in found.items() if names}
+    """The chapters of each part, in the order of the contents in index.md. A list without a caption goes on with the
+    part before it."""
+    page, found = (ROOT / "docs" / "index.md").read_text(), {}
+    for options, body in re.findall(r"^```\{toctree\}\n((?::.*\n)+)([^`]*)^```$", page, re.MULTILINE):
+        caption = re.search(r"^:caption: (.+)$", options, re.MULTILINE)
+        part = caption[1] if caption else part
+        found[part] = found.get(part, []) + re.findall(r"^nbs/(\w+)$", body, re.MULTILINE)
+    return {part: names for part, names in found.items() if names}
 
 
 def long(chapters: list[Chapter]) -> str:
