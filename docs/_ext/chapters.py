@@ -143,9 +143,11 @@ def stage(app) -> None:
         notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
         nbformat.write(page(notebook, name, times[name]), PAGES / f"{name}.ipynb")
         exercises.append(exercises_of(notebook))
-        module = next(m[1] for cell in notebook.cells if (m := re.match(r"#\| default_exp (\S+)", cell.source)))
-        (REFERENCE / f"{module}.md").write_text(module_page(module, name))
-        modules.append(f"[`{module}`](api/{module}.md)\n: {summary(notebook)}\n")
+        found = (m[1] for cell in notebook.cells if (m := re.match(r"#\| default_exp (\S+)", cell.source)))
+        module = next(found, None)  # a chapter may export nothing
+        if module is not None:
+            (REFERENCE / f"{module}.md").write_text(module_page(module, name))
+            modules.append(f"[`{module}`](api/{module}.md)\n: {summary(notebook)}\n")
     (PAGES / "_exercises.md").write_text("\n".join(filter(None, exercises)))  # docs/exercises.md includes it
     (PAGES / "_modules.md").write_text("\n".join(modules))  # docs/api.md includes it
     (PAGES / "_llama_to_llamba.svg").write_text(llama_to_llamba())  # docs/index.md shows it
