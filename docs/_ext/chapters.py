@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 from drawings import llama_to_llamba, special_cases
+from moving import with_pictures
 from sphinx.errors import ExtensionError
 
 from llamba_ref.conventions import load_result
@@ -80,7 +81,7 @@ def page(notebook: nbformat.NotebookNode, name: str, run_time: str) -> nbformat.
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             solving = ":::{solution}" in cell.source
-            cells.append(nbformat.v4.new_markdown_cell(cell.source, id=cell.id))
+            cells.append(nbformat.v4.new_markdown_cell(with_pictures(cell.source), id=cell.id))
             continue
         found, body = directives(cell.source)
         if "hide" in found or found.get("eval") == "false" or not body:
