@@ -75,15 +75,15 @@ globalThis.llambaMoving = (() => {
 
   // What the pictures show. Chosen by hand: a model computes them from its tokens.
   const [ANN, BOB, NOBODY] = [[1, 0.2], [0.2, 1], [0, 0]];
-  const [TEA, JAM, NAME, NOTHING] = [[2, 0, 0], [0, 2, 0], [0, 0, 1], [0, 0, 0]];
+  const [TEA, CAKE, JAM, NOTHING] = [[2, 0, 0], [0, 2, 0], [0, 0, 2], [0, 0, 0]];
   const data = {
     scan: [[0.5, 2], [1, 1], [0.5, 4], [0.5, 2], [0, 3], [1, 1], [0.5, 2], [0.5, 1]],
     memory: {
-      words: ["Ann", "tea", ".", "Bob", "jam", ".", "Ann"],
-      x: [NAME, TEA, NOTHING, NAME, JAM, NOTHING, NAME],
-      a: [0.9, 0.9, 0.6, 0.9, 0.9, 0.6, 0.9],
-      B: [ANN, ANN, NOBODY, BOB, BOB, NOBODY, ANN],
-      C: [ANN, ANN, NOBODY, BOB, BOB, NOBODY, ANN],
+      words: ["Ann", "tea", "cake", "Bob", "jam", ".", "Ann"],
+      x: [NOTHING, TEA, CAKE, NOTHING, JAM, NOTHING, NOTHING],
+      a: [0.9, 0.9, 0.9, 0.9, 0.9, 0.6, 0.9],
+      B: [NOBODY, ANN, ANN, NOBODY, BOB, NOBODY, NOBODY],
+      C: [ANN, NOBODY, NOBODY, BOB, NOBODY, NOBODY, ANN],
     },
     chunks: {
       x: [1, 2, 1, 1, 2, 1, 1, 2, 1, 1, 2, 1],
@@ -105,8 +105,9 @@ globalThis.llambaMoving = (() => {
 // The frames.
 (() => {
   const sums = globalThis.llambaMoving, { data } = sums;
+  const FOOD = ["tea", "cake", "jam"]; // rows of the state
   const number = (x, digits = 2) => Number(x.toFixed(digits)).toString().replace("-", "−");
-  const listed = (numbers) => numbers.map((x) => number(x)).join(", ");
+  const listed = (numbers, digits = 2) => numbers.map((x) => number(x, digits)).join(", ");
   const range = (n) => Array.from({ length: n }, (_, i) => i);
 
   // SVG as text. Lengths are in CSS pixels, rounded so that files stay small.
@@ -117,7 +118,7 @@ globalThis.llambaMoving = (() => {
   const box = (x, y, width, height, kind = "") => tag("rect", { x, y, width, height, rx: 4, class: `box ${kind}` });
   // A number on a cell that is the stronger coloured the larger it is.
   const shade = (x, y, width, height, value, most, kind) =>
-    box(x, y, width, height) + tag("rect", { x, y, width, height, rx: 4, class: kind, "fill-opacity": (0.75 * Math.min(1, Math.abs(value) / most)).toFixed(2) });
+    box(x, y, width, height) + tag("rect", { x, y, width, height, rx: 4, class: kind, "fill-opacity": (0.5 * Math.min(1, Math.abs(value) / most)).toFixed(2) });
   const arrow = (x1, y1, x2, y2, kind = "") => {
     const [length, size] = [Math.hypot(x2 - x1, y2 - y1), 5], [u, w] = [(x2 - x1) / length, (y2 - y1) / length];
     const corner = (side) => `${(x2 - size * (u + side * 0.7 * w)).toFixed(1)} ${(y2 - size * (w - side * 0.7 * u)).toFixed(1)}`;
@@ -156,15 +157,17 @@ globalThis.llambaMoving = (() => {
     const words = step === 0
       ? `Eight pairs: above the gate a, below the input x. Blue holds a state already: h₁ = x₁.`
       : step <= last
-        ? `Round ${step}: every pair is combined with the one ${far} before it, all at the same time. ${step === last ? "All eight states are there." : `${2 * far} states are there.`} Token ${2 * far}: (${listed(one)}) then (${listed(two)}) is (${number(both[0], 3)}, ${number(both[1], 3)}). The loop takes one step: h${"₁₂₃₄₅₆₇₈"[step]} = ${number(pairs[step][0])} · ${number(states[step - 1], 3)} + ${number(pairs[step][1])} = ${number(states[step], 3)}.`
+        ? `Round ${step}: every pair is combined with the one ${far} before it, all at the same time. ${step === last ? "All eight states are there." : `${2 * far} states are there.`} Token ${2 * far}: (${listed(one, 3)}) then (${listed(two, 3)}) is (${number(both[0], 3)}, ${number(both[1], 3)}). The loop takes one step: h${"₁₂₃₄₅₆₇₈"[step]} = ${number(pairs[step][0])} · ${number(states[step - 1], 3)} + ${number(pairs[step][1])} = ${number(states[step], 3)}.`
         : `The scan is done. The loop goes on: h${"₁₂₃₄₅₆₇₈"[step]} = ${number(pairs[step][0])} · ${number(states[step - 1], 3)} + ${number(pairs[step][1])} = ${number(states[step], 3)}.${step === L - 1 ? ` The same eight states, after ${L - 1} steps in place of ${last}.` : ""}`;
     return { svg: parts.join(""), height: below + 46, words };
   }
 
-  // 2. A state that is faded, written and read.
+  // 2. A state that is faded, written and read. What a token writes or reads is a step of its own where it is not zero.
+  const memorySteps = data.memory.words.flatMap((_, t) => [
+    [t, "fade"], ...(data.memory.B[t].some(Boolean) ? [[t, "write"]] : []), ...(data.memory.C[t].some(Boolean) ? [[t, "read"]] : [])]);
   function stateFilling(step, width) {
     const all = sums.memory(data.memory), { words: tokens, x, a, B, C } = data.memory, L = tokens.length;
-    const t = Math.max(0, Math.ceil(step / 3) - 1), phase = step === 0 ? "" : ["fade", "write", "read"][(step - 1) % 3];
+    const [t, phase] = step ? memorySteps[step - 1] : [0, ""];
     const before = t ? all[t - 1].written : x[0].map(() => B[0].map(() => 0));
     const S = phase === "" ? before : phase === "fade" ? all[t].faded : all[t].written;
     const parts = [], cell = width / L;
@@ -176,7 +179,7 @@ globalThis.llambaMoving = (() => {
     const size = Math.min(70, (width - 92) / 4), tall = 46, gap = 14, left = 46 + Math.max(0, (width - 92 - 4 * size) / 2);
     const X = left, M = X + size + gap, Y = M + 2 * size + gap, top = 92, lines = (p) => top + tall + gap + p * tall;
     const writes = phase === "write", reads = phase === "read", row = (n) => M + n * size;
-    ["tea", "jam", "name"].forEach((word, p) => parts.push(text(X - 8, lines(p) + 28, word, "small", "end")));
+    FOOD.forEach((word, p) => parts.push(text(X - 8, lines(p) + 28, word, "small", "end")));
     ["Ann", "Bob"].forEach((word, n) => parts.push(text(row(n) + size / 2, lines(3) + gap + tall + 18, word, "small")));
     const vector = (value, px, py, on, kind) => box(px + 2, py + 2, size - 4, tall - 4, on ? `${kind} fresh` : "empty") + (on ? text(px + size / 2, py + 28, number(value), "strong fresh") : "");
     parts.push(text(X + size / 2, lines(0) - 8, "x", writes ? "symbol plus" : "symbol"), text(row(0) - 8, top + 28, "B", writes ? "symbol plus" : "symbol", "end"));
@@ -190,13 +193,12 @@ globalThis.llambaMoving = (() => {
       parts.push(text(row(n) + size / 2, lines(p) + 28, number(entry), "strong"));
     }));
     parts.push(text(row(1), 78, phase === "fade" ? `S ← ${number(a[t])} · S` : writes ? "S ← S + x Bᵀ" : reads ? "y = S C" : "S = 0", "head"));
-    const nothing = writes && !x[t].some(Boolean), best = all[t].y.indexOf(Math.max(...all[t].y));
-    const where = `Token ${t + 1}, “${tokens[t]}”`;
+    const where = `Token ${t + 1}, “${tokens[t]}”`, found = FOOD.map((food, p) => `${number(all[t].y[p])} for ${food}`).join(", ");
     const words = step === 0
-      ? "An empty state. Its columns are keys, one for Ann and one for Bob; its rows are values. Small numbers are pale."
-      : phase === "fade" ? `${where}: the gate ${number(a[t])} fades all that the state holds.${tokens[t] === "." ? " A full stop fades more than a word." : ""}`
-        : writes ? (nothing ? `${where}: value and key are zero, and nothing is written.` : `${where}: the value (${listed(x[t])}) is written under the key (${listed(B[t])}). Each entry of S gets its row’s x times its column’s B.`)
-          : `${where}: the query (${listed(C[t])}) reads (${listed(all[t].y)}).${step === 3 * L ? ` Asked for Ann, the state answers ${["tea", "jam", "name"][best]}: ${number(all[t].y[0])} for tea, ${number(all[t].y[1])} for jam, which got in because the two keys overlap.` : ""}`;
+      ? "An empty state. Its columns are channels of the keys, one for Ann and one for Bob, its rows channels of the values. Small numbers are pale."
+      : phase === "fade" ? `${where}: the gate ${number(a[t])} fades all that the state holds. ${tokens[t] === "." ? "A full stop fades more than a word." : ""}`
+        : writes ? `${where}: the value (${listed(x[t])}) is written under the key (${listed(B[t])}). Each entry gets its row’s x times its column’s B.`
+          : `${where}: the query (${listed(C[t])}) finds ${found}. ${["Nothing has been written yet.", "Nobody wrote them for Bob: his key overlaps with Ann’s.", "The last that was written for Ann is the strongest; jam came in by Bob’s key."][[0, 3, 6].indexOf(t)]}`;
     return { svg: parts.join(""), height: lines(3) + gap + tall + 26, words };
   }
 
@@ -210,8 +212,8 @@ globalThis.llambaMoving = (() => {
     for (const t of range(L)) {
       for (const s of range(t + 1)) {
         const inside = Math.floor(s / Q) === Math.floor(t / Q), on = inside ? step >= 1 : step >= 5, fresh = step === (inside ? 1 : 5) ? "fresh" : "";
-        parts.push(box(px(s) + 1, py(t) + 1, cell - 2, cell - 2, "empty"));
-        if (on) parts.push(tag("rect", { x: px(s) + 1, y: py(t) + 1, width: cell - 2, height: cell - 2, rx: 3, class: `${inside ? "plus" : "minus"} ${fresh}`, "fill-opacity": (0.12 + 0.88 * Math.min(1, M[t][s] / most)).toFixed(2) }));
+        if (!on) parts.push(box(px(s) + 1, py(t) + 1, cell - 2, cell - 2, "empty"));
+        else parts.push(tag("rect", { x: px(s) + 1, y: py(t) + 1, width: cell - 2, height: cell - 2, rx: 3, class: `${inside ? "plus" : "minus"} ${fresh}`, "fill-opacity": (0.12 + 0.88 * Math.min(1, M[t][s] / most)).toFixed(2) }));
       }
       const out = step >= 5 ? y[t] : step >= 1 ? within[t] : null, whole = step >= 5 || t < Q;
       if (out !== null) parts.push(text(px(L) + 50, py(t) + cell / 2 + 4, number(out), `${whole ? "strong" : "part"} ${step === 1 || (step === 5 && t >= Q) ? "fresh" : ""}`, "end"));
@@ -226,8 +228,8 @@ globalThis.llambaMoving = (() => {
       const known = step >= Math.min(2 + j, 4) ? states[j] : step >= 2 ? own[j] : null, final = step >= 2 + j, fresh = (step === 2) || (step === 2 + j) ? "fresh" : "";
       const [x0, wide] = [px(j * Q) + 3, Q * cell - 6];
       parts.push(box(x0, base, wide, 42, `${known ? (final ? "held" : "ready") : "empty"} ${fresh}`));
-      parts.push(text(x0 + wide / 2, base + 16, known && !final ? `chunk ${j + 1} alone` : `S⁽${"¹²³"[j]}⁾`, "small"));
-      if (known) parts.push(text(x0 + wide / 2, base + 34, known.map((entry) => number(entry)).join("  "), `strong ${fresh}`));
+      parts.push(text(x0 + wide / 2, base + 16, known && !final ? "alone" : `S⁽${"¹²³"[j]}⁾`, "small"));
+      if (known) parts.push(text(x0 + wide / 2, base + 34, listed(known), `strong ${fresh}`));
       if (step >= 1 && step <= 2) parts.push(arrow(px((j + 0.5) * Q), py(L) + 4, px((j + 0.5) * Q), base - 2, step === 2 ? "now fresh" : "later"));
       if (j && step >= 2 + j) parts.push(tag("path", { d: `M${px((j - 0.5) * Q).toFixed(1)} ${base + 44} q${(Q * cell / 2).toFixed(1)} 26 ${(Q * cell).toFixed(1)} 2 m-9 2 l9 -3 l1 9`, class: `line ${step === 2 + j ? "now fresh" : ""}` }));
     }
@@ -248,7 +250,7 @@ globalThis.llambaMoving = (() => {
     const { words: tokens, q, v } = data.modes, L = tokens.length, cell = width / L, side = Math.min(cell - 4, 72), at = (t) => (t + 0.5) * cell, parts = [];
     const one = sums.recurrent(data.modes), two = sums.scan(data.modes), three = sums.attention(data.modes), rounds = two.levels.length - 1, N = q[0].length;
     tokens.forEach((word, t) => parts.push(text(at(t), 16, word, "strong")));
-    const head = (y, name, taken, all, held) => parts.push(line(0, y - 22, width, y - 22, "rule"), text(2, y, name, "head", "start"), text(width - 2, y, `${taken} of ${all} step${all === 1 ? "" : "s"} · holds ${held}`, "count", "end"));
+    const head = (y, name, taken, all, held) => parts.push(line(0, y - 22, width, y - 22, "rule"), text(2, y, name, "head", "start"), text(width - 2, y, `${taken} of ${all} step${all === 1 ? "" : "s"} · holds ${held} numbers`, "count", "end"));
     const outputs = (top, ys, done, fresh) => ys.forEach((y, t) => {
       parts.push(box(at(t) - side / 2, top, side, 26, `${done(t) ? "asked" : "empty"} ${fresh(t) ? "fresh" : ""}`));
       if (done(t)) parts.push(text(at(t), top + 18, number(y), `strong ${fresh(t) ? "fresh" : ""}`));
@@ -278,7 +280,7 @@ globalThis.llambaMoving = (() => {
     const most = Math.max(...three.T.flat()), entries = (L * (L + 1)) / 2;
     head(top, "Attention", Math.min(step, 1), 1, step ? entries : 0);
     for (const t of range(L)) for (const s of range(t + 1)) {
-      parts.push(box(at(t) - side / 2, top + 12 + 12 * s, side, 11, "empty"));
+      parts.push(box(at(t) - side / 2, top + 12 + 12 * s, side, 11, step ? "" : "empty"));
       if (step) parts.push(tag("rect", { x: at(t) - side / 2, y: top + 12 + 12 * s, width: side, height: 11, rx: 3, class: `minus ${step === 1 ? "fresh" : ""}`, "fill-opacity": Math.min(1, three.T[t][s] / most).toFixed(2) }));
     }
     outputs(top + 118, three.y, () => step > 0, () => step === 1);
@@ -294,7 +296,7 @@ globalThis.llambaMoving = (() => {
 
   const pictures = {
     "scan-tree": { title: "Scan tree", last: data.scan.length - 1, frame: scanTree },
-    "state-filling": { title: "State filling", last: 3 * data.memory.words.length, frame: stateFilling },
+    "state-filling": { title: "State filling", last: memorySteps.length, frame: stateFilling },
     chunks: { title: "Chunks", last: 5, frame: chunks },
     "three-modes": { title: "Three modes", last: data.modes.words.length, frame: threeModes },
   };
@@ -307,7 +309,6 @@ globalThis.llambaMoving = (() => {
     const { title, last, frame } = pictures[name], { svg, height, words } = frame(last, 680);
     return `<section class="moving" data-picture="${name}" aria-label="${title}, a moving picture">
 <div class="moving-picture">${drawing(680, height, words, svg)}</div>
-<p class="moving-words" aria-live="polite">${words}</p>
 <div class="moving-controls" hidden>
 <button type="button" class="back" aria-label="Step back">◂ Back</button>
 <button type="button" class="run">Play</button>
@@ -315,6 +316,7 @@ globalThis.llambaMoving = (() => {
 <label>Step <input type="range" min="0" max="${last}" value="${last}"></label>
 <output></output>
 </div>
+<p class="moving-words" aria-live="polite">${words}</p>
 </section>
 `;
   }
