@@ -1,4 +1,4 @@
-"""The moving pictures of docs/_static/moving.js: where a chapter has a place for one, and which pages load the script."""
+"""The moving pictures of docs/_static/moving.js: places for them in chapters, and the script on pages that have one."""
 
 from __future__ import annotations
 
