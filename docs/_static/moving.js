@@ -196,7 +196,7 @@ globalThis.llambaMoving = (() => {
     const where = `Token ${t + 1}, “${tokens[t]}”`, found = FOOD.map((food, p) => `${number(all[t].y[p])} for ${food}`).join(", ");
     const words = step === 0
       ? "An empty state. Its columns are channels of the keys, one for Ann and one for Bob, its rows channels of the values. Small numbers are pale."
-      : phase === "fade" ? `${where}: the gate ${number(a[t])} fades all that the state holds. ${tokens[t] === "." ? "A full stop fades more than a word." : ""}`
+      : phase === "fade" ? `${where}: the gate ${number(a[t])} fades all that the state holds.${tokens[t] === "." ? " A full stop fades more than a word." : ""}`
         : writes ? `${where}: the value (${listed(x[t])}) is written under the key (${listed(B[t])}). Each entry gets its row’s x times its column’s B.`
           : `${where}: the query (${listed(C[t])}) finds ${found}. ${["Nothing has been written yet.", "Nobody wrote them for Bob: his key overlaps with Ann’s.", "The last that was written for Ann is the strongest; jam came in by Bob’s key."][[0, 3, 6].indexOf(t)]}`;
     return { svg: parts.join(""), height: lines(3) + gap + tall + 26, words };
@@ -218,6 +218,7 @@ globalThis.llambaMoving = (() => {
       const out = step >= 5 ? y[t] : step >= 1 ? within[t] : null, whole = step >= 5 || t < Q;
       if (out !== null) parts.push(text(px(L) + 50, py(t) + cell / 2 + 4, number(out), `${whole ? "strong" : "part"} ${step === 1 || (step === 5 && t >= Q) ? "fresh" : ""}`, "end"));
     }
+    for (const j of range(n).slice(1)) parts.push(line(px(0), py(j * Q), px((j + 1) * Q), py(j * Q), "edge"), line(px(j * Q), py((j - 1) * Q), px(j * Q), py(L), "edge"));
     // The state that enters chunk j stands for all blocks left of the diagonal in its rows.
     for (const j of range(n).slice(1)) {
       if (step >= j + 1) parts.push(tag("rect", { x: px(0) - 1, y: py(j * Q) - 1, width: j * Q * cell + 2, height: Q * cell + 2, rx: 5, class: `ring block ${step === j + 1 ? "fresh" : ""}` }));
