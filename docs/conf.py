@@ -15,6 +15,7 @@ repository = "https://github.com/llamba-ref/llamba_ref"
 extensions = [
     "chapters",  # before myst_nb: it writes the pages that myst_nb reads
     "docments",
+    "moving",  # loads the script of moving pictures where there is one
     "write_models",  # a script with the weights of the page that writes
     "myst_nb",
     "sphinx.ext.autodoc",

@@ -10,6 +10,7 @@ import shutil
 
 import nbformat
 from drawings import attention_and_state, llama_to_llamba, special_cases
+from moving import with_pictures
 from sphinx.errors import ExtensionError
 from way import NOTEBOOKS, ROOT, Chapter, chapter, contents, directives, fold, parts, routes
 
@@ -69,7 +70,7 @@ def page(notebook: nbformat.NotebookNode, about: Chapter, run_time: str) -> nbfo
         if cell.cell_type == "markdown":
             solving = ":::{solution}" in cell.source
             drawn = DRAWING.sub(r"```{raw} html\n:file: _\1.svg\n```", cell.source)
-            cells.append(nbformat.v4.new_markdown_cell(drawn, id=cell.id))
+            cells.append(nbformat.v4.new_markdown_cell(with_pictures(drawn), id=cell.id))
             continue
         found, body = directives(cell.source)
         if "hide" in found or found.get("eval") == "false" or not body:

@@ -123,7 +123,7 @@ def routes(chapters: dict[str, Chapter]) -> str:
     zero = chapters["00_in_100_lines"]
     cards = [
         ("An evening", long([zero]), f"[{zero.title}](nbs/{zero.name}.ipynb): everything once, in small. Then "
-         "[watch a student write](write.md) and, with `make demo`, distil your own."),
+         "step through [moving pictures](moving.md), [watch a student write](write.md), and distil your own: `make demo`."),
         ("A weekend", long(essential), "The essential chapters, in bold type in the [contents](#contents): from a "
          "recurrence to a distilled Llama, each step proved and run."),
         ("A term", long(numbered), "All parts, with exercises that are checked for you: "
