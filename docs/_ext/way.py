@@ -123,7 +123,8 @@ def routes(chapters: dict[str, Chapter]) -> str:
     zero = chapters["00_in_100_lines"]
     cards = [
         ("An evening", long([zero]), f"[{zero.title}](nbs/{zero.name}.ipynb): everything once, in small. Then "
-         "step through [moving pictures](moving.md), [watch a student write](write.md), and distil your own: `make demo`."),
+         "step through [moving pictures](moving.md), [watch a student write](write.md), and distil your own with "
+         "`make demo`."),
         ("A weekend", long(essential), "The essential chapters, in bold type in the [contents](#contents): from a "
          "recurrence to a distilled Llama, each step proved and run."),
         ("A term", long(numbered), "All parts, with exercises that are checked for you: "
