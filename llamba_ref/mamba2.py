@@ -33,8 +33,8 @@ def inverse_softplus(
 
 # %% ../nbs/09_mamba2.ipynb #77524b16
 class GatedRMSNorm(nn.Module):
-    r"""Gate, then norm in each group of channels: $w \circ \mathrm{RMSNorm}(y \circ \mathrm{silu}(z))$, in float32 at least
-    (Dao and Gu 2024)."""
+    r"""Gate, then norm in each group: $w \circ \mathrm{RMSNorm}(y \circ \mathrm{silu}(z))$, in float32 at least (Dao and Gu
+    2024)."""
 
     def __init__(self, d_inner: int, n_groups: int = 1, eps: float = 1e-5):
         super().__init__()
@@ -184,7 +184,7 @@ def convolve(
 
 # %% ../nbs/09_mamba2.ipynb #e2beb253
 class Mamba2(SSDMixer):
-    r"""Mamba-2's mixer (Dao and Gu 2024): step size $\Delta_t$, decay $e^{\Delta_t A}$, shared keys, norm after the gate.
+    r"""Mamba-2's mixer (Dao and Gu 2024): step size $\Delta_t$, decay $e^{\Delta_t A}$, shared keys, norm after gate.
 
     Raises ValueError for sizes below 1, heads that do not divide the width, groups the heads, and a bad `dt_limit`."""
 
