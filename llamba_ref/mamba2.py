@@ -33,8 +33,9 @@ def inverse_softplus(
 
 # %% ../nbs/09_mamba2.ipynb #77524b16
 class GatedRMSNorm(nn.Module):
-    r"""Gate, then norm in each group: $w \circ \mathrm{RMSNorm}(y \circ \mathrm{silu}(z))$, in float32 at least (Dao and Gu
-    2024)."""
+    r"""Gate, then norm in each group: $w \circ \mathrm{RMSNorm}(y \circ \mathrm{silu}(z))$ (Dao and Gu 2024).
+
+    In float32 at least."""
 
     def __init__(self, d_inner: int, n_groups: int = 1, eps: float = 1e-5):
         super().__init__()
