@@ -20,6 +20,7 @@ NOTEBOOKS, PAGES, REFERENCE = ROOT / "nbs", ROOT / "docs" / "nbs", ROOT / "docs"
 WORDS, LINES = 200, 40  # read in a minute: words of prose, lines of code
 
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?\s*(.*?)\s*$")
+DRAWING = re.compile(r"^!\[[^\]]*\]\(\.\./docs/images/(shapes_\w+)\.svg\)$", re.MULTILINE)
 BLOCK = re.compile(r"^:::\{(exercise|solution)\}(.*?)\n(.*?)^:::$", re.DOTALL | re.MULTILINE)
 
 
@@ -72,6 +73,11 @@ def with_facts(title_cell: str, line: str) -> str:
     return f"{title}\n\n{line}\n{rest}"
 
 
+def with_drawings(prose: str) -> str:
+    """A cell whose drawings are a part of the page and take its colours; in a notebook they are files."""
+    return DRAWING.sub(r"```{raw} html\n:file: _\1.svg\n```", prose)
+
+
 def page(notebook: nbformat.NotebookNode, name: str, run_time: str) -> nbformat.NotebookNode:
     """A notebook as MyST-NB wants it: no cells for machines only, code of solutions folded, facts under the title."""
     words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
@@ -80,7 +86,7 @@ def page(notebook: nbformat.NotebookNode, name: str, run_time: str) -> nbformat.
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             solving = ":::{solution}" in cell.source
-            cells.append(nbformat.v4.new_markdown_cell(cell.source, id=cell.id))
+            cells.append(nbformat.v4.new_markdown_cell(with_drawings(cell.source), id=cell.id))
             continue
         found, body = directives(cell.source)
         if "hide" in found or found.get("eval") == "false" or not body:
