@@ -64,7 +64,7 @@ def turn_pairs(
     cos: Float[Tensor, "*#batch half"],  # cosine of the angle of each pair of channels
     sin: Float[Tensor, "*#batch half"],  # its sine
 ) -> Float[Tensor, "*batch width"]:  # the same, rotated
-    """Rotate the pairs of channels (i, i + width / 2)."""
+    """Rotate channels `i` and `i + width / 2` as the two coordinates of a point."""
     first, second = z.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -74,7 +74,7 @@ def apply_rope(
     positions: Int[Tensor, "rows len"],  # rows is 1 (all sequences alike) or batch
     freqs: Float[Tensor, "half"],  # from `rope_frequencies`
 ) -> Float[Tensor, "batch heads len headdim"]:  # the same, rotated
-    """Rotate channel pairs (i, i + headdim / 2) by position x frequency, as in checkpoints of Hugging Face's format."""
+    """Rotate channels `i` and `i + headdim / 2` by $\\omega_i t$ at position t, as in Hugging Face's format."""
     wide = torch.promote_types(x.dtype, torch.float32)
     angle = positions[:, None, :, None] * freqs.to(wide)
     return turn_pairs(x, angle.cos().to(x.dtype), angle.sin().to(x.dtype))
