@@ -22,7 +22,7 @@ __all__ = ['memory_length', 'recall_sequences', 'recall_targets', 'recall_accura
 def memory_length(
     log_a: Float[Tensor, "batch len heads"],  # logs of the decays
 ) -> Float[Tensor, "batch heads"]:  # tokens after which the geometric mean of what is left is 1/e; infinite for 1
-    """Effective memory length, -1 / mean log a, in tokens."""
+    r"""Effective memory length, $-1 / \overline{\log a}$, in tokens."""
     return 1 / log_a.mean(1).abs()  # not -1 / mean: that is -infinity for gates of 1
 
 # %% ../nbs/10_recall.ipynb #612be243

@@ -44,7 +44,7 @@ def causal_conv(
     activation: Literal["identity", "silu"] = "identity",  # of the output
     backend: Backend = "auto",  # "naive", "triton" or "auto"
 ) -> tuple[Float[Tensor, "batch len channels"], Float[Tensor, "batch channels width"]]:  # output, the last inputs
-    """Causal depthwise convolution that can go on where another call stopped: `window` holds the last `width` inputs.
+    r"""Causal depthwise convolution, $y_t = b_w + \sum_k w_k x_{t-W+1+k}$: `window` holds the last `width` inputs.
 
     Computed as `width` shifted copies of the input, each times its tap: on a CPU faster than a grouped `conv1d`, most
     of all for one token. The kernel takes up to 8 taps. With `starts` the last inputs are those of the last document.

@@ -50,7 +50,7 @@ def rope_frequencies(
     head_dim: int,  # width of a head, even
     device: torch.device | str | None = None,  # where they are needed
 ) -> Float[Tensor, "half"]:  # radians a position, for each pair of channels, float32
-    """Angular frequencies of rotary positions: `theta ** (-2i / head_dim)`, then linear scaling or Llama 3's."""
+    r"""Angular frequencies of rotary positions: $\omega_i = \theta^{-2i/d_h}$, then linear scaling or Llama 3's."""
     freqs = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     if rope.factor == 1 or rope.linear:
         return freqs / rope.factor
@@ -64,7 +64,7 @@ def turn_pairs(
     cos: Float[Tensor, "*#batch half"],  # cosine of the angle of each pair of channels
     sin: Float[Tensor, "*#batch half"],  # its sine
 ) -> Float[Tensor, "*batch width"]:  # the same, rotated
-    """Rotate the pairs of channels (i, i + width / 2)."""
+    """Rotate channels `i` and `i + width / 2` as the two coordinates of a point."""
     first, second = z.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -74,7 +74,7 @@ def apply_rope(
     positions: Int[Tensor, "rows len"],  # rows is 1 (all sequences alike) or batch
     freqs: Float[Tensor, "half"],  # from `rope_frequencies`
 ) -> Float[Tensor, "batch heads len headdim"]:  # the same, rotated
-    """Rotate channel pairs (i, i + headdim / 2) by position x frequency, as in checkpoints of Hugging Face's format."""
+    """Rotate channels `i` and `i + headdim / 2` by $\\omega_i t$ at position t, as in Hugging Face's format."""
     wide = torch.promote_types(x.dtype, torch.float32)
     angle = positions[:, None, :, None] * freqs.to(wide)
     return turn_pairs(x, angle.cos().to(x.dtype), angle.sin().to(x.dtype))
@@ -188,7 +188,7 @@ def causal_attention(
 def attention_matrix(
     q: Float[Tensor, "batch len heads headdim"],  # queries
     k: Float[Tensor, "batch len kv_heads headdim"],  # keys, each for heads / kv_heads neighbouring heads
-    scale: float | None = None,  # scores are scale * q.k; None: 1 / sqrt(headdim)
+    scale: float | None = None,  # of the scores, products of q and k; None: 1 / sqrt(headdim)
     starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
 ) -> Float[Tensor, "batch heads len len"]:  # row t: the weights that position t gives to positions 0..t; dtype of q
     """Causal softmax attention as a matrix for each query head. Computed in float32 at least from the scores on."""

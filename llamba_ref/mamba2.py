@@ -28,12 +28,14 @@ __all__ = ['inverse_softplus', 'GatedRMSNorm', 'MambaState', 'Projected', 'Filte
 def inverse_softplus(
     y: Float[Tensor, "*shape"],  # positive numbers
 ) -> Float[Tensor, "*shape"]:  # x with softplus(x) = y
-    """log(exp(y) - 1), written so that small y keep all their digits and large ones do not overflow."""
+    r"""$\log(e^y - 1)$, written so that small y keep all their digits and large ones do not overflow."""
     return y + torch.log(-torch.expm1(-y))
 
 # %% ../nbs/09_mamba2.ipynb #77524b16
 class GatedRMSNorm(nn.Module):
-    """Gate, then RMSNorm in each group of channels: weight * norm(y * silu(z)) (Dao and Gu 2024), in float32."""
+    r"""Gate, then norm in each group: $w \circ \mathrm{RMSNorm}(y \circ \mathrm{silu}(z))$ (Dao and Gu 2024).
+
+    In float32 at least."""
 
     def __init__(self, d_inner: int, n_groups: int = 1, eps: float = 1e-5):
         super().__init__()
@@ -183,7 +185,7 @@ def convolve(
 
 # %% ../nbs/09_mamba2.ipynb #e2beb253
 class Mamba2(SSDMixer):
-    """Mamba-2's mixer (Dao and Gu 2024): a step size dt, decay exp(dt A), shared keys, RMSNorm after the gate.
+    r"""Mamba-2's mixer (Dao and Gu 2024): step size $\Delta_t$, decay $e^{\Delta_t A}$, shared keys, norm after gate.
 
     Raises ValueError for sizes below 1, heads that do not divide the width, groups the heads, and a bad `dt_limit`."""
 

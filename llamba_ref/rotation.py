@@ -25,7 +25,7 @@ def rotate_pairs(
     z: Float[Tensor, "*batch width"],  # keys or queries; width is even
     angle: Float[Tensor, "*#batch half"],  # radians, one for each pair of channels
 ) -> Float[Tensor, "*batch width"]:  # the same, rotated; dtype of z
-    """Rotate the pairs of channels (i, i + width / 2), as rotary positions do (Su et al. 2021)."""
+    """Rotate channels `i` and `i + width / 2` as a pair, as rotary positions do (Su et al. 2021)."""
     return turn_pairs(z.to(angle.dtype), angle.cos(), angle.sin()).to(z.dtype)
 
 # %% ../nbs/13_rotation.ipynb #5fb423d6

@@ -181,7 +181,7 @@ def ssd_matrix(
     C: Float[Tensor, "batch len groups state"],  # queries
     D: Float[Tensor, "heads"] | None = None,  # skip connection, one number a head, added to the diagonal
 ) -> Float[Tensor, "batch heads len len"]:  # T, lower triangular, dtype of B; y = T @ x head by head
-    """The matrix by which `ssd` multiplies x: $T$ is `segment_sum(log_a).exp() * (C @ B.mT) + diag(D)`.
+    """The matrix by which `ssd` multiplies x: $T = \\Lambda \\circ (C B^T) + \\mathrm{diag}(D)$.
 
     Raises ValueError when an argument is not what the signature says, the sequence is empty or a log_a is positive."""
     dtype = wide_dtype(log_a, B, C, D)

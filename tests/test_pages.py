@@ -1,5 +1,6 @@
 """Pages of the site that have to agree with the notebooks; what needs a browser is in test_site.py."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -65,3 +66,14 @@ def test_every_figure_has_a_caption_and_words_for_who_cannot_see_it(path):
 def test_figure_labels_are_unique():
     labels = [label for path in NOTEBOOKS for label in re.findall(r'"#\| label: (\S+)\\n"', path.read_text())]
     assert len(labels) == len(set(labels)) > 50 and all(re.fullmatch(r"fig-[a-z0-9-]+", label) for label in labels)
+
+
+def test_drawings_in_chapters_are_those_of_the_site():
+    """docs/images holds the drawings that notebooks show outside of the site: `python docs/_ext/drawings.py`."""
+    spec = importlib.util.spec_from_file_location("drawings", ROOT / "docs" / "_ext" / "drawings.py")
+    drawings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawings)
+    images = {path.stem: path.read_text() for path in (ROOT / "docs" / "images").glob("*.svg")}
+    assert images == {name: drawings.alone(draw()) for name, draw in drawings.IN_CHAPTERS.items()}
+    prose = "\n".join(map(markdown, NOTEBOOKS))
+    assert set(re.findall(r"\(\.\./docs/images/(\w+)\.svg\)", prose)) == set(images)

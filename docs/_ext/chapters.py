@@ -9,7 +9,7 @@ import re
 import shutil
 
 import nbformat
-from drawings import attention_and_state, llama_to_llamba, special_cases
+from drawings import IN_CHAPTERS, llama_to_llamba, special_cases
 from moving import with_pictures
 from sphinx.errors import ExtensionError
 from way import NOTEBOOKS, ROOT, Chapter, chapter, contents, directives, fold, parts, routes
@@ -18,7 +18,7 @@ from llamba_ref.conventions import load_result
 
 PAGES, REFERENCE = ROOT / "docs" / "nbs", ROOT / "docs" / "api"
 
-DRAWING = re.compile(r"^<!-- drawing: (\w+) -->$", re.MULTILINE)  # only the site shows it, in the page's colours
+DRAWING = re.compile(r"^!\[[^\]]*\]\(\.\./docs/images/(\w+)\.svg\)$", re.MULTILINE)
 BLOCK = re.compile(r"^:::\{(exercise|solution)\}(.*?)\n(.*?)^:::$", re.DOTALL | re.MULTILINE)
 
 
@@ -63,14 +63,19 @@ def with_facts(title_cell: str, line: str) -> str:
     return f"{title}\n\n{line}\n{rest}"
 
 
+def with_drawings(prose: str) -> str:
+    """A cell whose drawings are a part of the page and take its colours; in a notebook they are files."""
+    return DRAWING.sub(r"```{raw} html\n:file: _\1.svg\n```", prose)
+
+
 def page(notebook: nbformat.NotebookNode, about: Chapter, run_time: str) -> nbformat.NotebookNode:
     """A notebook as MyST-NB wants it: no cells for machines only, long code folded, facts under the title."""
     cells, solving = [], False
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             solving = ":::{solution}" in cell.source
-            drawn = DRAWING.sub(r"```{raw} html\n:file: _\1.svg\n```", cell.source)
-            cells.append(nbformat.v4.new_markdown_cell(with_pictures(drawn), id=cell.id))
+            prose = with_pictures(with_drawings(cell.source))
+            cells.append(nbformat.v4.new_markdown_cell(prose, id=cell.id))
             continue
         found, body = directives(cell.source)
         if "hide" in found or found.get("eval") == "false" or not body:
@@ -120,10 +125,8 @@ def stage(app) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     times, exercises, modules, chapters = run_times(), [], [], {}
-    drawings = {"attention_and_state": attention_and_state, "llama_to_llamba": llama_to_llamba,
-                "special_cases": special_cases}
-    for name, draw in drawings.items():
-        (PAGES / f"_{name}.svg").write_text(draw())  # a chapter, docs/index.md and docs/map.md show them
+    for name, draw in (IN_CHAPTERS | {"llama_to_llamba": llama_to_llamba, "special_cases": special_cases}).items():
+        (PAGES / f"_{name}.svg").write_text(draw())  # chapters, docs/index.md and docs/map.md show them
     for name in (name for names in parts().values() for name in names):
         if name not in times:
             raise ExtensionError(f"nbs/{name}.ipynb was never timed: make notebooks RECORD=--record")

@@ -1,11 +1,14 @@
-"""The drawings of the site, as SVG that takes its colours from the page: what Llamba is, which model is which special
-case, and what attention and a recurrence remember."""
+"""Drawings of the site, as SVG that takes its colours from the page: what Llamba is, which model is which special
+case, what attention and a recurrence remember, and which tensors with which shapes go through a mixer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from html import escape
+from pathlib import Path
+from typing import NamedTuple
 
 
 def text(x: float, y: float, words: str, kind: str = "", anchor: str = "middle") -> str:
@@ -162,3 +165,215 @@ def attention_and_state() -> str:
             text(90, 282, "state", "small", "end"),
         ],
     )
+class Shapes(NamedTuple):
+    """What `mixer_shapes` draws: `rows` from top to bottom, of {key: (x, width, lines, kind)}, and `arrows` between."""
+
+    title: str  # what a screen reader says
+    rows: tuple[dict[str, tuple[float, float, tuple[str, ...], str]], ...]  # a box: its name and its shape
+    arrows: tuple[tuple[str, str], ...]  # from one key to another, down
+
+
+MIXERS = {
+    "gateloop": Shapes(
+        "Shapes in a GateLoop mixer. The input u of shape b, L, d goes through one linear map, which makes queries and "
+        "keys of shape b, L, H, K, values of shape b, L, H, P, gates of shape b, L, H, K and the output gate's input z "
+        "of shape b, L, d. Gates, keys and values make the state of shape b, H, K, P; the query reads it, which makes "
+        "y of shape b, L, H, P; its heads are joined, multiplied by SiLU of z, and projected to b, L, d.",
+        (
+            {"u": (360, 150, ("u", "(b, L, d)"), "")},
+            {"in": (360, 700, ("in_proj: one linear map",), "main")},
+            {
+                "q": (76, 132, ("q", "(b, L, H, K)"), ""),
+                "k": (218, 132, ("k", "(b, L, H, K)"), ""),
+                "v": (360, 132, ("v", "(b, L, H, P)"), ""),
+                "a": (502, 132, ("log |a|, φ", "(b, L, H, K)"), ""),
+                "z": (644, 132, ("z", "(b, L, d)"), ""),
+            },
+            {"S": (360, 330, ("S ← diag(a) S + kᵀv", "state (b, H, K, P), token by token"), "main")},
+            {"y": (185, 250, ("y = Re(q S)", "(b, L, H, P)"), "main")},
+            {"gated": (430, 400, ("y ∘ SiLU(z)", "heads joined: (b, L, d), d = H P"), "")},
+            {"out": (430, 250, ("out_proj", "(b, L, d)"), "main")},
+        ),
+        (
+            ("u", "in"), *(("in", key) for key in "qkvaz"), ("k", "S"), ("v", "S"), ("a", "S"), ("q", "y"), ("S", "y"),
+            ("y", "gated"), ("z", "gated"), ("gated", "out"),
+        ),
+    ),
+    "conv": Shapes(
+        "Shapes in the short convolution. The window of shape b, channels, W and the inputs x of shape b, L, channels "
+        "are joined to W + L inputs. W shifted copies of them, each times its tap, make y of shape b, L, channels; the "
+        "last W inputs are the next window.",
+        (
+            {
+                "before": (130, 220, ("window before", "(b, channels, W)"), ""),
+                "x": (390, 220, ("x", "(b, L, channels)"), ""),
+                "taps": (625, 170, ("weight", "(channels, 1, W)"), ""),
+            },
+            {"joined": (260, 480, ("joined", "W + L inputs of each channel"), "")},
+            {
+                "after": (130, 220, ("window after", "the last W: (b, channels, W)"), "main"),
+                "y": (490, 440, ("y: W shifted copies, each times its tap", "(b, L, channels)"), "main"),
+            },
+        ),
+        (("before", "joined"), ("x", "joined"), ("joined", "after"), ("joined", "y"), ("taps", "y")),
+    ),
+    "mamba2": Shapes(
+        "Shapes in Mamba-2's mixer. The input u of shape b, L, d goes through one linear map, which makes z of shape "
+        "b, L, H P, what enters the convolution of shape b, L, H P + 2 G N, and step sizes of shape b, L, H. The "
+        "convolution gives values x of shape b, L, H, P and keys B and queries C of shape b, L, G, N. They and the "
+        "decays make the state of shape b, H, P, N; the query reads y of shape b, L, H, P. It is gated with z, "
+        "normalised, and projected to b, L, d.",
+        (
+            {"u": (360, 150, ("u", "(b, L, d)"), "")},
+            {"in": (360, 700, ("in_proj: one linear map",), "main")},
+            {
+                "z": (76, 132, ("z", "(b, L, H P)"), ""),
+                "a": (232, 150, ("Δ, log a = Δ A", "(b, L, H)"), ""),
+                "conv": (516, 388, ("convolution of 4 taps, SiLU", "window (b, H P + 2 G N, 4)"), "main"),
+            },
+            {
+                "x": (384, 124, ("x", "(b, L, H, P)"), ""),
+                "B": (516, 124, ("B", "(b, L, G, N)"), ""),
+                "C": (648, 124, ("C", "(b, L, G, N)"), ""),
+            },
+            {"S": (368, 430, ("S ← a S + (Δ x) Bᵀ", "state (b, H, P, N), token by token"), "main")},
+            {"y": (505, 410, ("y = S C + D x", "(b, L, H, P)"), "")},
+            {"gated": (290, 560, ("norm(y ∘ SiLU(z))", "heads joined: (b, L, H P)"), "")},
+            {"out": (360, 250, ("out_proj", "(b, L, d)"), "main")},
+        ),
+        (
+            ("u", "in"), *(("in", key) for key in ("z", "a", "conv")), *(("conv", key) for key in "xBC"),
+            *((key, "S") for key in "axB"), ("S", "y"), ("C", "y"), ("y", "gated"), ("z", "gated"), ("gated", "out"),
+        ),
+    ),
+    "attention": Shapes(
+        "Shapes in Llama's attention. The input u of shape b, L, d goes through three linear maps, which make queries "
+        "of shape b, H, L, d_h and keys and values of shape b, H_kv, L, d_h. Queries and keys are rotated by their "
+        "positions. Keys and values join the cache, which grows with each token. A softmax over the scores gives the "
+        "matrix A of shape b, H, L, L, which multiplies the values; the heads are joined and projected to b, L, d.",
+        (
+            {"u": (360, 150, ("u", "(b, L, d)"), "")},
+            {"in": (360, 700, ("q_proj, k_proj, v_proj: linear maps",), "main")},
+            {
+                "q": (120, 200, ("q", "(b, H, L, d_h)"), ""),
+                "k": (370, 200, ("k", "(b, H_kv, L, d_h)"), ""),
+                "v": (600, 200, ("v", "(b, H_kv, L, d_h)"), ""),
+            },
+            {
+                "turned": (120, 200, ("R_t q", "turned by position"), ""),
+                "keys": (370, 200, ("R_t k", "turned by position"), ""),
+            },
+            {"cache": (485, 430, ("cache of k and v", "2 × (b, H_kv, tokens so far, d_h): it grows"), "main")},
+            {"A": (205, 370, ("A = softmax(q kᵀ / √d_h), causal", "(b, H, L, L), each k for H / H_kv heads"), "main")},
+            {"y": (430, 400, ("y = A v", "(b, H, L, d_h)"), "")},
+            {"out": (430, 400, ("o_proj", "heads joined, (b, L, d)"), "main")},
+        ),
+        (
+            ("u", "in"), *(("in", key) for key in "qkv"), ("q", "turned"), ("k", "keys"), ("keys", "cache"),
+            ("v", "cache"), ("turned", "A"), ("cache", "A"), ("cache", "y"), ("A", "y"), ("y", "out"),
+        ),
+    ),
+    "discrete": Shapes(
+        "Shapes in Llamba's mixer. The input u of shape b, L, d goes through one linear map, which makes z of shape "
+        "b, L, d, what enters the convolution, and alpha of shape b, L, H. The convolution gives values x of shape "
+        "b, L, H, P and for each head its own keys B and queries C of shape b, L, H, N. They and the decays make the "
+        "state of shape b, H, P, N; the query reads y of shape b, L, H, P. It is gated with z and projected to "
+        "b, L, d. There is no step size and no norm.",
+        (
+            {"u": (360, 150, ("u", "(b, L, d)"), "")},
+            {"in": (360, 700, ("in_proj: one linear map",), "main")},
+            {
+                "z": (76, 132, ("z", "(b, L, d)"), ""),
+                "a": (232, 150, ("log a = log σ(α)", "(b, L, H)"), ""),
+                "conv": (516, 388, ("convolution of 4 taps", "window (b, H P + 2 H N, 4)"), "main"),
+            },
+            {
+                "x": (384, 124, ("x", "(b, L, H, P)"), ""),
+                "B": (516, 124, ("B", "(b, L, H, N)"), ""),
+                "C": (648, 124, ("C", "(b, L, H, N)"), ""),
+            },
+            {"S": (368, 430, ("S ← a S + x Bᵀ", "state (b, H, P, N), token by token"), "main")},
+            {"y": (505, 410, ("y = S C + D x", "(b, L, H, P)"), "")},
+            {"gated": (290, 560, ("y ∘ SiLU(z + b_z)", "heads joined: (b, L, d), d = H P"), "")},
+            {"out": (360, 250, ("out_proj", "(b, L, d)"), "main")},
+        ),
+        (
+            ("u", "in"), *(("in", key) for key in ("z", "a", "conv")), *(("conv", key) for key in "xBC"),
+            *((key, "S") for key in "axB"), ("S", "y"), ("C", "y"), ("y", "gated"), ("z", "gated"), ("gated", "out"),
+        ),
+    ),
+    "rotation": Shapes(
+        "Shapes in a mixer whose keys turn. The input u of shape b, L, d makes values x, decays, keys B and queries C "
+        "as in Llamba's mixer, and turns phi of shape b, L, G, N/2. Their running sum, the angle Phi, rotates keys and "
+        "queries, whose shape b, L, G, N stays. The state has the shape b, H, P, N as before, and beside it one angle "
+        "of shape b, G, N/2 is remembered. Gate and output projection are those of Llamba's mixer.",
+        (
+            {"u": (360, 150, ("u", "(b, L, d)"), "")},
+            {
+                "in": (215, 410, ("in_proj, convolution", "as in Llamba's mixer"), ""),
+                "turn": (575, 270, ("φ = ω · speed of the token", "(b, L, G, N/2)"), "main"),
+            },
+            {
+                "x": (105, 190, ("x, log a", "(b, L, H, P), (b, L, H)"), ""),
+                "BC": (310, 170, ("B, C", "(b, L, G, N)"), ""),
+                "angle": (575, 270, ("Φ: sum of φ so far", "state: angle (b, G, N/2)"), "main"),
+            },
+            {"turned": (440, 430, ("R(Φ) B, R(Φ) C", "(b, L, G, N)"), "main")},
+            {"S": (330, 620, ("S ← a S + x (R(Φ) B)ᵀ", "state (b, H, P, N), token by token"), "")},
+            {"out": (330, 620, ("y = S R(Φ) C + D x, gate, out_proj", "as in Llamba's mixer, (b, L, d)"), "")},
+        ),
+        (
+            ("u", "in"), ("u", "turn"), ("in", "x"), ("in", "BC"), ("turn", "angle"), ("BC", "turned"),
+            ("angle", "turned"), ("x", "S"), ("turned", "S"), ("S", "out"),
+        ),
+    ),
+}  # fmt: skip
+
+
+def mixer_shapes(name: str) -> str:
+    """The tensors of a mixer and their shapes, from its input to its output; `name` is a key of `MIXERS`."""
+    shapes, tall, gap = MIXERS[name], 54, 36
+    height = len(shapes.rows) * (tall + gap) - gap + 12
+    places = {key: (x, 6 + tall / 2 + i * (tall + gap), width) for i, row in enumerate(shapes.rows)
+              for key, (x, width, _, _) in row.items()}
+    lines = []
+    for start, end in shapes.arrows:
+        (x1, y1, wide1), (x2, y2, wide2) = places[start], places[end]
+        reach1, reach2 = wide1 / 2 - 16, wide2 / 2 - 16
+        left, right = max(x1 - reach1, x2 - reach2), min(x1 + reach1, x2 + reach2)
+        if left <= right:  # one box stands above the other: straight down
+            x1 = x2 = (left + right) / 2
+        else:
+            x1, x2 = (right, left) if x1 < x2 else (left, right)
+        lines.append(arrow(x1, y1 + tall / 2, x2, y2 - tall / 2 - 2))
+    boxes = [box(*places[key][:2], width, tall, words, kind)
+             for row in shapes.rows for key, (_, width, words, kind) in row.items()]
+    return drawing(720, height, shapes.title, [*lines, *boxes])
+
+
+STYLE = """<style>
+:root { color: #222832; font-family: sans-serif; }
+@media (prefers-color-scheme: dark) { :root { color: #ced6dd; background: #14181e; } }
+text { fill: currentColor; font-size: 16px; }
+.name { font-weight: 600; }
+.small { font-size: 14.5px; opacity: 0.8; }
+rect { fill: none; stroke: currentColor; stroke-opacity: 0.4; }
+.main rect { stroke-opacity: 1; stroke-width: 2; }
+.arrow { stroke: currentColor; stroke-width: 1.5; fill: none; }
+marker path { fill: currentColor; }
+</style>"""
+
+
+def alone(picture: str) -> str:
+    """A drawing as a file of its own, for a notebook that is read outside of the site."""
+    svg = picture[picture.index("<svg") : picture.index("</svg>")]
+    head, rest = svg.split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{STYLE}{rest}</svg>\n'
+
+
+IN_CHAPTERS = {"attention_and_state": attention_and_state} | {
+    f"shapes_{name}": partial(mixer_shapes, name) for name in MIXERS}  # what notebooks show
+
+if __name__ == "__main__":  # docs/images holds them for readers outside of the site
+    for name, draw in IN_CHAPTERS.items():
+        (Path(__file__).resolve().parents[1] / "images" / f"{name}.svg").write_text(alone(draw()))
