@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import nbformat
-from drawings import llama_to_llamba, special_cases
+from drawings import MIXERS, llama_to_llamba, mixer_shapes, special_cases
 from sphinx.errors import ExtensionError
 
 from llamba_ref.conventions import load_result
@@ -150,6 +150,8 @@ def stage(app) -> None:
     (PAGES / "_modules.md").write_text("\n".join(modules))  # docs/api.md includes it
     (PAGES / "_llama_to_llamba.svg").write_text(llama_to_llamba())  # docs/index.md shows it
     (PAGES / "_special_cases.svg").write_text(special_cases())  # docs/map.md shows it
+    for mixer in MIXERS:
+        (PAGES / f"_shapes_{mixer}.svg").write_text(mixer_shapes(mixer))  # the mixer's chapter shows it
 
 
 def setup(app):

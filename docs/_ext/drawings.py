@@ -1,11 +1,12 @@
-"""Two drawings of the site, as SVG that takes its colours from the page: what Llamba is, and which model is which
-special case."""
+"""Drawings of the site, as SVG that takes its colours from the page: what Llamba is, which model is which special
+case, and which tensors with which shapes go through a mixer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from html import escape
+from typing import NamedTuple
 
 
 def text(x: float, y: float, words: str, kind: str = "", anchor: str = "middle") -> str:
@@ -127,3 +128,61 @@ def llama_to_llamba() -> str:
             *column(right, "Llamba", "Mamba-2", recurrence, "its memory stays the same"),
         ],
     )
+
+
+class Shapes(NamedTuple):
+    """What `mixer_shapes` draws: `rows` from top to bottom, of {key: (x, width, lines, kind)}, and `arrows` between."""
+
+    title: str  # what a screen reader says
+    rows: tuple[dict[str, tuple[float, float, tuple[str, ...], str]], ...]  # a box: its name and its shape
+    arrows: tuple[tuple[str, str], ...]  # from one key to another, down
+
+
+MIXERS = {
+    "gateloop": Shapes(
+        "Shapes in a GateLoop mixer. The input u of shape b, L, d goes through one linear map, which makes queries and "
+        "keys of shape b, L, H, K, values of shape b, L, H, P, gates of shape b, L, H, K and the output gate's input z "
+        "of shape b, L, d. Gates, keys and values make the state of shape b, H, K, P; the query reads it, which makes "
+        "y of shape b, L, H, P; its heads are joined, multiplied by SiLU of z, and projected to b, L, d.",
+        (
+            {"u": (360, 150, ("u", "(b, L, d)"), "")},
+            {"in": (360, 700, ("in_proj: one linear map",), "main")},
+            {
+                "q": (76, 132, ("q", "(b, L, H, K)"), ""),
+                "k": (218, 132, ("k", "(b, L, H, K)"), ""),
+                "v": (360, 132, ("v", "(b, L, H, P)"), ""),
+                "a": (502, 132, ("log |a|, φ", "(b, L, H, K)"), ""),
+                "z": (644, 132, ("z", "(b, L, d)"), ""),
+            },
+            {"S": (360, 330, ("S ← diag(a) S + kᵀv", "state (b, H, K, P), token by token"), "main")},
+            {"y": (185, 250, ("y = Re(q S)", "(b, L, H, P)"), "main")},
+            {"gated": (430, 400, ("y ∘ SiLU(z)", "heads joined: (b, L, d), d = H P"), "")},
+            {"out": (430, 250, ("out_proj", "(b, L, d)"), "main")},
+        ),
+        (
+            ("u", "in"), *(("in", key) for key in "qkvaz"), ("k", "S"), ("v", "S"), ("a", "S"), ("q", "y"), ("S", "y"),
+            ("y", "gated"), ("z", "gated"), ("gated", "out"),
+        ),
+    ),
+}  # fmt: skip
+
+
+def mixer_shapes(name: str) -> str:
+    """The tensors of a mixer and their shapes, from its input to its output; `name` is a key of `MIXERS`."""
+    shapes, tall, gap = MIXERS[name], 54, 36
+    height = len(shapes.rows) * (tall + gap) - gap + 12
+    places = {key: (x, 6 + tall / 2 + i * (tall + gap), width) for i, row in enumerate(shapes.rows)
+              for key, (x, width, _, _) in row.items()}
+    lines = []
+    for start, end in shapes.arrows:
+        (x1, y1, wide1), (x2, y2, wide2) = places[start], places[end]
+        reach1, reach2 = wide1 / 2 - 16, wide2 / 2 - 16
+        left, right = max(x1 - reach1, x2 - reach2), min(x1 + reach1, x2 + reach2)
+        if left <= right:  # one box stands above the other: straight down
+            x1 = x2 = (left + right) / 2
+        else:
+            x1, x2 = (right, left) if x1 < x2 else (left, right)
+        lines.append(arrow(x1, y1 + tall / 2, x2, y2 - tall / 2 - 2))
+    boxes = [box(*places[key][:2], width, tall, words, kind)
+             for row in shapes.rows for key, (_, width, words, kind) in row.items()]
+    return drawing(720, height, shapes.title, [*lines, *boxes])
