@@ -404,7 +404,7 @@ def unpair(
 
 
 def llama3_factors(theta: float, head_dim: int, scaling: dict) -> Tensor:
-    """By how much Llama 3 slows down each rotation, (head_dim / 2,): what a GGUF stores as `rope_freqs.weight`."""
+    """By how much Llama 3 slows down each rotation, `(head_dim / 2,)`: what a GGUF stores as `rope_freqs.weight`."""
     low, high, original = (scaling[name] for name in _SCALINGS["llama3"][1:])
     turns = original / (2 * math.pi) * theta ** -(torch.arange(0, head_dim, 2) / head_dim)  # over the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)

@@ -276,7 +276,7 @@ def check_ids(
     attention_mask: Tensor | None = None,  # of the same shape
     starts: Tensor | None = None,  # bool, of the same shape
 ) -> None:
-    """Raise ValueError for anything but (batch, len >= 1) integer ids of the vocabulary and masks of that shape."""
+    """Raise ValueError for anything but integer ids of the vocabulary, `(batch, len)`, and masks of that shape."""
     shape = tuple(input_ids.shape)
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids has shape {shape}: it must be (batch, len) with at least one token")
@@ -439,9 +439,9 @@ def generate(
 class Decoder(nn.Module):
     """A language model: backbone and head. Which model it is depends on the mixers alone.
 
-    A mixer is a module with `forward(u)` -> y, `forward(u, state)` -> (y, state), `step(u_t, state)` -> (y_t, state),
-    `matrix(u)` -> (batch, heads, len, len) and `init_state(batch)`; `forward` takes `padding=` and `starts=`, `matrix`
-    the latter. It may have `step_in_place(u_t, state)`, which overwrites the state."""
+    A mixer is a module with `forward(u) -> y`, `forward(u, state) -> (y, state)`, `step(u_t, state) -> (y_t, state)`,
+    `matrix(u)`, of shape `(batch, heads, len, len)`, and `init_state(batch)`; `forward` takes `padding=` and `starts=`,
+    `matrix` the latter. It may have `step_in_place(u_t, state)`, which overwrites the state."""
 
     embed, hidden, prefill, read, generate, walk = embed, hidden, prefill, read, generate, walk  # the functions above
 

@@ -37,7 +37,7 @@ def log_decay_to_end(
     """For each token, the log of the decay from it to the end. Every sum only adds, so nothing cancels."""
     return F.pad(log_a[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
 
-
+# %% ../nbs/03_gateloop.ipynb #e7dbf700
 def _surrogate_attention(q, k, log_a):
     """The lower triangular matrix T, real gates: q and k (... l d), log_a (... l d) or (... l 1)."""
     length = q.shape[-2]
@@ -164,7 +164,7 @@ def gateloop_matrix(
     log_a: Float[Tensor, "batch len heads #key"],  # log of the gates' magnitudes; a last size of 1: one gate a head
     phase: Float[Tensor, "batch len heads #key"] | None = None,  # radians that the gates turn by; None: real gates
 ) -> Inexact[Tensor, "batch heads len len"]:  # T, lower triangular, at the precision of q; y = T @ v head by head
-    """The surrogate attention matrix: for s <= t, the sum over keys of $q_t k_s a_{s+1} ... a_t$ (Katsch 2023).
+    """The surrogate attention matrix $T_{ts} = \\sum_d q_{td} k_{sd} a_{s+1,d} ... a_{td}$, $s \\le t$ (Katsch 2023).
 
     Complex when phase is given or an input is complex. Raises ValueError as `gateloop` does."""
     log_a, phase, queries, keys = _promote(log_a, phase, q, k)

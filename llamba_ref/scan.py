@@ -34,7 +34,7 @@ def recurrence_step(
     update: Inexact[Tensor, "*#shape"],  # what comes in
     out: Inexact[Tensor, "*shape"] | None = None,  # where to put the result, perhaps `state` itself; None: new memory
 ) -> Inexact[Tensor, "*#shape"]:
-    """One step a * state + update. Large terms are added last: unit * state + (residual * state + update)."""
+    """One step `a * state + update`. Large terms are added last: `unit * state + (residual * state + update)`."""
     return torch.addcmul(torch.addcmul(update, residual, state), unit, state, out=out)
 
 
@@ -142,9 +142,9 @@ class _Scan(torch.autograd.Function):
 
 
 def _gate_gradient(adjoint, dx, before, *gates):
-    """Gradients of log_a and, with complex gates, of phase: real and imaginary part of w."""
-    w = dx * (polar_gate(*gates, conjugate=adjoint) * before).conj()
-    parts = (w,) if len(gates) == 1 else (w.real, -w.imag if adjoint else w.imag)
+    """Gradients of log_a and, with complex gates, of phase: real and imaginary part of a product."""
+    product = dx * (polar_gate(*gates, conjugate=adjoint) * before).conj()
+    parts = (product,) if len(gates) == 1 else (product.real, -product.imag if adjoint else product.imag)
     return [part.sum_to_size(z.shape).contiguous() for part, z in zip(parts, gates)]
 
 # %% ../nbs/02_scan.ipynb #f849fd00

@@ -32,9 +32,10 @@ def fit_head(
     C: Float[Tensor, "batch parts len width"],  # queries, in the same parts
     decays: Float[Tensor, "decays"],  # to choose from
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "weights"], Float[Tensor, ""]]:  # decay, weights, relative error
-    """The decay a and weights w for which sum_i w_i a^(t-s) C_ti . B_si + w_D [t = s] acts on x as the teacher's.
+    """The decay $a$ and weights $w$ for which $\\sum_i w_i a^{t-s} C_{ti} \\cdot B_{si} + w_D [t = s]$ acts on `x` as
+    the teacher's.
 
-    Least squares for each decay; the best of them. The weights are those of the parts in order, then w_D."""
+    Least squares for each decay; the best of them. The weights are those of the parts in order, then $w_D$."""
     target, fits, tiny = attention @ x, [], torch.finfo(x.dtype).tiny
     values = repeat(x, "b l p -> b l i p", i=B.shape[1])
     keys, queries = (rearrange(z, "b i l n -> b l i n") for z in (B, C))

@@ -206,7 +206,7 @@ def warmup_stable_decay(
 ) -> float:  # learning rate of this step
     """Linear up to `lr`, level, linear down to `floor`: a function of the step alone, a resumed run needs no state.
 
-    The corners of this trapezoid are at step -1 (nothing yet), warmup * steps and (1 - decay) * steps - 1 (both `lr`),
+    The corners of this trapezoid are at step -1 (nothing yet), `warmup * steps`, `(1 - decay) * steps - 1` (both `lr`),
     and at step `steps`, the first that is not taken (`floor`): every step taken has a learning rate worth taking."""
     up, down = stage.warmup * stage.steps, stage.decay * stage.steps
     rise = min(1.0, (step + 1) / (up + 1))

@@ -42,7 +42,7 @@ def gates_after(log_a_ptr, t, end, stride, gate, gates):
 # %% ../../nbs/24_gateloop_kernel.ipynb #de9dabd0
 @triton.jit
 def gates_between(log_a_ptr, begin, end, stride, gate, gates, SUB: tl.constexpr):
-    """Entry (t, s, channel) for tokens of one sub-block: the product of the gates after s up to t; 1 for t <= s."""
+    """Entry (t, s, channel) for tokens of one sub-block: the product of the gates after s up to t; 1 for $t \\le s$."""
     one = tl.arange(0, SUB)
     logs = load_rows(log_a_ptr, begin + one, stride, begin + one < end, gate, gates)
     later = (one[:, None] > one[None, :])[:, :, None]
@@ -128,7 +128,7 @@ def read_kernel(
     R: tl.constexpr, REPEAT: tl.constexpr, ADJOINT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
 ):
-    """Program (row, chunk, block): BP columns of y = T v + (q o gates) S; ADJOINT: of dv = T^T dy + (k o gates) dS."""
+    """Program (row, chunk, block): BP columns of $y = Tv + (q \\circ a)S$; ADJOINT: $dv = T^T dy + (k \\circ a)dS$."""
     rows: tl.constexpr = 1 if ADJOINT else R  # this program's rows of q and of the result
     row, chunk, one = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, Q)
     line, query = row // rows, row % rows
@@ -214,7 +214,7 @@ def gateloop_forward(
     phase: Float[Tensor, "batch len heads gates"] | None,  # radians; in q and k already, for the gradient
     start: Float[Tensor, "batch heads key value"],  # the state before the first token, float32
 ) -> tuple[Tensor, Tensor]:  # y (batch, len, heads, queries, value), dtype of q, and the state after the last token
-    """y_t = q_t S_t of S_t = diag(exp(log_a_t)) S_{t-1} + k_t^T v_t, in chunks (Yang et al. 2024, section 4).
+    """$y_t = q_t S_t$ of $S_t = diag(a_t) S_{t-1} + k_t^T v_t$, in chunks (Yang et al. 2024, section 4).
 
     All tensors are contiguous, and key / gates is a power of 2."""
     sizes, tiles = _sizes(q, v, log_a), _tiles(q)
@@ -229,7 +229,7 @@ def matrix_gradient_kernel(
     dy_ptr, v_ptr, out_ptr, length, heads, value,
     R: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr,
 ):
-    """Program (row, chunk): the gradient of T, dT = dy v^T, for one query."""
+    """Program (row, chunk): the gradient of $T$, $dT = dy\\, v^T$, for one query."""
     row, t, one = tl.program_id(0).to(tl.int64), tl.program_id(1) * Q + tl.arange(0, Q), tl.arange(0, Q)
     batch, head, query = row // R // heads, row // R % heads, row % R
     own, token = batch * length * heads + head, t.to(tl.int64) * heads

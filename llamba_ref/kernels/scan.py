@@ -21,7 +21,7 @@ __all__ = ['scan_op', 'scan_backward_op', 'expm1', 'combine', 'combine_complex',
 # %% ../../nbs/21_scan_kernel.ipynb #4eed0454
 @triton.jit
 def expm1(x):
-    """exp(x) - 1 for x <= 0, with all its digits near 0, where the sum of a series takes over."""
+    """$e^x - 1$ for $x \\le 0$, with all its digits near 0, where the sum of a series takes over."""
     x = tl.maximum(x, -100.0)  # below, the result is -1 already, and powers of x overflow
     series = 1.0 + x / 9
     for i in tl.static_range(1, 8):
@@ -31,7 +31,7 @@ def expm1(x):
 
 @triton.jit
 def combine(r1, x1, r2, x2):
-    """Two steps in one, gates written as 1 + r: first (r1, x1), then (r2, x2)."""
+    """Two steps in one, gates written as $1 + r$: first $(r_1, x_1)$, then $(r_2, x_2)$."""
     return r1 + r2 + r1 * r2, x1 + (r2 * x1 + x2)
 
 
@@ -56,7 +56,7 @@ def cos_sin(angle):
 
 @triton.jit
 def rotate(c, s, x, y):
-    """(c + i s) (x + i y)"""
+    """Multiply: $(c + i s) (x + i y)$"""
     return c * x - s * y, c * y + s * x
 
 
@@ -193,7 +193,7 @@ def scan_forward(
     phase: Float[Tensor, "batch len gates"] | None,  # radians that the gates turn by, float32
     start: Shaped[Tensor, "batch width"],  # the state before the first token, float32 or complex64
 ) -> Shaped[Tensor, "batch len width"]:  # all states, dtype of x
-    """h_t = exp(log_a_t + i phase_t) h_{t-1} + x_t on the device of x. All tensors contiguous."""
+    """$h_t = e^{\\log |a_t| + i \\varphi_t} h_{t-1} + x_t$ on the device of `x`. All tensors contiguous."""
     h, parts = torch.empty_like(x), _parts(x)
     _run(x, log_a, phase, _enter(x, log_a, phase, start, parts, False), h, parts=parts)
     return h

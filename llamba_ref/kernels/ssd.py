@@ -33,7 +33,7 @@ __all__ = ['ssd_op', 'ssd_backward_op', 'step_op', 'step_in_place_op', 'sums_of_
 # %% ../../nbs/23_ssd_kernels.ipynb #5f0d76a6
 @triton.jit
 def sums_of_logs(log_a_ptr, t, end, heads):
-    """In a chunk: log_a_1 + ... + log_a_t for every t, and the sum of all, in float64; exp(-10000) is 0 anyway."""
+    """In a chunk: $\\log a_1 + ... + \\log a_t$ for every $t$, and the sum of all, in float64; $e^{-10000}$ is 0."""
     log_a = tl.load(log_a_ptr + t.to(tl.int64) * heads, t < end, other=0.0)
     log_a = tl.maximum(log_a, -1e4).to(tl.float64)
     return tl.cumsum(log_a, 0), tl.sum(log_a, 0)
@@ -54,7 +54,7 @@ def chunk_states_kernel(
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     ADJOINT: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Program (row and chunk, head, block of the state): what the chunk adds to the state, x^T B decayed to its end.
+    """Program (row and chunk, head, block of the state): what the chunk adds to the state, $x^T B$ decayed to its end.
 
     ADJOINT, with gradients of outputs for x and C for B: what the outputs send back to the state that entered."""
     chunk, row = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
