@@ -26,7 +26,7 @@ from .ssd import ssd, ssd_matrix
 # %% auto #0
 __all__ = ['Mode', 'SLOWEST', 'before', 'in_each_head', 'local', 'trapezoid_step', 'trapezoid', 'trapezoid_matrix', 'Mamba3State',
            'Projected3', 'check_mamba3', 'reset_parameters', 'init_state', 'project', 'spread', 'gate_and_project',
-           'Mamba3', 'Mamba3Config', 'Mamba3LM']
+           'step', 'matrices', 'matrix', 'Mamba3', 'Mamba3Config', 'Mamba3LM']
 
 # %% ../nbs/28_mamba3.ipynb #fcc2642e
 Mode = Literal["recurrent", "scan", "attention", "chunked"]
@@ -83,7 +83,7 @@ def trapezoid_step(
     state = recurrence_step(state.to(wide), *split_gate(log_a_t), update)
     return rearrange(state @ C.mT, "b h p r -> b r h p").to(x_t.dtype), state
 
-# %% ../nbs/28_mamba3.ipynb #3ecf32b4
+# %% ../nbs/28_mamba3.ipynb #e5ea3867
 def _by_scan(x, log_a, B, C, state, rank):
     """A state for each token, in one scan; keys and queries for each head."""
     x, B, C = (z.to(log_a.dtype) for z in (x, B, C))
@@ -91,7 +91,7 @@ def _by_scan(x, log_a, B, C, state, rank):
     S = linear_scan(log_a[..., None, None], updates, initial_state=state)
     return torch.einsum("blhpn,blrhn->blrhp", S, C), S[:, -1]
 
-
+# %% ../nbs/28_mamba3.ipynb #2e3395a9
 def _by_ssd(x, log_a, B, C, state, rank, **options):
     """The R values of a token one after the other, of which the first alone decays; then what a query came too early
     for."""
@@ -101,7 +101,7 @@ def _by_ssd(x, log_a, B, C, state, rank, **options):
     y = rearrange(y, "b (l r) h p -> b l r h p", r=rank)
     return (y if rank == 1 else y + local(C, B, x, diagonal=1)), state
 
-# %% ../nbs/28_mamba3.ipynb #6815cd77
+# %% ../nbs/28_mamba3.ipynb #97cb2f6e
 @checked(same="x B C", groups="heads")
 def trapezoid(
     x: Float[Tensor, "batch len rank heads headdim"],  # values; a token writes `rank` of them
@@ -118,9 +118,9 @@ def trapezoid(
     B_before: Float[Tensor, "batch rank groups state"] | None = None,  # its keys; None: 0
     return_state: bool = False,  # also return the state after the last token
 ) -> Float[Tensor, "batch len rank heads headdim"] | tuple[Tensor, Tensor]:  # y, dtype of x; the state, wide
-    """Mamba-3's recurrence: $S_t = a_t S_{t-1} + \\beta_t X_{t-1} B_{t-1}^T + \\gamma_t X_t B_t^T$, $Y_t = S_t C_t$ in each
-    head, $\\beta_t = (1 - \\lambda_t) \\Delta_t a_t$, $\\gamma_t = \\lambda_t \\Delta_t$ (Lahoti et al. 2026). It is one `ssd`
-    or `linear_scan` of what the token before wrote, and what each token reads of itself.
+    """Mamba-3's recurrence (Lahoti et al. 2026), by one `ssd` or `linear_scan` of what the token before wrote, and what
+    each token reads of itself: $S_t = a_t S_{t-1} + \\beta_t X_{t-1} B_{t-1}^T + \\gamma_t X_t B_t^T$, $Y_t = S_t C_t$
+    with $\\beta_t = (1 - \\lambda_t) \\Delta_t a_t$ and $\\gamma_t = \\lambda_t \\Delta_t$.
 
     To go on from a state, give the values and keys of its last token, too. Raises ValueError when an argument is not
     what the signature says, the sequence is empty or a log_a is positive."""
@@ -259,7 +259,34 @@ def gate_and_project(mixer, y, x, z):
     y = y.squeeze(-3) if mixer.rank == 1 else (y * mixer.rank_y.to(y.dtype)).sum(-3)
     return mixer.out_proj(rearrange(y, "... h p -> ... (h p)"))
 
-# %% ../nbs/28_mamba3.ipynb #dea0b74c
+# %% ../nbs/28_mamba3.ipynb #95c4eac9
+def step(
+    mixer: Mamba3, u_t: Float[Tensor, "batch d_model"],  # one token
+    state: Mamba3State,  # what is remembered of those before; it stays valid
+) -> tuple[Float[Tensor, "batch d_model"], Mamba3State]:
+    """One token, for decoding."""
+    x, dt, log_a, lam, B, C, z, angle = (part[:, 0] for part in mixer.project(u_t[:, None], state))
+    values, x_before = (mixer.spread(part.to(x.dtype), mixer.rank_x) for part in (x, state.x))
+    y, ssm = trapezoid_step(values, dt, log_a, lam, B, C, state.ssm, x_before, state.B.to(B.dtype))
+    return mixer.gate_and_project(y, values, z), Mamba3State(ssm, angle, x, B)
+
+
+def matrices(
+    mixer: Mamba3, u: Float[Tensor, "batch len d_model"],  # normed hidden states
+    starts: Bool[Tensor, "batch len"] | None = None,  # where a document begins, which sees nothing from before
+) -> Float[Tensor, "batch heads rank rank len len"]:
+    """The matrix from each of a head's R values to each of its R outputs, D on the diagonal."""
+    p = mixer.project(u, None, None, starts)
+    return trapezoid_matrix(p.dt, p.log_a, p.lam, p.B, p.C, mixer.D)
+
+
+def matrix(mixer: Mamba3, u: Float[Tensor, "batch len d_model"], starts=None) -> Float[Tensor, "batch heads len len"]:
+    """The matrix that each head applies to its x. Raises ValueError for a rank above 1, where there is no such."""
+    if mixer.rank > 1:
+        raise ValueError(f"rank is {mixer.rank}: a head then has rank x rank matrices, see `matrices`, and not one")
+    return mixer.matrices(u, starts)[:, :, 0, 0]
+
+# %% ../nbs/28_mamba3.ipynb #bc4b7607
 class Mamba3(nn.Module):
     """Mamba-3's mixer (Lahoti et al. 2026): trapezoidal rule, turning keys and queries, R values a token, no
     convolution. Raises ValueError as `check_mamba3`."""
@@ -294,7 +321,7 @@ class Mamba3(nn.Module):
         self.reset_parameters()
 
     reset_parameters, init_state, project = reset_parameters, init_state, project
-    spread, gate_and_project = spread, gate_and_project
+    spread, gate_and_project, step, matrices, matrix = spread, gate_and_project, step, matrices, matrix
 
     def forward(
         self, u: Float[Tensor, "batch len d_model"],  # normed hidden states
@@ -311,24 +338,6 @@ class Mamba3(nn.Module):
         y, ssm = trapezoid(x, p.dt, p.log_a, p.lam, p.B, p.C, return_state=True, **options)
         y = self.gate_and_project(y, x, p.z)
         return y if state is None else (y, Mamba3State(ssm, *(z[:, -1].clone() for z in (p.angle, p.x, p.B))))
-
-    def step(self, u_t: Float[Tensor, "batch d_model"], state: Mamba3State) -> tuple[Tensor, Mamba3State]:
-        """One token: (batch, d_model) in and out. The old state stays valid."""
-        x, dt, log_a, lam, B, C, z, angle = (part[:, 0] for part in self.project(u_t[:, None], state))
-        values, x_before = (self.spread(part.to(x.dtype), self.rank_x) for part in (x, state.x))
-        y, ssm = trapezoid_step(values, dt, log_a, lam, B, C, state.ssm, x_before, state.B.to(B.dtype))
-        return self.gate_and_project(y, values, z), Mamba3State(ssm, angle, x, B)
-
-    def matrices(self, u: Float[Tensor, "batch len d_model"], starts=None):
-        """The matrix from each of a head's R values to each of its R outputs: (batch, heads, rank, rank, len, len)."""
-        p = self.project(u, None, None, starts)
-        return trapezoid_matrix(p.dt, p.log_a, p.lam, p.B, p.C, self.D)
-
-    def matrix(self, u: Float[Tensor, "batch len d_model"], starts=None) -> Float[Tensor, "batch heads len len"]:
-        """The matrix that each head applies to its x. Raises ValueError for a rank above 1, where there is no such."""
-        if self.rank > 1:
-            raise ValueError(f"rank is {self.rank}: a head then has rank x rank matrices, see `matrices`, and not one")
-        return self.matrices(u, starts)[:, :, 0, 0]
 
 # %% ../nbs/28_mamba3.ipynb #032c9b44
 class Mamba3Config(ModelConfig):

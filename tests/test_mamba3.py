@@ -2,7 +2,10 @@
 language model, and the official kernel where it is installed."""
 
 import copy
+import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from small import VOCAB, llama_config, one_line, shaken
 
 from llamba_ref.conventions import relative_error
+from llamba_ref.data import Batches
 from llamba_ref.llama import Llama
 from llamba_ref.llamba import Llamba
 from llamba_ref.mamba3 import (
@@ -430,13 +434,32 @@ def test_student_of_mohawk():
         last = objective(ids, lambda loss: loss.backward())
     assert (last < first).all()
     before = copy.deepcopy(student.state_dict())
-    from llamba_ref.data import Batches
     data = Batches(torch.randint(VOCAB, (8, 20)), 4, 0)
     stages = [Stage(name, 1, 1e-3) for name in ("orientation", "alignment", "distillation")]
     records = distill(teacher, student, data, stages, progress=False)
     assert len(records) == 3 and all(math.isfinite(record["loss"]) for record in records)
     assert not torch.equal(before["backbone.layers.0.mixer.in_proj.weight"],
                            student.state_dict()["backbone.layers.0.mixer.in_proj.weight"].cpu())
+
+
+# The exercises
+
+
+CHAPTER = json.loads((Path(__file__).parent.parent / "nbs" / "28_mamba3.ipynb").read_text())["cells"]
+PROSE = "".join("".join(cell["source"]) + "\n" for cell in CHAPTER if cell["cell_type"] == "markdown")
+SOLUTIONS = re.findall(r"^```python\n(.*?)^```$", PROSE, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("code", SOLUTIONS)
+def test_solution_runs(code):
+    """With what the chapter imports and defines; each ends in an assertion."""
+    names, wanted = {"__name__": "chapter"}, r"\A(#\| export\n)?(from|import) |\A(#\| exports\n)?def "
+    for cell in CHAPTER:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and re.search(wanted, source):
+            exec(source, names)
+    exec(code + "\n", names | {name: globals()[name] for name in ("trapezoid",)})
+    assert "assert" in code and len(SOLUTIONS) == 2
 
 
 # Against the official implementation
