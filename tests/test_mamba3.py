@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import VOCAB, llama_config, one_line, shaken
 
+from llamba_ref import mamba3
 from llamba_ref.conventions import relative_error
 from llamba_ref.data import Batches
 from llamba_ref.llama import Llama
@@ -453,12 +454,12 @@ SOLUTIONS = re.findall(r"^```python\n(.*?)^```$", PROSE, re.DOTALL | re.MULTILIN
 @pytest.mark.parametrize("code", SOLUTIONS)
 def test_solution_runs(code):
     """With what the chapter imports and defines; each ends in an assertion."""
-    names, wanted = {"__name__": "chapter"}, r"\A(#\| export\n)?(from|import) |\A(#\| exports\n)?def "
+    names = dict(vars(mamba3))
     for cell in CHAPTER:
         source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and re.search(wanted, source):
+        if cell["cell_type"] == "code" and re.match(r"(from|import|def) ", source):
             exec(source, names)
-    exec(code + "\n", names | {name: globals()[name] for name in ("trapezoid",)})
+    exec(code, names)
     assert "assert" in code and len(SOLUTIONS) == 2
 
 
