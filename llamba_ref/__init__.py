@@ -17,6 +17,7 @@ PUBLIC = {  # module -> the names that it gives to the package
     "llama": ("Attention", "Llama", "LlamaConfig"),
     "discrete": ("DiscreteMamba2",),
     "rotation": ("RotaryMamba2",),
+    "mamba3": ("Mamba3", "Mamba3Config", "Mamba3LM", "trapezoid", "trapezoid_matrix", "trapezoid_step"),
     "llamba": ("Llamba", "LlambaConfig"),
     "mohawk": ("alignment_loss", "distill", "distillation_loss", "orientation_loss"),
     "evaluate": ("compare", "evaluate", "generate_text"),

@@ -36,9 +36,9 @@ from llamba_ref.checkpoint import (
 from .decoder import Decoder
 
 # %% auto #0
-__all__ = ['COMMON', 'LLAMA', 'MISTRAL', 'QWEN2', 'DISGUISED', 'MAMBA2', 'ORIGINAL_MAMBA2', 'LLAMBA', 'GATELOOP', 'LAYOUTS',
-           'check_value', 'own_fields', 'check_fields', 'check_names', 'build', 'Layout', 'layout_of', 'ModelConfig',
-           'unpair', 'llama3_factors', 'read_gguf', 'convert_gguf', 'LanguageModel']
+__all__ = ['COMMON', 'LLAMA', 'MISTRAL', 'QWEN2', 'DISGUISED', 'MAMBA2', 'ORIGINAL_MAMBA2', 'LLAMBA', 'GATELOOP', 'MAMBA3',
+           'LAYOUTS', 'check_value', 'own_fields', 'check_fields', 'check_names', 'build', 'Layout', 'layout_of',
+           'ModelConfig', 'unpair', 'llama3_factors', 'read_gguf', 'convert_gguf', 'LanguageModel']
 
 # %% ../nbs/82_convert.ipynb #b5e4f6f9
 def check_value(name: str, value: Any, kind: Any) -> None:
@@ -324,7 +324,8 @@ LLAMBA = Layout(
           "ssm_cfg.d_conv": (4,), "ssm_cfg.conv_bias": (True,)},
 )
 GATELOOP = Layout("gateloop", only={"model_type": ("gateloop",)}, ignored=COMMON)
-LAYOUTS = {layout.kind: layout for layout in (LLAMA, MAMBA2, LLAMBA, GATELOOP)}  # in which we write, too
+MAMBA3 = Layout("mamba3", only={"model_type": ("mamba3",)}, ignored=COMMON)
+LAYOUTS = {layout.kind: layout for layout in (LLAMA, MAMBA2, LLAMBA, GATELOOP, MAMBA3)}  # in which we write, too
 
 
 def layout_of(config: dict, where: str | os.PathLike = "config.json") -> Layout:

@@ -17,12 +17,13 @@ from .gateloop_lm import GateLoopLM
 from .llama import Llama
 from .llamba import Llamba
 from .mamba2 import Mamba2LM
+from .mamba3 import Mamba3LM
 
 # %% auto #0
 __all__ = ['KINDS', 'model_of_run', 'load_model', 'save_model']
 
 # %% ../nbs/86_models.ipynb #d71e0b95
-KINDS = {kind.config_class.model_type: kind for kind in (Llama, Llamba, Mamba2LM, GateLoopLM)}
+KINDS = {kind.config_class.model_type: kind for kind in (Llama, Llamba, Mamba2LM, GateLoopLM, Mamba3LM)}
 
 
 def model_of_run(path: Path) -> Path:
@@ -37,7 +38,7 @@ def model_of_run(path: Path) -> Path:
 
 def load_model(
     name: str | os.PathLike,  # what `find_checkpoint` finds: a directory, a .gguf file, "tiny", a name on the hub ...
-) -> tuple[LanguageModel, PreTrainedTokenizerBase]:  # a Llama, Llamba, GateLoop or Mamba-2, and its tokenizer
+) -> tuple[LanguageModel, PreTrainedTokenizerBase]:  # a model of any kind, and its tokenizer
     """Load a checkpoint of any kind with its tokenizer. Raises FileNotFoundError, ConnectionError or ValueError.
 
     Where the files name no token that ends a text, it is the tokenizer's: `model.stop_tokens` then has it."""
