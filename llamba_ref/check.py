@@ -78,8 +78,8 @@ def read_answer(
     file: Path,  # a Python file
     wants: list[str],  # the names that it has to define
 ) -> dict[str, object]:  # the values of these names
-    """Run a file and take what an exercise asks for. Raises Unusable when there is no such file, and Wrong when it raises
-    an error or lacks a name."""
+    """Run a file and take what an exercise asks for. Raises Unusable when there is no such file, and Wrong when it
+    raises an error or lacks a name."""
     if not file.is_file():
         raise Unusable(f"there is no file {file}")
     try:
@@ -95,8 +95,8 @@ def grade(
     exercise: Exercise,  # from `find_exercise`
     file: Path,  # the answer
 ) -> None:
-    """Check an answer; nothing happens when it is right. Raises Unusable when there is no check or no file, Wrong when the
-    answer is wrong."""
+    """Check an answer; nothing happens when it is right. Raises Unusable when there is no check or no file, Wrong when
+    the answer is wrong."""
     if exercise.check is None:
         raise Unusable(f"{exercise.number} is done on paper: compare with the solution in the chapter")
     given, names = read_answer(file, exercise.wants), {}

@@ -10,14 +10,15 @@ import shutil
 from pathlib import Path
 
 import nbformat
+from course import minutes, plans
 from drawings import llama_to_llamba, special_cases
+from exercises import chapters, exercises_in
 from sphinx.errors import ExtensionError
 
 from llamba_ref.conventions import load_result
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS, PAGES, REFERENCE = ROOT / "nbs", ROOT / "docs" / "nbs", ROOT / "docs" / "api"
-WORDS, LINES = 200, 40  # read in a minute: words of prose, lines of code
 
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?\s*(.*?)\s*$")
 BLOCK = re.compile(r"^:::\{(exercise|solution)\}(.*?)\n(.*?)^:::$", re.DOTALL | re.MULTILINE)
@@ -74,8 +75,6 @@ def with_facts(title_cell: str, line: str) -> str:
 
 def page(notebook: nbformat.NotebookNode, name: str, run_time: str) -> nbformat.NotebookNode:
     """A notebook as MyST-NB wants it: no cells for machines only, code of solutions folded, facts under the title."""
-    words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
-    code = sum(cell.source.count("\n") + 1 for cell in notebook.cells if cell.cell_type == "code")
     cells, solving = [], False
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -86,7 +85,10 @@ def page(notebook: nbformat.NotebookNode, name: str, run_time: str) -> nbformat.
         if "hide" in found or found.get("eval") == "false" or not body:
             continue
         about = metadata(found)
-        if solving:
+        if "check" in found:
+            prompt = {"code_prompt_show": "The check", "code_prompt_hide": "The check"}
+            about = {"tags": ["hide-cell"], "mystnb": prompt}
+        elif solving:
             about.setdefault("tags", []).append("hide-cell")
             about["mystnb"] = {
                 **about.get("mystnb", {}),
@@ -96,7 +98,8 @@ def page(notebook: nbformat.NotebookNode, name: str, run_time: str) -> nbformat.
         cells.append(nbformat.v4.new_code_cell(body, id=cell.id, metadata=about, outputs=cell.outputs))
     if not cells[0].source.startswith("# "):
         raise ExtensionError(f"nbs/{name}.ipynb has to begin with its title")
-    cells[0].source = with_facts(cells[0].source, facts(name, round(words / WORDS + code / LINES), run_time))
+    time = minutes([(cell.cell_type, cell.source) for cell in notebook.cells])
+    cells[0].source = with_facts(cells[0].source, facts(name, time, run_time))
     return nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
 
 
@@ -117,6 +120,14 @@ def exercises_of(notebook: nbformat.NotebookNode) -> str:
             else:
                 parts.append(f"::::{{admonition}} Solution\n:class: dropdown\n\n{text}\n::::\n")
     return "\n".join(parts) if len(parts) > 1 else ""
+
+
+def problems() -> str:
+    """How many exercises there are, and how their answers are checked."""
+    every = [one for chapter in chapters() for one in exercises_in(chapter)]
+    checked, code = [one for one in every if one.check], [one for one in every if one.code]
+    return (f"Of the {len(every)} exercises {len(checked)} are checked by the program. "
+            f"The solutions of {len(code)} have code, all of which is run by the tests. The others ask for a derivation or a reason.\n")
 
 
 def summary(notebook: nbformat.NotebookNode) -> str:
@@ -148,6 +159,9 @@ def stage(app) -> None:
         modules.append(f"[`{module}`](api/{module}.md)\n: {summary(notebook)}\n")
     (PAGES / "_exercises.md").write_text("\n".join(filter(None, exercises)))  # docs/exercises.md includes it
     (PAGES / "_modules.md").write_text("\n".join(modules))  # docs/api.md includes it
+    for plan, text in plans().items():
+        (PAGES / f"_course_{plan}.md").write_text(text)  # docs/course.md includes them
+    (PAGES / "_problems.md").write_text(problems())
     (PAGES / "_llama_to_llamba.svg").write_text(llama_to_llamba())  # docs/index.md shows it
     (PAGES / "_special_cases.svg").write_text(special_cases())  # docs/map.md shows it
 

@@ -27,6 +27,11 @@ MAGIC = re.compile(r"^( *)[%!].*$", re.MULTILINE)
 COMMON = {"math": "import math", "torch": "import torch",
           "relative_error": "from llamba_ref.conventions import relative_error"}  # what any check may use
 
+MODULES = {"torch", "plt", "F", "nn", "math", "np", "os", "shutil", "warnings", "sys", *dir(builtins)}  # no values
+CHANGING = r"train|distill|start_from|save|write|torch\.manual_seed"  # functions that change an argument, or a file
+
+READING = r"\.(read_\w+|item|tolist|exists|stat)$"  # methods that change nothing
+
 
 @dataclass
 class Exercise:
@@ -122,9 +127,9 @@ def reads(node: ast.stmt) -> set[str]:
 
 
 def base(node: ast.AST) -> str:
-    """The name that `a.b[c].d` begins with."""
-    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
-        node = node.func if isinstance(node, ast.Call) else node.value
+    """The name that `a.b[c].d` or `(a / b).c` begins with."""
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call, ast.BinOp)):
+        node = node.func if isinstance(node, ast.Call) else node.left if isinstance(node, ast.BinOp) else node.value
     return node.id if isinstance(node, ast.Name) else ""
 
 
@@ -132,7 +137,9 @@ def binds(node: ast.stmt) -> set[str]:
     """The names that a statement gives a value, at the level of the module."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return {node.name}
-    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    inner = {m for n in ast.walk(node) if isinstance(n, ast.comprehension) for m in ast.walk(n.target)}
+    stored = [n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    names = {n.id for n in stored if n not in inner}
     for n in ast.walk(node):
         if isinstance(n, (ast.Import, ast.ImportFrom)):
             names |= {(alias.asname or alias.name).split(".")[0] for alias in n.names}
@@ -141,12 +148,15 @@ def binds(node: ast.stmt) -> set[str]:
 
 def changes(node: ast.stmt) -> set[str]:
     """The names whose values a statement may change in place: `a.b = 1`, `a[0] = 1`, `a.sort()`, `train(a)`."""
-    found = set()
-    for n in ast.walk(node):
-        if isinstance(n, (ast.Attribute, ast.Subscript)) and isinstance(n.ctx, ast.Store):
-            found.add(base(n))
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and base(node.value) not in ("print", "plt"):
-        found |= {base(part) for part in (node.value, *node.value.args)}
+    found = {base(n) for n in ast.walk(node)
+             if isinstance(n, (ast.Attribute, ast.Subscript)) and isinstance(n.ctx, ast.Store)}
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        function = ast.unparse(node.value.func)
+        if base(node.value) not in MODULES and not re.search(READING, function):
+            found.add(base(node.value))
+        if re.match(CHANGING, function):
+            found |= {base(part) for part in node.value.args}
+            found |= {"torch"} if function == "torch.manual_seed" else set()
     return found - {""}
 
 
@@ -163,8 +173,8 @@ def free(nodes: list[ast.stmt]) -> set[str]:
 
 
 def needed(chapter: str, place: int, code: str, only_names: bool = False) -> list[str]:
-    """The statements of a chapter's cells before one place that some code needs; what the chapter exports comes from the
-    package. `only_names`: leave out those that change a value in place."""
+    """The statements of a chapter's cells before one place that some code needs; what the chapter exports comes from
+    the package. `only_names`: leave out those that change a value in place."""
     wanted, kept, module = free(statements(code)), [], module_of(chapter)
     for kind, source in reversed(cells_of(chapter)[:place]):
         if kind != "code" or source.startswith(("#| eval: false", "#| check")):
@@ -193,7 +203,7 @@ def standalone(exercise: Exercise) -> str:
     found += [line for name, line in COMMON.items() if name in free(statements(exercise.check)) and line not in found]
     code = "\n".join([*dict.fromkeys(found), "", exercise.check])
     if unknown := free(statements(code)) - {*dir(builtins), "annotations"}:
-        raise ValueError(f"the check of {exercise.label} uses {', '.join(sorted(unknown))}, unknown in {exercise.chapter}")
+        raise ValueError(f"{exercise.chapter} does not know what the check of {exercise.label} uses: {unknown}")
     return code
 
 
