@@ -73,13 +73,25 @@ def with_facts(title_cell: str, line: str) -> str:
     return f"{title}\n\n{line}\n{rest}"
 
 
+def with_commands(source: str, numbers: dict[str, str]) -> str:
+    """Exercises with the command that checks an answer, where there is one."""
+
+    def told(block: re.Match) -> str:
+        label = re.search(r"^:label: (\S+)$", block[0], re.MULTILINE)
+        if block[1] != "exercise" or label[1] not in numbers:
+            return block[0]
+        return f"{block[0][:-3].rstrip()}\n\n`python -m llamba_ref.check {numbers[label[1]]} mine.py`\n:::"
+
+    return BLOCK.sub(told, source)
+
+
 def page(notebook: nbformat.NotebookNode, name: str, run_time: str) -> nbformat.NotebookNode:
     """A notebook as MyST-NB wants it: no cells for machines only, code of solutions folded, facts under the title."""
-    cells, solving = [], False
+    cells, solving, numbers = [], False, {one.label: one.number for one in exercises_in(name) if one.check}
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             solving = ":::{solution}" in cell.source
-            cells.append(nbformat.v4.new_markdown_cell(cell.source, id=cell.id))
+            cells.append(nbformat.v4.new_markdown_cell(with_commands(cell.source, numbers), id=cell.id))
             continue
         found, body = directives(cell.source)
         if "hide" in found or found.get("eval") == "false" or not body:
@@ -127,7 +139,8 @@ def problems() -> str:
     every = [one for chapter in chapters() for one in exercises_in(chapter)]
     checked, code = [one for one in every if one.check], [one for one in every if one.code]
     return (f"Of the {len(every)} exercises {len(checked)} are checked by the program. "
-            f"The solutions of {len(code)} have code, all of which is run by the tests. The others ask for a derivation or a reason.\n")
+            f"The solutions of {len(code)} have code, all of which is run by the tests. "
+            "The others ask for a derivation or a reason.\n")
 
 
 def summary(notebook: nbformat.NotebookNode) -> str:
