@@ -26,18 +26,22 @@ ALL = [one for chapter in exercises.chapters() for one in exercises.exercises_in
 os.environ.setdefault("MPLBACKEND", "agg")
 
 
-WHOLE = {"ex-hybrid-run"}  # compares with what commands before it have left in files: the whole chapter is run
+WHOLE = {"ex-checkpoint-count", "ex-checkpoint-fuzz"}  # need files that cells before them have written
+RUN = "llamba('distill', '--out', 'run', *small)"
 SLOW = {"ex-hybrid-run", "ex-harness-paired", "ex-harness-window", "ex-budget-8b", "ex-budget-recompute",
-        "ex-mohawk-values", "ex-edge-uneven"}
+        "ex-mohawk-values", "ex-edge-uneven", "ex-start-entries", "ex-start-state"}
 
 
 def solved(one, folder, monkeypatch):
     """The names after a solution's code has run, in a module that begins with what it needs of its chapter."""
     importlib.import_module(f"llamba_ref.{exercises.module_of(one.chapter)}")  # registers classes, as the chapter does
     before = exercises.needed(one.chapter, one.place, "\n".join(one.code))
+    if one.label == "ex-hybrid-run":  # of the chapter's commands it needs the first distillation alone
+        before = [text for text in before if not text.startswith("llamba(") or text == RUN]
     if one.label in WHOLE:
         before = [source for kind, source in exercises.cells_of(one.chapter)[: one.place] if kind == "code"]
-    (folder / "chapter.py").write_text(exercises.MAGIC.sub(r"\1pass", "\n".join([*before, *one.code])))
+    text = "\n".join([*before, *one.code]).replace("from __future__ import annotations\n", "")
+    (folder / "chapter.py").write_text(exercises.MAGIC.sub(r"\1pass", text))
     spec = importlib.util.spec_from_file_location("chapter", folder / "chapter.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "chapter", module)  # where dataclasses look for it
