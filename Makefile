@@ -26,7 +26,7 @@ SIDE_BY_SIDE := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo smollm2 compare peers test test-long export run notebooks lab docs serve test-docs test-edge screenshots teacher bench clean distclean
+.PHONY: help demo smollm2 compare peers test test-long export run notebooks lab docs slides serve test-docs test-edge screenshots teacher bench clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,7 @@ test-long: $(VENV)/.installed-dev  ## the slow tests too, and those for a GPU wh
 export: $(VENV)/.installed-dev  ## write llamba_ref/ from the notebooks, and clean them
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_export
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_clean
+	@$(BIN)/python docs/_ext/exercises.py  # the checks of exercises, llamba_ref/assets/checks.json
 
 run: export  ## run every chapter in place, or one: NB=07_ssd
 	@set -e; export OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH"; \
@@ -66,6 +67,9 @@ docs: $(VENV)/.installed-docs $(MATHJAX)/LICENSE  ## build the site in docs/_bui
 	@rm -rf $(SITE)  # no page of an older site is left, no contents of an older page
 	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs $(SITE)
 	@echo "the site is in $(SITE): open index.html there, or make serve"
+
+slides: $(VENV)/.installed-docs $(MATHJAX)/LICENSE  ## a deck of slides for each part, in docs/_build/slides
+	@$(BIN)/python docs/slides.py
 
 serve: docs  ## show the site on this machine, PORT=8000
 	@echo "http://localhost:$(PORT) (Ctrl+C ends it)"

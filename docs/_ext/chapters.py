@@ -9,7 +9,10 @@ import re
 import shutil
 
 import nbformat
+from course import plans
 from drawings import IN_CHAPTERS, llama_to_llamba, special_cases
+from exercises import chapters as all_chapters
+from exercises import exercises_in
 from moving import with_pictures
 from sphinx.errors import ExtensionError
 from way import NOTEBOOKS, ROOT, Chapter, chapter, contents, directives, fold, parts, routes
@@ -25,11 +28,12 @@ BLOCK = re.compile(r"^:::\{(exercise|solution)\}(.*?)\n(.*?)^:::$", re.DOTALL | 
 def metadata(found: dict[str, str], body: str, solving: bool) -> dict:
     """What MyST-NB wants to know of a cell with these directives."""
     title, result = fold(found, body, solving), {}
-    tags = ["exported"] * ("exports" in found) + ["hide-cell" if solving else "hide-input"] * (title is not None)
+    tags = ["exported"] * ("exports" in found)
+    if title:
+        tags.append("hide-cell" if solving or "check" in found else "hide-input")
+        result["mystnb"] = {"code_prompt_show": title, "code_prompt_hide": title}
     if tags:
         result["tags"] = tags
-    if title:
-        result["mystnb"] = {"code_prompt_show": title, "code_prompt_hide": title}
     if "fig-cap" in found:
         result.setdefault("mystnb", {}).update(
             figure={"caption": found["fig-cap"], "name": found["label"]}, image={"alt": found["fig-alt"]})
@@ -68,13 +72,26 @@ def with_drawings(prose: str) -> str:
     return DRAWING.sub(r"```{raw} html\n:file: _\1.svg\n```", prose)
 
 
+def with_commands(source: str, numbers: dict[str, str]) -> str:
+    """Exercises with the command that checks an answer, where there is one."""
+
+    def told(block: re.Match) -> str:
+        label = re.search(r"^:label: (\S+)$", block[0], re.MULTILINE)
+        if block[1] != "exercise" or label[1] not in numbers:
+            return block[0]
+        return f"{block[0][:-3].rstrip()}\n\n`python -m llamba_ref.check {numbers[label[1]]} mine.py`\n:::"
+
+    return BLOCK.sub(told, source)
+
+
 def page(notebook: nbformat.NotebookNode, about: Chapter, run_time: str) -> nbformat.NotebookNode:
     """A notebook as MyST-NB wants it: no cells for machines only, long code folded, facts under the title."""
+    numbers = {one.label: one.number for one in exercises_in(about.name) if one.check}
     cells, solving = [], False
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             solving = ":::{solution}" in cell.source
-            prose = with_pictures(with_drawings(cell.source))
+            prose = with_pictures(with_drawings(with_commands(cell.source, numbers)))
             cells.append(nbformat.v4.new_markdown_cell(prose, id=cell.id))
             continue
         found, body = directives(cell.source)
@@ -112,6 +129,15 @@ def modules_of(notebook: nbformat.NotebookNode) -> list[str]:
     return [m[1] for cell in notebook.cells if (m := re.match(r"#\| default_exp (\S+)", cell.source))]
 
 
+def problems() -> str:
+    """How many exercises there are, and how their answers are checked."""
+    every = [one for name in all_chapters() for one in exercises_in(name)]
+    checked, code = [one for one in every if one.check], [one for one in every if one.code]
+    return (f"Of the {len(every)} exercises {len(checked)} are checked by the program. "
+            f"The solutions of {len(code)} have code, all of which is run by the tests. "
+            "The others ask for a derivation or a reason.\n")
+
+
 def module_page(module: str, chapter: str) -> str:
     """The reference page of a module."""
     return (f"# {module}\n\n`llamba_ref.{module}` is derived and tested in {{doc}}`/nbs/{chapter}`.\n\n"
@@ -139,6 +165,9 @@ def stage(app) -> None:
             modules.append(f"[`{module}`](api/{module}.md)\n: {about.about}\n")
     (PAGES / "_routes.md").write_text(routes(chapters))  # docs/index.md includes it
     (PAGES / "_contents.md").write_text(contents(chapters))  # and this
+    for plan, text in plans().items():
+        (PAGES / f"_course_{plan}.md").write_text(text)  # docs/course.md includes them
+    (PAGES / "_problems.md").write_text(problems())
     (PAGES / "_exercises.md").write_text("\n".join(filter(None, exercises)))  # docs/exercises.md includes it
     (PAGES / "_modules.md").write_text("\n".join(modules))  # docs/api.md includes it
 

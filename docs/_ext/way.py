@@ -35,6 +35,8 @@ def lines_of(code: str) -> int:
 
 def fold(found: dict[str, str], body: str, solving: bool) -> str | None:
     """What stands for a folded cell of code; None: it is in view."""
+    if "check" in found:
+        return "The check"
     if solving:
         return "Solution in code"
     if "export" in found:
@@ -79,11 +81,16 @@ def chapter(name: str, notebook: nbformat.NotebookNode) -> Chapter:
             words, solving = words + len(cell.source.split()), ":::{solution}" in cell.source
             continue
         found, body = directives(cell.source)
-        if not ("hide" in found or found.get("eval") == "false" or "default_exp" in found):
+        if not ("hide" in found or "check" in found or found.get("eval") == "false" or "default_exp" in found):
             hidden = fold(found, body, solving) is not None
             seen, folded = seen + lines_of(body) * (not hidden), folded + lines_of(body) * hidden
     title = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
     return Chapter(name, title, summary(notebook), round(words / WORDS + seen / LINES), round(folded / LINES))
+
+
+def about(name: str) -> Chapter:
+    """The chapter of a notebook's name."""
+    return chapter(name, nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4))
 
 
 def parts() -> dict[str, list[str]]:

@@ -1,5 +1,4 @@
-"""The solutions of the exercises in the chapters on several processes, as they stand there; the commands that the
-chapter on Llama-3.2-1B says to type, with one layer of its sizes."""
+"""The commands that the chapter on Llama-3.2-1B says to type, with one layer of its sizes."""
 
 import json
 import re
@@ -19,40 +18,10 @@ from llamba_ref.models import save_model
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def cells(stem):
-    return json.loads((ROOT / "nbs" / f"{stem}.ipynb").read_text())["cells"]
-
-
-def solutions():
-    """The code of each solution, by its label."""
-    for stem in ("84_parallel", "93_distil_1b"):
-        prose = "\n".join("".join(cell["source"]) for cell in cells(stem) if cell["cell_type"] == "markdown")
-        for label, text in re.findall(r"^:::\{solution\} (\S+)\n(.*?)^:::$", prose, re.DOTALL | re.MULTILINE):
-            code = "\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
-            yield pytest.param(stem, code, id=label, marks=[pytest.mark.slow] if label == "ex-budget-8b" else [])
-
-
-def defined_in(stem):
-    """What a chapter's imports, settings and short definitions give: the cells that solutions need."""
-    names = {"__name__": "chapter"}
-    for cell in cells(stem):
-        source = "".join(cell["source"])
-        wanted = re.search(r"^(from|import) |^(LLAMA_1B|TEACHER) = |^class |^def \w+\(", source, re.MULTILINE)
-        if cell["cell_type"] == "code" and wanted and not re.search(r"%pip|together\(\d|plt\.subplots", source):
-            kept = re.split(r"^(?=for |print|assert|losses|real)", source, maxsplit=1, flags=re.MULTILINE)[0]
-            exec(kept, names)
-    return names
-
-
-@pytest.mark.parametrize(("stem", "code"), [*solutions()])
-def test_solution_runs(stem, code):
-    """Each of them ends in an assertion or prints what the text says."""
-    assert code
-    exec(code, defined_in(stem))
-
-
 def commands():
-    prose = "\n".join("".join(cell["source"]) for cell in cells("93_distil_1b") if cell["cell_type"] == "markdown")
+    (path,) = (ROOT / "nbs").glob("*_distil_1b.ipynb")
+    cells = json.loads(path.read_text())["cells"]
+    prose = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     return [block.replace("\\\n", " ") for block in re.findall(r"^```sh\n(.*?)^```$", prose, re.DOTALL | re.MULTILINE)]
 
 
