@@ -19,6 +19,7 @@ PUBLIC = {  # module -> the names that it gives to the package
     "rotation": ("RotaryMamba2",),
     "llamba": ("Llamba", "LlambaConfig"),
     "mohawk": ("alignment_loss", "distill", "distillation_loss", "orientation_loss"),
+    "delta": ("GatedDeltaNet", "RWKV7", "delta_matrix", "delta_rule", "generalized_delta_matrix", "generalized_delta_rule"),
     "evaluate": ("compare", "evaluate", "generate_text"),
     "data": (
         "Batch", "Batches", "MixedBatches", "StreamBatches", "StreamShares", "load_documents", "load_tokenizer", "pack",

@@ -249,7 +249,7 @@ def _check_mixer(d_model, n_heads, mode, **sizes):
         raise ValueError(f"n_heads is {n_heads}: it must divide d_model = {d_model}")
     check_option("mode", mode, GATELOOP_MODES)
 
-
+# %% ../nbs/27_delta.ipynb #b70feabe
 class GatedDeltaNet(DeltaMixer):
     """Gated DeltaNet's mixer (Yang, Kautz and Hatamizadeh 2024). Raises ValueError for sizes below 1, heads that do not
     divide the width, and an unknown mode."""
@@ -324,6 +324,24 @@ class ThinMLP(nn.Module):
         return self.up(self.between(self.down(u)))
 
 
+
+def _bonus(mixer, q, k):
+    """Weight of the current token's own value, (batch, len, heads)."""
+    return (q * rearrange(mixer.rho, "(h d) -> h d", h=mixer.n_heads).to(q.dtype) * k).sum(-1)
+
+
+
+def _keys(mixer, q, k, v, logit, rate, starts):
+    """What RWKV-7's projections mean: q, k, v, log_a, read and erase, by heads."""
+    rate, log_a = rate.sigmoid(), -math.exp(-0.5) * logit.to(wide_dtype(logit)).sigmoid()
+    parts = (q, k * (1 + (rate - 1) * mixer.alpha), v, forget(log_a, starts), k * mixer.xi, rate)
+    q, k, v, log_a, kappa, rate = (rearrange(z, "b l (h d) -> b l h d", h=mixer.n_heads) for z in parts)
+    erase = (read := unit_length(kappa)) * rate
+    if starts is not None:  # a gate of 0 alone would leave what is found
+        read = read.masked_fill(starts[..., None, None], 0)
+    return q, k.to(v.dtype), v, log_a, read.to(v.dtype), erase.to(v.dtype)
+
+# %% ../nbs/27_delta.ipynb #79212738
 class RWKV7(DeltaMixer):
     """RWKV-7's time mix in its essentials (Peng et al. 2025): without the blend of values across layers.
 
@@ -365,33 +383,20 @@ class RWKV7(DeltaMixer):
         u = u if tokens is None else u.masked_fill(~tokens, 0)
         before = torch.tensor([1.0, 0.0], dtype=u.dtype, device=u.device).expand(u.shape[-1], 1, 2)
         previous, window = causal_conv(u, before, None, window, starts)
-        of_q, of_k, of_v, of_gate, of_rate, of_out = (torch.lerp(u, previous, blend.to(u.dtype)) for blend in self.shift)
-        q, k, v = self.q_proj(of_q), self.k_proj(of_k), self.v_proj(of_v)
-        rate, logit = self.rate(of_rate).sigmoid(), self.gate(of_gate)
-        log_a = forget(-math.exp(-0.5) * logit.to(wide_dtype(logit)).sigmoid(), starts)
-        written = k * (1 + (rate - 1) * self.alpha)
-        heads = (rearrange(x, "b l (h d) -> b l h d", h=self.n_heads)
-                 for x in (q, written, v, log_a, k * self.xi, rate))
-        q, k, v, log_a, kappa, rate = heads
-        read = unit_length(kappa)
-        erase = read * rate
-        read = read if starts is None else read.masked_fill(starts[..., None, None], 0)
-        return tuple(z.to(v.dtype) if z is not log_a else z for z in (q, k, v, log_a, read, erase)), \
-            self.out_gate(of_out), window
+        blends = (torch.lerp(u, previous, blend.to(u.dtype)) for blend in self.shift)
+        parts = (self.q_proj, self.k_proj, self.v_proj, self.gate, self.rate, self.out_gate)
+        *projected, gate = (part(blend) for part, blend in zip(parts, blends))
+        return _keys(self, *projected, starts), gate, window
 
     rule = staticmethod(generalized_delta_rule)
 
-    def bonus(self, q, k):
-        """Weight of the current token's own value, (batch, len, heads)."""
-        return (q * rearrange(self.rho, "(h d) -> h d", h=self.n_heads).to(q.dtype) * k).sum(-1)
-
     def rule_matrix(self, q, k, v, *rest):
         """With the bonus on the diagonal."""
-        return generalized_delta_matrix(q, k, *rest) + torch.diag_embed(self.bonus(q, k).mT)
+        return generalized_delta_matrix(q, k, *rest) + torch.diag_embed(_bonus(self, q, k).mT)
 
     def finish(self, y, inputs, gate):
         """Bonus, norm of each head, the gate, and back to d_model."""
-        y = y + self.bonus(*inputs[:2])[..., None] * inputs[2]
+        y = y + _bonus(self, *inputs[:2])[..., None] * inputs[2]
         y = self.norm(rearrange(y, "b l h p -> (b l) (h p)")).view_as(gate)
         return self.out_proj(y * gate)
 
