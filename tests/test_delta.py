@@ -168,7 +168,7 @@ def test_a_sequence_in_pieces(mode):
 @pytest.mark.parametrize("log_a", [0.0, -1e-6, -1e-3, -0.3, -50.0, "mixed"])
 @torch.no_grad()
 def test_float32_over_long_texts(mode, per_head, log_a):
-    """All betas from 0 to 2. The scan holds a matrix for each token, and one solve over all of the text loses digits."""
+    """All betas from 0 to 2. The scan holds a matrix for each token; one solve over all of the text loses digits."""
     length = {"scan": 1024, "attention": 512}.get(mode, 4096)
     q, k, v, beta, gates, state = example(length, heads=1, key=8, value=8, per_head=per_head, batch=1,
                                           betas=(0.0, 0.3, 1.0, 1.7, 2.0))
@@ -313,7 +313,8 @@ def test_the_last_value_of_a_key_is_read(mode):
 def test_parity_and_swaps(mode):
     g = torch.Generator().manual_seed(0)
     bits, one = torch.randint(2, (1, 700), generator=g), torch.ones(1, 700, 1, 1).double()
-    sign = delta_rule(one, one, 0 * one, 2.0 * bits[..., None], mode=mode, initial_state=torch.ones(1, 1, 1, 1).double())
+    start = torch.ones(1, 1, 1, 1).double()
+    sign = delta_rule(one, one, 0 * one, 2.0 * bits[..., None], mode=mode, initial_state=start)
     assert torch.equal((sign.flatten() < 0).long(), bits[0].cumsum(0) % 2)
     swaps, cups = [torch.randperm(5, generator=g)[:2].tolist() for _ in range(300)], list(range(5))
     k = torch.zeros(1, 300, 1, 5).double()
