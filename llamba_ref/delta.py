@@ -251,8 +251,7 @@ def _check_mixer(d_model, n_heads, mode, **sizes):
 
 # %% ../nbs/27_delta.ipynb #b70feabe
 class GatedDeltaNet(DeltaMixer):
-    """Gated DeltaNet's mixer (Yang, Kautz and Hatamizadeh 2024). Raises ValueError for sizes below 1, heads that do not
-    divide the width, and an unknown mode."""
+    """Gated DeltaNet's mixer (Yang, Kautz and Hatamizadeh 2024). Raises ValueError as `_check_mixer`."""
 
     def __init__(
         self, d_model: int,  # width of the residual stream
