@@ -16,7 +16,7 @@ import tyro
 
 from bench.common import save
 from bench.smollm2_hybrid import LAYERS, OPTIONS, OUT, Window
-from bench.students import with_mixers
+from bench.students import with_attention
 from llamba_ref.conventions import load_result
 from llamba_ref.data import pack
 from llamba_ref.decoder import Decoder
@@ -39,8 +39,8 @@ def models(teacher: Llama) -> Iterator[tuple[str, Decoder]]:
         block, theirs = student.backbone.layers[index], teacher.backbone.layers[index]
         block.mixer = keep_heads(block.mixer, theirs.mixer, [head for layer, head in heads if layer == index])
     yield "six layers distilled, two heads put back", student
-    yield "six layers with a window", with_mixers(teacher, Window, LAYERS)
-    yield "all layers with a window", with_mixers(teacher, Window)
+    yield "six layers with a window", with_attention(teacher, Window, LAYERS)
+    yield "all layers with a window", with_attention(teacher, Window)
 
 
 def main() -> None:

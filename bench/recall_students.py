@@ -25,7 +25,7 @@ import tyro
 from bench import recall
 from bench.common import best_rate_runs, first_run, save
 from bench.recall import PAIRS, PAIRS_IN_BATCH, STEPS, model
-from bench.students import CODE, Row, RunningMean, Silence, WindowAttention, with_mixers
+from bench.students import CODE, Row, RunningMean, Silence, WindowAttention, with_attention
 from llamba_ref.associative_recall import recall_accuracy, recall_batches, recall_sequences, recall_targets
 from llamba_ref.decoder import Decoder
 from llamba_ref.llama import Llama
@@ -69,7 +69,7 @@ class Recaller(Row):
             return Llamba.from_teacher(teacher, start=self.start, rotation=self.rotation, d_state=self.d_state,
                                        chunk_size=16, texts=texts if self.start == "teacher" else None)
         window = type("Window", (WindowAttention,), {"window": STATES[self.d_state], "sinks": 0})
-        return with_mixers(teacher, {"silence": Silence, "mean": RunningMean, "window": window}[self.model])
+        return with_attention(teacher, {"silence": Silence, "mean": RunningMean, "window": window}[self.model])
 
 
 def rows() -> dict[str, Recaller]:

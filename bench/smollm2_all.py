@@ -14,7 +14,7 @@ import tyro
 
 from bench.common import Curve, distill_options, save
 from bench.smollm2_hybrid import Window, evaluation_blocks, measured, minutes
-from bench.students import with_mixers
+from bench.students import with_attention
 from llamba_ref.data import Batches, pack
 from llamba_ref.evaluate import compare
 from llamba_ref.models import load_model, save_model
@@ -41,7 +41,7 @@ def main() -> None:
     records = distill(teacher, student, data, OPTIONS.stages(), after_step=curve)
     save_model(OUT, student, tokenizer)
     rows += [measured("student", teacher, student, blocks),
-             measured("window, no training", teacher, with_mixers(teacher, Window), blocks)]
+             measured("window, no training", teacher, with_attention(teacher, Window), blocks)]
     save("smollm2_all", "python -m bench.smollm2_all", arguments=COMMAND, minutes=minutes(records), rows=rows,
          curve=curve.points)
 

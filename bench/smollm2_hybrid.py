@@ -22,7 +22,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from bench.common import distill_options, save
-from bench.students import WindowAttention, with_mixers
+from bench.students import WindowAttention, with_attention
 from llamba_ref.cli import Text, settings_of
 from llamba_ref.cli import main as llamba
 from llamba_ref.data import Batches, TokenBlocks, pack
@@ -85,8 +85,8 @@ def main() -> None:
     (training, held_out), = OPTIONS.corpus.documents()
     blocks = evaluation_blocks(OPTIONS.corpus, held_out, tokenizer)
     rows = [measured("student", teacher, load_model(str(OUT))[0], blocks),
-            measured("window, untrained", teacher, with_mixers(teacher, Window, LAYERS), blocks)]
-    window = with_mixers(teacher, Window, LAYERS)
+            measured("window, untrained", teacher, with_attention(teacher, Window, LAYERS), blocks)]
+    window = with_attention(teacher, Window, LAYERS)
     data = Batches(pack(training, tokenizer, OPTIONS.corpus.length), OPTIONS.batch_size, OPTIONS.seed)
     window_steps = distill(teacher, window, data, [WINDOW_STAGE])
     rows.append(measured("window, distilled", teacher, window, blocks))

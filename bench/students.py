@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 import llamba_ref
 from bench.common import best_rate_runs, parameters, save
 from llamba_ref.cli import Distill
-from llamba_ref.data import Batch, Batches, load_documents, pack, split_documents
+from llamba_ref.data import Batch, Batches, TokenBlocks, load_documents, pack, split_documents
 from llamba_ref.decoder import Decoder
 from llamba_ref.evaluate import compare, evaluate
 from llamba_ref.llama import Attention, Llama
@@ -142,8 +142,8 @@ LOSSES = {
 }
 
 
-def with_mixers(teacher: Llama, kind: type, layers: Sequence[int] | None = None) -> Llama:
-    """A copy of the teacher with another kind of mixer in some layers, or all; it keeps the attention's weights."""
+def with_attention(teacher: Llama, kind: type, layers: Sequence[int] | None = None) -> Llama:
+    """A copy of the teacher with another kind of attention in some layers, or all; it keeps the weights."""
     model = Llama(teacher.config)
     for index in range(len(model.backbone.layers)) if layers is None else layers:
         block = model.backbone.layers[index]
@@ -171,12 +171,12 @@ class Row:
             sizes = {"d_state": 16} if self.model == "both" else {}
             student = Distill(start=self.start, rotation=self.rotation, seed=seed, **sizes).student(teacher)
             if self.model == "both":
-                windows = with_mixers(teacher, HalfWindow).backbone.layers
+                windows = with_attention(teacher, HalfWindow).backbone.layers
                 for block, window in zip(student.backbone.layers, windows):
                     block.mixer = WindowBesideState(window.mixer, block.mixer)
             return Llamba(student.config) if self.model == "scratch" else student
         kind = {"silence": Silence, "mean": RunningMean, "window": WindowAttention, "teacher": Attention}[self.model]
-        return with_mixers(teacher, kind)
+        return with_attention(teacher, kind)
 
     def plan(self, rate: float) -> list[Stage]:
         """The stages; one that is left out gives its steps to the last one."""
@@ -235,30 +235,49 @@ def record_of(row: Row, name: str, rate: float, seed: int) -> Path:
     return RUNS / f"{name}, {rate:g}, {seed}, {digest}.json".replace(" ", "_")
 
 
-def run(name: str, rate: float, seed: int) -> dict:
-    """Train one model, or find the record of it that is there."""
-    torch.set_num_threads(1)
-    row, demo = rows()[name], Distill(seed=seed)
-    file = record_of(row, name, rate, seed)
-    if file.exists():
-        return json.loads(file.read_text())
+class Material(NamedTuple):
+    """What every row is made of."""
+
+    teacher: Llama
+    batches: Batches  # the training text, in the order of a seed
+    choosing: TokenBlocks  # one half of the held-out text, by which learning rates are chosen
+    reported: TokenBlocks  # the other half, of which all figures are
+
+
+def material(seed: int) -> Material:
+    """The demo's teacher and text."""
+    demo = Distill(seed=seed)
     teacher, tokenizer = load_model(demo.teacher)
     training, held_out = split_documents(load_documents(*demo.corpus.text), demo.corpus.held_out)
     blocks, validation = (pack(documents, tokenizer, demo.corpus.length) for documents in (training, held_out))
-    choosing, reported = (replace(validation, tokens=validation.tokens[start::2]) for start in (0, 1))
-    model, stages = row.build(teacher, seed), row.plan(rate)
+    halves = (replace(validation, tokens=validation.tokens[start::2]) for start in (0, 1))
+    return Material(teacher, Batches(blocks, demo.batch_size, seed), *halves)
+
+
+def learn(model: Decoder, row: Row, name: str, rate: float, seed: int, given: Material) -> dict:
+    """Train a model as a row says, and measure it."""
+    stages, losses, seconds = row.plan(rate), OBJECTIVES | LOSSES[row.loss], 0.0
     if stages:
-        losses = OBJECTIVES | LOSSES[row.loss]
-        objectives = {stage.objective: losses[stage.objective](teacher, model) for stage in stages}
+        objectives = {stage.objective: losses[stage.objective](given.teacher, model) for stage in stages}
         begun = time.process_time()
-        train(model, stages, Batches(blocks, demo.batch_size, seed), lambda stage: objectives[stage.objective],
+        train(model, stages, given.batches, lambda stage: objectives[stage.objective],
               accelerator=Accelerator(cpu=True), progress=False)
         seconds = time.process_time() - begun
-    score, found = evaluate(model, choosing).nll, compare(teacher, model, reported)
-    record = {"name": name, "lr": rate, "seed": seed, "score": score, "ratio": found.ratio,
-              "agreement": found.agreement, "kl": found.kl, "parameters": parameters(model),
-              "seconds": seconds if stages else 0.0,
-              "tokens": sum(stage.steps for stage in stages) * demo.batch_size * demo.corpus.length}
+    score, found = evaluate(model, given.choosing).nll, compare(given.teacher, model, given.reported)
+    return {"name": name, "lr": rate, "seed": seed, "score": score, "ratio": found.ratio,
+            "agreement": found.agreement, "kl": found.kl, "parameters": parameters(model), "seconds": seconds,
+            "tokens": sum(stage.steps for stage in stages) * given.batches.batch_size * given.batches.blocks.length}
+
+
+def run(name: str, rate: float, seed: int) -> dict:
+    """Train one model, or find the record of it that is there."""
+    torch.set_num_threads(1)
+    row = rows()[name]
+    file = record_of(row, name, rate, seed)
+    if file.exists():
+        return json.loads(file.read_text())
+    given = material(seed)
+    record = learn(row.build(given.teacher, seed), row, name, rate, seed, given)
     RUNS.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record))
     return record

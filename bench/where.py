@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.common import save
 from bench.smollm2_hybrid import LAYERS, OPTIONS, OUT, Window
-from bench.students import with_mixers
+from bench.students import with_attention
 from llamba_ref.data import pack
 from llamba_ref.decoder import Decoder
 from llamba_ref.llama import Llama
@@ -46,8 +46,8 @@ def kinds(ids: list[int], reach: int) -> list[int]:
 def models(teacher: Llama) -> Iterator[tuple[str, Decoder]]:
     """All that is measured beside the teacher."""
     yield "six layers distilled", load_model(str(OUT))[0]
-    yield "six layers with a window", with_mixers(teacher, Window, LAYERS)
-    yield "all layers with a window", with_mixers(teacher, Window)
+    yield "six layers with a window", with_attention(teacher, Window, LAYERS)
+    yield "all layers with a window", with_attention(teacher, Window)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ PUBLIC = {  # module -> the names that it gives to the package
     "gateloop": ("GateLoop", "gateloop", "gateloop_matrix"),
     "ssd": ("ssd", "ssd_matrix", "ssd_step"),
     "conv": ("causal_conv", "causal_conv_step"),
-    "decoder": ("Decoder",),
+    "decoder": ("Decoder", "with_mixers"),
     "gateloop_lm": ("GateLoopConfig", "GateLoopLM"),
     "mamba2": ("Mamba2", "Mamba2Config", "Mamba2LM"),
     "llama": ("Attention", "Llama", "LlamaConfig"),

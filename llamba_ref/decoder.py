@@ -5,7 +5,8 @@
 # %% ../nbs/04_decoder.ipynb #b845cdd9
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal
@@ -21,7 +22,7 @@ from .operators import check_sizes, is_imagined, unchecked, wide_dtype
 # %% auto #0
 __all__ = ['RMSNorm', 'SwiGLU', 'Block', 'init_weights', 'Backbone', 'pack_left', 'unpack', 'check_usable', 'sample', 'LayerView',
            'check_ids', 'hidden', 'prefill', 'read', 'embed', 'walk', 'check_length_and_stops', 'generate', 'Decoder',
-           'check_sizes_of']
+           'with_mixers', 'check_sizes_of']
 
 # %% ../nbs/04_decoder.ipynb #c31411b6
 class RMSNorm(nn.Module):
@@ -495,6 +496,17 @@ class Decoder(nn.Module):
             raise ValueError(f"token_ids has shape {tuple(token_ids.shape)}: it must be (batch,), one token a sequence")
         x, state = self.backbone.step(token_ids, state, in_place)
         return self.head(x), state
+
+# %% ../nbs/04_decoder.ipynb #0887913c
+def with_mixers(
+    model: Decoder,  # left as it is
+    make: Callable[[nn.Module], nn.Module],  # gives the mixer of a layer, from the one that is there
+) -> Decoder:  # a copy that shares no weights with the model
+    """The same embedding, norms, MLPs and head around other mixers."""
+    student = copy.deepcopy(model)
+    for block in student.backbone.layers:
+        block.mixer = make(block.mixer)
+    return student
 
 # %% ../nbs/04_decoder.ipynb #df93f862
 def check_sizes_of(

@@ -5,9 +5,7 @@
 # %% ../nbs/27_delta.ipynb #593bdf72
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,7 +15,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .conv import causal_conv
-from .decoder import Decoder
 from .gateloop import GATELOOP_MODES, Mode, _surrogate_attention, log_decay_to_end
 from .mamba2 import Filters, inverse_softplus
 from .operators import check_option, check_sizes, checked, forget, is_token, wide_dtype
@@ -26,7 +23,7 @@ from .ssd import segment_sum
 
 # %% auto #0
 __all__ = ['generalized_delta_rule', 'delta_rule', 'generalized_delta_matrix', 'delta_matrix', 'unit_length', 'DeltaState',
-           'DeltaMixer', 'GatedDeltaNet', 'ThinMLP', 'RWKV7', 'with_mixers']
+           'DeltaMixer', 'GatedDeltaNet', 'ThinMLP', 'RWKV7']
 
 # %% ../nbs/27_delta.ipynb #2c49d945
 def _recurrent(q, k, v, log_a, read, erase, state):
@@ -398,14 +395,3 @@ class RWKV7(DeltaMixer):
         y = y + _bonus(self, *inputs[:2])[..., None] * inputs[2]
         y = self.norm(rearrange(y, "b l h p -> (b l) (h p)")).view_as(gate)
         return self.out_proj(y * gate)
-
-# %% ../nbs/27_delta.ipynb #a05c97a4
-def with_mixers(
-    model: Decoder,  # left as it is
-    make: Callable[[], nn.Module],  # gives the mixer of a layer, called for each
-) -> Decoder:  # a copy that shares no weights with the model
-    """The same embedding, norms, MLPs and head around other mixers: a student of any kind for `distill`."""
-    student = copy.deepcopy(model)
-    for block in student.backbone.layers:
-        block.mixer = make()
-    return student

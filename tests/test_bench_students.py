@@ -26,7 +26,7 @@ from bench.students import (
     Silence,
     WindowAttention,
     rows,
-    with_mixers,
+    with_attention,
 )
 from llamba_ref.cli import Distill
 from llamba_ref.conventions import relative_error
@@ -63,7 +63,7 @@ def test_the_window_of_the_real_teacher_keeps_as_many_numbers_as_a_mixer():
 
 
 def test_mixers_of_some_layers(teacher):
-    model = with_mixers(teacher, WindowAttention, [1, 3])
+    model = with_attention(teacher, WindowAttention, [1, 3])
     kinds = [type(block.mixer) for block in model.backbone.layers]
     assert kinds == [Attention, WindowAttention, Attention, WindowAttention]
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in teacher.state_dict().items())
@@ -81,13 +81,13 @@ def test_layers_that_keep_attention_are_as_many_as_asked_for(layers, count):
 def test_trivial_answers_are_what_they_are_called(teacher):
     ids = torch.arange(60)[None]
     near, far = ids[:, : WINDOW + SINKS], ids
-    window = with_mixers(teacher, WindowAttention)
+    window = with_attention(teacher, WindowAttention)
     assert relative_error(window(near), teacher(near)) < 1e-6 < relative_error(window(far), teacher(far))
-    u, attention = torch.randn(1, 9, 128), with_mixers(teacher, RunningMean).backbone.layers[0].mixer
+    u, attention = torch.randn(1, 9, 128), with_attention(teacher, RunningMean).backbone.layers[0].mixer
     uniform = torch.ones(9, 9).tril() / torch.arange(1, 10)[:, None]
     v = attention.project(u, 0, None)[2].repeat_interleave(2, 1)
     assert relative_error(attention(u), attention.o_proj((uniform @ v).transpose(1, 2).flatten(2))) < 1e-5
-    assert not with_mixers(teacher, Silence).backbone.layers[0].mixer(u).any()
+    assert not with_attention(teacher, Silence).backbone.layers[0].mixer(u).any()
 
 
 @pytest.mark.slow
@@ -168,7 +168,7 @@ def test_a_window_beside_a_state_keeps_no_more_than_a_student_and_starts_as_the_
         model.backbone.layers[0].mixer.recurrent, Row().build(teacher, 0).backbone.layers[0].mixer))
     assert 0 <= whole - half - (HalfWindow.window + HalfWindow.sinks) * token < token
     ids = torch.arange(60)[None]
-    assert torch.equal(model(ids), with_mixers(teacher, HalfWindow)(ids))
+    assert torch.equal(model(ids), with_attention(teacher, HalfWindow)(ids))
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
@@ -226,7 +226,7 @@ def test_repeated_runs():
 def test_yardsticks_keep_no_state(teacher):
     for kind in (WindowAttention, RunningMean):
         with pytest.raises(ValueError, match="state was given: this mixer keeps none"):
-            with_mixers(teacher, kind).generate(torch.zeros(1, 3, dtype=torch.long), 2)
+            with_attention(teacher, kind).generate(torch.zeros(1, 3, dtype=torch.long), 2)
     for mixer in (Silence(), Row("both").build(teacher, 0).backbone.layers[0].mixer):
         with pytest.raises(ValueError, match="state was given: this mixer keeps none"):
             mixer(torch.zeros(1, 3, 128), ())
@@ -239,7 +239,7 @@ def test_what_is_written_is_scored(teacher, monkeypatch):
     assert torch.equal(theirs, torch.cat([teacher.generate(prompt, 6) for prompt in prompts.split(1)]))
     found = where.written(theirs, teacher, theirs)
     assert found["as the teacher"] == 6 and found["teacher's nats"] > 0
-    silent = where.greedily(with_mixers(teacher, Silence), prompts)
+    silent = where.greedily(with_attention(teacher, Silence), prompts)
     assert where.written(silent, teacher, theirs)["as the teacher"] < 6
 
 

@@ -11,7 +11,7 @@ from small import llama_config, one_line, shaken
 
 from llamba_ref.conventions import relative_error
 from llamba_ref.data import Batches, TokenBlocks
-from llamba_ref.decoder import Backbone, Decoder
+from llamba_ref.decoder import Backbone, Decoder, with_mixers
 from llamba_ref.delta import (
     RWKV7,
     GatedDeltaNet,
@@ -20,7 +20,6 @@ from llamba_ref.delta import (
     generalized_delta_matrix,
     generalized_delta_rule,
     unit_length,
-    with_mixers,
 )
 from llamba_ref.gateloop import gateloop
 from llamba_ref.llama import Llama
@@ -469,7 +468,7 @@ def test_keys_have_length_one_and_zeros_a_gradient():
 def test_a_llama_is_distilled_into_it():
     torch.manual_seed(0)
     teacher = Llama(llama_config())
-    student = with_mixers(teacher, lambda: GatedDeltaNet(16, 4, 4, chunk_size=16))
+    student = with_mixers(teacher, lambda _: GatedDeltaNet(16, 4, 4, chunk_size=16))
     assert student.backbone.embedding.weight.data_ptr() != teacher.backbone.embedding.weight.data_ptr()
     before = {name: p.clone() for name, p in student.named_parameters() if ".mixer." not in name}
     blocks = TokenBlocks(torch.randint(48, (8, 24), dtype=torch.int32), 192, 1, 192)

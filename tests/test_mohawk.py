@@ -15,7 +15,7 @@ from torch import nn
 
 from llamba_ref import mohawk, training
 from llamba_ref.conventions import relative_error
-from llamba_ref.decoder import Backbone, Decoder
+from llamba_ref.decoder import Backbone, Decoder, with_mixers
 from llamba_ref.llama import Attention, Llama, LlamaConfig
 from llamba_ref.llamba import DiscreteMamba2, Llamba
 from llamba_ref.mohawk import (
@@ -451,17 +451,9 @@ def test_a_part_for_every_new_layer(layers, kept, batch, length):
         assert all(loss.requires_grad for loss in seen) and not losses.requires_grad
 
 
-def with_mixers(teacher, make):
-    """A copy of the teacher with other mixers."""
-    student = copy.deepcopy(teacher)
-    for block in student.backbone.layers:
-        block.mixer = make()
-    return student
-
-
 def test_other_head_count_is_refused_with_both_shapes():
     teacher = make_teacher()
-    student = with_mixers(teacher, lambda: DiscreteMamba2(24, 6, 2, 2))
+    student = with_mixers(teacher, lambda _: DiscreteMamba2(24, 6, 2, 2))
     with pytest.raises(ValueError, match=r"student's matrix has shape \(4, 2, 20, 20\), teacher's \(4, 4, 20, 20\)"):
         run(teacher, student, [Stage("orientation", 1, 1e-2)])
     run(teacher, student, [Stage("alignment", 1, 1e-2)])  # outputs have no heads: this works
@@ -597,7 +589,7 @@ def test_student_that_shares_weights_with_its_teacher():
     teacher = make_teacher()
     with pytest.raises(ValueError, match="student's backbone.embedding.weight is the teacher's own"):
         run(teacher, teacher, [Stage("distillation", 1, 1e-2)])
-    student = with_mixers(teacher, Average)
+    student = with_mixers(teacher, lambda _: Average())
     student.backbone.layers[2].mlp = teacher.backbone.layers[2].mlp
     with pytest.raises(ValueError, match="student's backbone.layers.2.mlp.gate_proj.weight is the teacher's own"):
         run(teacher, student, [Stage("alignment", 1, 1e-2)])
