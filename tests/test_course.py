@@ -31,11 +31,6 @@ def test_chapters_come_in_the_books_order_and_once():
         assert read == sorted(set(read))
 
 
-def test_reading_times_are_words_and_lines():
-    cells = [("markdown", "word " * 400), ("code", "x = 1\n" * 44 + "x"), ("code", "#| check: ex-a\n" + "x\n" * 100)]
-    assert course.minutes(cells) == 5 and course.spell(125) == "2 h 05 min"
-
-
 def test_the_figures_that_lectures_show_exist():
     labels = set(re.findall(r"#\| label: (fig-[\w-]+)", "".join(p.read_text() for p in (ROOT / "nbs").glob("*.ipynb"))))
     assert set(re.findall(r"\{numref\}`(fig-[\w-]+)`", course.PLANS.read_text())) <= labels

@@ -13,8 +13,8 @@ NOTEBOOKS = ROOT / "nbs"
 WORDS, LINES = 200, 15  # read in a minute: words of prose, lines of code
 IN_VIEW = 12  # lines of code that a cell shows; what is longer is folded
 APPENDICES = 80  # from this number on
-ESSENTIAL = {"00_in_100_lines", "01_conventions", "02_scan", "03_gateloop", "07_ssd", "09_mamba2", "12_discrete_mamba2",
-             "13_rotation", "15_llamba", "16_mohawk", "17_evaluate"}  # the way; the other chapters go further
+FURTHER = {"05_gateloop_lm", "06_memory_horizon", "10_recall", "18_going_back", "19_throughput", "20_edge"}
+FIRST_FURTHER = 21  # all chapters from this number on; the others are essential, and need no chapter that is not
 
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?\s*(.*?)\s*$")
 
@@ -65,7 +65,9 @@ class Chapter:
 
     @property
     def standing(self) -> str:
-        return "appendix" if self.number >= APPENDICES else "essential" if self.name in ESSENTIAL else "further"
+        if self.number >= APPENDICES:
+            return "appendix"
+        return "further" if self.name in FURTHER or self.number >= FIRST_FURTHER else "essential"
 
 
 def summary(notebook: nbformat.NotebookNode) -> str:
