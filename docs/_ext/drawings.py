@@ -327,6 +327,72 @@ MIXERS = {
             ("angle", "turned"), ("x", "S"), ("turned", "S"), ("S", "out"),
         ),
     ),
+    "delta": Shapes(
+        "Shapes in Gated DeltaNet's mixer. The input u of shape b, L, d goes through one linear map, which makes z "
+        "of shape b, L, d, rates beta and gates of shape b, L, H, and what enters the convolution. The convolution "
+        "gives queries and keys of length one, of shape b, L, H, K, and values of shape b, L, H, P. The state of "
+        "shape b, H, K, P fades, loses what stands under the key, and takes the new value there; the query reads y "
+        "of shape b, L, H, P. Each head is normalised, gated with z, and projected to b, L, d.",
+        (
+            {"u": (360, 150, ("u", "(b, L, d)"), "")},
+            {"in": (360, 700, ("in_proj: one linear map",), "main")},
+            {
+                "z": (76, 132, ("z", "(b, L, d)"), ""),
+                "a": (232, 150, ("β, log a", "(b, L, H) each"), ""),
+                "conv": (516, 388, ("convolution of 4 taps, SiLU", "window (b, 2 H K + H P, 4)"), "main"),
+            },
+            {
+                "v": (384, 124, ("v", "(b, L, H, P)"), ""),
+                "k": (516, 124, ("k / |k|", "(b, L, H, K)"), ""),
+                "q": (648, 124, ("q / |q|", "(b, L, H, K)"), ""),
+            },
+            {"S": (345, 480, ("S ← (I − β kᵀk) a S + β kᵀv", "state (b, H, K, P), token by token"), "main")},
+            {"y": (505, 410, ("y = q S", "(b, L, H, P)"), "")},
+            {"gated": (290, 560, ("norm(y) ∘ SiLU(z)", "heads joined: (b, L, d), d = H P"), "")},
+            {"out": (360, 250, ("out_proj", "(b, L, d)"), "main")},
+        ),
+        (
+            ("u", "in"), *(("in", key) for key in ("z", "a", "conv")), *(("conv", key) for key in "vkq"),
+            *((key, "S") for key in "avk"), ("S", "y"), ("q", "y"), ("y", "gated"), ("z", "gated"), ("gated", "out"),
+        ),
+    ),
+    "mamba3": Shapes(
+        "Shapes in Mamba-3's mixer. The input u of shape b, L, d goes through one linear map, without a convolution "
+        "after it. It makes z and values x of shape b, L, H, P, which become R values; step sizes, decays and "
+        "weights of a step's end, of shape b, L, H; R keys and queries of shape b, L, R, H, N; and turns. The "
+        "angle, a running sum of turns times step sizes, rotates keys and queries. The state of shape b, H, P, N "
+        "takes the values of this token and of the one before; R queries read y of shape b, L, R, H, P, which is "
+        "gated with z, summed over R, and projected to b, L, d.",
+        (
+            {"u": (360, 150, ("u", "(b, L, d)"), "")},
+            {"in": (360, 700, ("in_proj: one linear map",), "main")},
+            {
+                "z": (70, 120, ("z", "(b, L, H, P)"), ""),
+                "x": (205, 126, ("x", "(b, L, H, P)"), ""),
+                "dt": (355, 150, ("Δ, log a, λ", "(b, L, H) each"), ""),
+                "BC": (508, 132, ("B, C (normed)", "(b, L, R, H, N)"), ""),
+                "turn": (650, 128, ("Φ: angle", "(b, L, H, ≤ N/2)"), ""),
+            },
+            {
+                "values": (232, 156, ("x for each of R", "(b, L, R, H, P)"), ""),
+                "turned": (540, 320, ("B and C, turned by Φ", "(b, L, R, H, N)"), "main"),
+            },
+            {
+                "S": (
+                    436, 560, ("S ← a S + λ Δ x Bᵀ + (1 − λ) Δ a x Bᵀ of the token before",
+                               "state (b, H, P, N), and the last x, B and angle"), "main",
+                ),
+            },
+            {"y": (430, 330, ("y = S C + D x", "(b, L, R, H, P)"), "")},
+            {"gated": (290, 560, ("y ∘ SiLU(z), summed over R", "heads joined: (b, L, H P)"), "")},
+            {"out": (360, 250, ("out_proj", "(b, L, d)"), "main")},
+        ),
+        (
+            ("u", "in"), *(("in", key) for key in ("z", "x", "dt", "BC", "turn")), ("x", "values"), ("BC", "turned"),
+            ("turn", "turned"), *((key, "S") for key in ("values", "dt", "turned")), ("S", "y"), ("y", "gated"),
+            ("z", "gated"), ("gated", "out"),
+        ),
+    ),
 }  # fmt: skip
 
 
