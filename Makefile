@@ -4,12 +4,13 @@ PYTHON ?= python3
 OUT ?= runs/demo
 NB ?= *
 RECORD ?=
+VERSIONS ?=
 PORT ?= 8000
 BENCH ?= stage1_memory
 
 VENV := .venv
 BIN := $(VENV)/bin
-COLAB := .venv-colab
+COLAB := .venv-colab$(VERSIONS:%=-%)
 EDGE := .venv-edge
 SITE := docs/_build/html
 MATHJAX := docs/_static/mathjax
@@ -57,7 +58,7 @@ run: export  ## run every chapter in place, or one: NB=07_ssd
 	    nbdev_clean --fname "$$chapter"; \
 	done
 
-notebooks: $(COLAB)/.installed  ## run every chapter as on Colab, compare with what is saved; or one: NB=07_ssd
+notebooks: $(COLAB)/.installed  ## run every chapter as on Colab, compare with what is saved; or one: NB=07_ssd; Colab's versions: VERSIONS=colab
 	@OMP_NUM_THREADS=1 $(COLAB)/bin/python -m bench.chapters '$(NB)' $(RECORD)
 
 lab: $(VENV)/.installed-dev  ## open the chapters in JupyterLab
@@ -147,11 +148,12 @@ $(VENV)/.installed-docs: $(VENV)/.installed-runtime
 	@touch $@
 
 # What a reader has on Colab: the package as pip installs it, and something that runs notebooks. No nbdev, no checkout.
-$(COLAB)/.requirements: pyproject.toml constraints.txt | $(VENV)/.made
+# VERSIONS=colab: the versions that Colab has, with PYTHON=python3.13 its Python too; without it those that were tested.
+$(COLAB)/.requirements: pyproject.toml constraints$(VERSIONS:%=-%).txt | $(VENV)/.made
 	@echo "making $(COLAB), installing torch and what the package needs"
 	@$(PYTHON) -m venv --clear $(COLAB)
-	@$(COLAB)/bin/python $(QUIET_PIP) install -c constraints.txt torch
-	@$(COLAB)/bin/python $(QUIET_PIP) install -c constraints.txt nbclient ipykernel .
+	@$(COLAB)/bin/python $(QUIET_PIP) install -c constraints$(VERSIONS:%=-%).txt torch
+	@$(COLAB)/bin/python $(QUIET_PIP) install -c constraints$(VERSIONS:%=-%).txt nbclient ipykernel .
 	@touch $@
 
 $(COLAB)/.installed: $(COLAB)/.requirements $(shell find llamba_ref -type f -not -path '*/__pycache__/*')
