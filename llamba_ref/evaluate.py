@@ -51,7 +51,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood: as if choosing among this many equally likely tokens.
+        """$\\exp(\\mathrm{NLL})$: as if choosing among this many equally likely tokens.
 
         Raises FloatingPointError when that is more than a float can hold."""
         try:
@@ -61,7 +61,7 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits that a byte of text costs: comparable between tokenizers."""
+        """Bits that a byte of text costs, $\\mathrm{NLL} / \\ln 2$ over bytes a token: for any tokenizer."""
         return self.nll / log(2) / self.bytes_per_token
 
 # %% ../nbs/17_evaluate.ipynb #5378271b

@@ -30,7 +30,7 @@ from .start import own_texts, silence_heads, start_from_teacher
 
 # %% auto #0
 __all__ = ['LLAMBA_SIZES', 'SSMConfig', 'RotaryConfig', 'MLPConfig', 'AttentionConfig', 'some_heads', 'MixedState', 'MixedHeads',
-           'keep_heads', 'LlambaConfig', 'student_config', 'attention_need', 'neediest', 'how_many', 'Llamba']
+           'keep_heads', 'LlambaConfig', 'student_config', 'Llamba', 'attention_need', 'neediest', 'how_many']
 
 # %% ../nbs/15_llamba.ipynb #934a52f1
 @dataclass(frozen=True)
@@ -297,6 +297,67 @@ def student_config(
         bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id,
     )
 
+# %% ../nbs/15_llamba.ipynb #bb11be47
+class Llamba(LanguageModel):
+    """Llamba: a `Decoder` of `DiscreteMamba2` mixers, some of them `Attention` in a hybrid (Bick et al. 2025)."""
+
+    config_class = LlambaConfig
+
+    def __init__(self, config: LlambaConfig):
+        c, mlp = config, config.mlp_cfg
+        mixers = [c.mixer(layer) for layer in range(c.n_layer)]
+        super().__init__(Backbone(mixers, c.vocab_size, c.d_model, mlp.intermediate_size, c.norm_epsilon, mlp.bias,
+                                  c.pad_vocab_size_multiple), c.tie_embeddings, c.lm_head_bias)
+        self.config = config
+
+    @classmethod
+    def from_teacher(
+        cls,
+        teacher: Llama,  # the Transformer to be replaced
+        # what keeps its attention in a hybrid: layers, or (layer, head); "auto:K", "heads:K": the K that need it most
+        keep_attention: Sequence[int | tuple[int, int]] | str = (),
+        *,
+        start: Literal["teacher", "published"] = "teacher",  # of the mixers: from attention, or at random as published
+        rotation: Rotation = "fixed",  # who decides how far keys turn, see `RotaryMamba2`; "none": they stand still
+        texts: Int[Tensor, "batch len"] | None = None,  # on which attention is watched; None: the teacher's `own_texts`
+        d_state: int = 64,  # width N of a key
+        chunk_size: int = 128,  # length of a chunk in `ssd`
+    ) -> Llamba:
+        """A student with the teacher's embedding, norms, MLPs, head and kept attention, and new mixers, one head for
+        each of the teacher's query heads. `start="published", rotation="none"` is the student of Bick et al. 2025.
+
+        Raises ValueError for a teacher that is no `Llama` or has no numbers to start from (on the meta device), no such
+        layer, heads that do not divide the width, texts that are no ids or not needed, and an unknown word."""
+        if not isinstance(teacher, Llama):
+            raise ValueError(f"teacher is a {type(teacher).__name__}: it must be a llamba_ref.llama.Llama")
+        check_option("start", start, ("teacher", "published"))
+        if texts is not None and start == "published":
+            raise ValueError("texts were given, and start is 'published': no attention would be watched")
+        options = {"d_state": d_state, "chunk_size": chunk_size, "rotation": rotation}
+        recurrent = None  # the mixers of a student without attention, which is asked where it needs some
+        if isinstance(keep_attention, str):
+            heads, count = how_many(keep_attention, teacher.config, start)
+            pure = cls.from_teacher(teacher, texts=texts, start=start, **options)
+            asked = own_texts(teacher, length=256) if texts is None else texts  # so long that heads can look far back
+            keep_attention = neediest(attention_need(teacher, pure, asked.to(teacher.device), heads=heads), count)
+            recurrent = [block.mixer for block in pure.backbone.layers]
+        config = student_config(teacher.config, keep_attention, bias=start == "teacher", **options)
+        watch = start == "teacher" and len(config.kept) < config.n_layer * teacher.config.num_attention_heads
+        if watch and teacher.device.type == "meta":
+            raise ValueError("start is 'teacher': this teacher is on the meta device and has no numbers to start from")
+        with teacher.device:
+            student = cls(config).to(teacher.backbone.embedding.weight.dtype)
+        ours = student.state_dict()
+        kept = {name: value for name, value in teacher.state_dict().items() if ".mixer." not in name or name in ours}
+        student.load_state_dict(ours | kept, strict=True)
+        if watch and recurrent is None:
+            start_from_teacher(student, teacher, texts)
+        for index, (block, layer) in enumerate(zip(student.backbone.layers, teacher.backbone.layers)):
+            if not isinstance(own := block.mixer, Attention):
+                mixer = getattr(own, "recurrent", own) if recurrent is None else recurrent[index]
+                block.mixer = keep_heads(mixer, layer.mixer, own.heads) if hasattr(own, "heads") else mixer
+        return student
+
 # %% ../nbs/15_llamba.ipynb #51706775
 @torch.no_grad()
 def attention_need(
@@ -361,64 +422,3 @@ def how_many(
     if start != "teacher":
         raise ValueError(f"start is {start!r}: keep_attention={keep_attention!r} needs one from the teacher")
     return found[1] == "heads", int(found[2])
-
-# %% ../nbs/15_llamba.ipynb #bb11be47
-class Llamba(LanguageModel):
-    """Llamba: a `Decoder` of `DiscreteMamba2` mixers, some of them `Attention` in a hybrid (Bick et al. 2025)."""
-
-    config_class = LlambaConfig
-
-    def __init__(self, config: LlambaConfig):
-        c, mlp = config, config.mlp_cfg
-        mixers = [c.mixer(layer) for layer in range(c.n_layer)]
-        super().__init__(Backbone(mixers, c.vocab_size, c.d_model, mlp.intermediate_size, c.norm_epsilon, mlp.bias,
-                                  c.pad_vocab_size_multiple), c.tie_embeddings, c.lm_head_bias)
-        self.config = config
-
-    @classmethod
-    def from_teacher(
-        cls,
-        teacher: Llama,  # the Transformer to be replaced
-        # what keeps its attention in a hybrid: layers, or (layer, head); "auto:K", "heads:K": the K that need it most
-        keep_attention: Sequence[int | tuple[int, int]] | str = (),
-        *,
-        start: Literal["teacher", "published"] = "teacher",  # of the mixers: from attention, or at random as published
-        rotation: Rotation = "fixed",  # who decides how far keys turn, see `RotaryMamba2`; "none": they stand still
-        texts: Int[Tensor, "batch len"] | None = None,  # on which attention is watched; None: the teacher's `own_texts`
-        d_state: int = 64,  # width N of a key
-        chunk_size: int = 128,  # length of a chunk in `ssd`
-    ) -> Llamba:
-        """A student with the teacher's embedding, norms, MLPs, head and kept attention, and new mixers, one head for
-        each of the teacher's query heads. `start="published", rotation="none"` is the student of Bick et al. 2025.
-
-        Raises ValueError for a teacher that is no `Llama` or has no numbers to start from (on the meta device), no such
-        layer, heads that do not divide the width, texts that are no ids or not needed, and an unknown word."""
-        if not isinstance(teacher, Llama):
-            raise ValueError(f"teacher is a {type(teacher).__name__}: it must be a llamba_ref.llama.Llama")
-        check_option("start", start, ("teacher", "published"))
-        if texts is not None and start == "published":
-            raise ValueError("texts were given, and start is 'published': no attention would be watched")
-        options = {"d_state": d_state, "chunk_size": chunk_size, "rotation": rotation}
-        recurrent = None  # the mixers of a student without attention, which is asked where it needs some
-        if isinstance(keep_attention, str):
-            heads, count = how_many(keep_attention, teacher.config, start)
-            pure = cls.from_teacher(teacher, texts=texts, start=start, **options)
-            asked = own_texts(teacher, length=256) if texts is None else texts  # so long that heads can look far back
-            keep_attention = neediest(attention_need(teacher, pure, asked.to(teacher.device), heads=heads), count)
-            recurrent = [block.mixer for block in pure.backbone.layers]
-        config = student_config(teacher.config, keep_attention, bias=start == "teacher", **options)
-        watch = start == "teacher" and len(config.kept) < config.n_layer * teacher.config.num_attention_heads
-        if watch and teacher.device.type == "meta":
-            raise ValueError("start is 'teacher': this teacher is on the meta device and has no numbers to start from")
-        with teacher.device:
-            student = cls(config).to(teacher.backbone.embedding.weight.dtype)
-        ours = student.state_dict()
-        kept = {name: value for name, value in teacher.state_dict().items() if ".mixer." not in name or name in ours}
-        student.load_state_dict(ours | kept, strict=True)
-        if watch and recurrent is None:
-            start_from_teacher(student, teacher, texts)
-        for index, (block, layer) in enumerate(zip(student.backbone.layers, teacher.backbone.layers)):
-            if not isinstance(own := block.mixer, Attention):
-                mixer = getattr(own, "recurrent", own) if recurrent is None else recurrent[index]
-                block.mixer = keep_heads(mixer, layer.mixer, own.heads) if hasattr(own, "heads") else mixer
-        return student

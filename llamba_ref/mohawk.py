@@ -39,7 +39,7 @@ def comparable(
     wide = wide_dtype(student, teacher)
     return student.to(wide), teacher.to(wide)
 
-# %% ../nbs/16_mohawk.ipynb #3373c131
+
 def orientation_loss(
     student: Float[Tensor, "batch heads len len"],  # the student's matrices
     teacher: Float[Tensor, "batch teacher_heads len len"],  # the teacher's attention matrices

@@ -32,8 +32,7 @@ def fit_head(
     C: Float[Tensor, "batch parts len width"],  # queries, in the same parts
     decays: Float[Tensor, "decays"],  # to choose from
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "weights"], Float[Tensor, ""]]:  # decay, weights, relative error
-    """The decay $a$ and weights $w$ for which $\\sum_i w_i a^{t-s} C_{ti} \\cdot B_{si} + w_D [t = s]$ acts on `x` as
-    the teacher's.
+    """Decay $a$ and weights for which $a^{t-s} \\sum_i w_i C_{t,i} \\cdot B_{s,i} + w_D [t = s]$ acts as attention.
 
     Least squares for each decay; the best of them. The weights are those of the parts in order, then $w_D$."""
     target, fits, tiny = attention @ x, [], torch.finfo(x.dtype).tiny
@@ -90,7 +89,7 @@ def keys_and_queries(
     mixer: DiscreteMamba2,  # a student's mixer
     attention: Attention,  # what it replaces
 ) -> tuple[Float[Tensor, "heads state inputs"], Float[Tensor, "heads state inputs"]]:  # for B, for C
-    """Rows for B and C, biases in the last column, for which C_t . B_s is the teacher's score, or as near as can be.
+    """Rows for B and C, biases in the last column, for which $C_t \\cdot B_s$ is the teacher's score, or near it.
 
     The last channel stays free for a constant; with keys that turn it is the slowest pair."""
     k = with_bias(attention.k_proj, attention.n_kv_heads, attention.n_heads // attention.n_kv_heads)
