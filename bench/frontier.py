@@ -1,6 +1,6 @@
 """Newer recurrences beside Mamba-2 on the two tasks of this book that ask for memory: chapters 27 and 28.
 
-    python -m bench.frontier        all runs, two at a time with one thread each; about an hour on two cores
+    python -m bench.frontier        all runs, two at a time with one thread each; about an hour and a quarter on two cores
 
 Memory Horizon (`bench.memory_horizon`: forget on cue) and associative recall (`bench.recall`: many pairs at once), with
 the data and the batches of those commands, and half of their steps. All models here have two layers of width 64, MLPs
@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 import tyro
@@ -73,16 +74,20 @@ def pairs(name: str, lr: float, seed: int) -> dict:
     return recall.learn(net, name, lr, seed, state_numbers(name), RECALL_STEPS)
 
 
-def main() -> None:
+TASKS = {"recall": (pairs, lambda one: one["accuracy"][-1]), "horizon": (horizon, lambda one: one["accuracy"])}
+
+
+def main(
+    tasks: tuple[Literal["recall", "horizon"], ...] = ("recall", "horizon"),  # each has a file of its own
+) -> None:
     torch.set_num_threads(1)  # as in every run, and for the record
-    found = {"recall": best_rate_runs(pairs, list(MIXERS), RATES, SEEDS, reach=1)[0],
-             "horizon": best_rate_runs(horizon, list(MIXERS), RATES, SEEDS, reach=1)[0]}
-    for task, key in (("recall", lambda one: one["accuracy"][-1]), ("horizon", lambda one: one["accuracy"])):
+    for task in tasks:
+        run, share = TASKS[task]
+        runs, trials = best_rate_runs(run, list(MIXERS), RATES, SEEDS, reach=1)
         for name in MIXERS:
-            shares = [key(one) for one in found[task] if one["name"] == name]
+            shares = [share(one) for one in runs if one["name"] == name]
             print(f"{task}, {name}: {statistics.mean(shares):.3f} ({min(shares):.3f} to {max(shares):.3f})")
-    save("frontier", "python -m bench.frontier", rates=RATES, pairs=recall.PAIRS, length=memory_horizon.LENGTH,
-         long=memory_horizon.LONG, steps={"recall": RECALL_STEPS, "horizon": HORIZON_STEPS}, **found)
+        save(f"frontier_{task}", f"python -m bench.frontier --tasks {task}", rates=RATES, runs=runs, trials=trials)
 
 
 if __name__ == "__main__":
