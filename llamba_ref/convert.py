@@ -37,8 +37,9 @@ from .decoder import Decoder
 
 # %% auto #0
 __all__ = ['COMMON', 'LLAMA', 'MISTRAL', 'QWEN2', 'DISGUISED', 'MAMBA2', 'ORIGINAL_MAMBA2', 'LLAMBA', 'GATELOOP', 'MAMBA3',
-           'LAYOUTS', 'check_value', 'own_fields', 'check_fields', 'check_names', 'build', 'Layout', 'layout_of',
-           'ModelConfig', 'unpair', 'llama3_factors', 'read_gguf', 'convert_gguf', 'LanguageModel']
+           'GATED_DELTANET', 'RWKV7', 'LAYOUTS', 'check_value', 'own_fields', 'check_fields', 'check_names', 'build',
+           'Layout', 'layout_of', 'ModelConfig', 'unpair', 'llama3_factors', 'read_gguf', 'convert_gguf',
+           'LanguageModel']
 
 # %% ../nbs/82_convert.ipynb #b5e4f6f9
 def check_value(name: str, value: Any, kind: Any) -> None:
@@ -325,7 +326,10 @@ LLAMBA = Layout(
 )
 GATELOOP = Layout("gateloop", only={"model_type": ("gateloop",)}, ignored=COMMON)
 MAMBA3 = Layout("mamba3", only={"model_type": ("mamba3",)}, ignored=COMMON)
-LAYOUTS = {layout.kind: layout for layout in (LLAMA, MAMBA2, LLAMBA, GATELOOP, MAMBA3)}  # in which we write, too
+GATED_DELTANET = Layout("gated_deltanet", only={"model_type": ("gated_deltanet",)}, ignored=COMMON)
+RWKV7 = Layout("rwkv7", only={"model_type": ("rwkv7",)}, ignored=COMMON)
+_WRITTEN = (LLAMA, MAMBA2, LLAMBA, GATELOOP, MAMBA3, GATED_DELTANET, RWKV7)  # as they are read
+LAYOUTS = {layout.kind: layout for layout in _WRITTEN}
 
 
 def layout_of(config: dict, where: str | os.PathLike = "config.json") -> Layout:
@@ -548,15 +552,22 @@ class LanguageModel(Decoder):
         return model
 
     def write(self, directory: Path, max_shard_size: int | str = "5GB") -> None:
-        """Write a checkpoint into a directory that is there. Raises OSError."""
+        """Write a checkpoint into a directory that is there.
+
+        Raises OSError, and ValueError for a model that its config does not describe, such as one `with_mixers`."""
         layout, config = LAYOUTS[self.config.model_type], self.config.to_dict()
         weights = self.state_dict()
+        with torch.device("meta"):
+            strangers = sorted(weights.keys() ^ type(self)(self.config).state_dict().keys())
+        if strangers:
+            raise ValueError(f"{strangers[0]}: the model differs in it from its {type(self.config).__name__}, "
+                             "by which it would be loaded: it cannot be saved")
         if "pad_vocab_size_multiple" not in config:  # a layout without rows that pad the vocabulary
             for name in {"backbone.embedding.weight", "lm_head.weight"} & weights.keys():
                 weights[name] = weights[name][: self.vocab_size]
         write_checkpoint(directory, config, {layout.stored_as(name): weights[name] for name in weights}, max_shard_size)
 
     def save_pretrained(self, path: str | os.PathLike, max_shard_size: int | str = "5GB") -> None:
-        """Write a new checkpoint directory, whole or not at all. Raises FileExistsError, OSError."""
+        """Write a new checkpoint directory, whole or not at all. Raises FileExistsError, and what `write` does."""
         with atomic_directory(path) as directory:
             self.write(directory, max_shard_size)
