@@ -39,7 +39,7 @@ from .decoder import Decoder
 __all__ = ['COMMON', 'LLAMA', 'MISTRAL', 'QWEN2', 'DISGUISED', 'MAMBA2', 'ORIGINAL_MAMBA2', 'LLAMBA', 'GATELOOP', 'MAMBA3',
            'GATED_DELTANET', 'RWKV7', 'LAYOUTS', 'check_value', 'own_fields', 'check_fields', 'check_names', 'build',
            'Layout', 'layout_of', 'ModelConfig', 'unpair', 'llama3_factors', 'read_gguf', 'convert_gguf',
-           'LanguageModel']
+           'check_described', 'LanguageModel']
 
 # %% ../nbs/82_convert.ipynb #b5e4f6f9
 def check_value(name: str, value: Any, kind: Any) -> None:
@@ -509,6 +509,15 @@ def convert_gguf(
     return out
 
 # %% ../nbs/82_convert.ipynb #3ac33623
+def check_described(model: LanguageModel) -> None:
+    """Raise ValueError for a model that its config does not describe, such as one `with_mixers`."""
+    with torch.device("meta"):
+        described = type(model)(model.config).state_dict()
+    if others := sorted(described.keys() ^ model.state_dict().keys()):
+        raise ValueError(f"{others[0]}: the model differs in it from its {type(model.config).__name__}, by which it "
+                         "would be loaded: it cannot be saved")
+
+# %% ../nbs/82_convert.ipynb #a1548549
 class LanguageModel(Decoder):
     """A `Decoder` with a config, which can be loaded and saved. A subclass names its config and is built from one."""
 
@@ -554,14 +563,10 @@ class LanguageModel(Decoder):
     def write(self, directory: Path, max_shard_size: int | str = "5GB") -> None:
         """Write a checkpoint into a directory that is there.
 
-        Raises OSError, and ValueError for a model that its config does not describe, such as one `with_mixers`."""
+        Raises OSError, and ValueError as `check_described`."""
+        check_described(self)
         layout, config = LAYOUTS[self.config.model_type], self.config.to_dict()
         weights = self.state_dict()
-        with torch.device("meta"):
-            strangers = sorted(weights.keys() ^ type(self)(self.config).state_dict().keys())
-        if strangers:
-            raise ValueError(f"{strangers[0]}: the model differs in it from its {type(self.config).__name__}, "
-                             "by which it would be loaded: it cannot be saved")
         if "pad_vocab_size_multiple" not in config:  # a layout without rows that pad the vocabulary
             for name in {"backbone.embedding.weight", "lm_head.weight"} & weights.keys():
                 weights[name] = weights[name][: self.vocab_size]

@@ -42,9 +42,11 @@ def log_decay_to_end(
 def surrogate_attention(
     q: Inexact[Tensor, "*#batch len key"],  # queries
     k: Inexact[Tensor, "*#batch len key"],  # keys
-    log_a: Float[Tensor, "*#batch len #key"],  # logs of real gates
+    log_a: Inexact[Tensor, "*#batch len #key"],  # logs of gates
 ) -> Inexact[Tensor, "*#batch len len"]:
-    """The lower triangular matrix T for real gates; nothing is checked."""
+    """The lower triangular matrix T, row t, column s <= t: the product of query t and key s, decayed in between.
+
+    Nothing is checked."""
     length = q.shape[-2]
     if length == 1:
         return q @ k.mT
