@@ -20,7 +20,9 @@ PUBLIC = {  # module -> the names that it gives to the package
     "mamba3": ("Mamba3", "Mamba3Config", "Mamba3LM", "trapezoid", "trapezoid_matrix", "trapezoid_step"),
     "llamba": ("Llamba", "LlambaConfig"),
     "mohawk": ("alignment_loss", "distill", "distillation_loss", "orientation_loss"),
-    "delta": ("GatedDeltaNet", "RWKV7", "delta_matrix", "delta_rule", "generalized_delta_matrix", "generalized_delta_rule"),
+    "delta": (
+        "GatedDeltaNet", "GatedDeltaNetConfig", "GatedDeltaNetLM", "RWKV7", "RWKV7Config", "RWKV7LM", "delta_matrix",
+        "delta_rule", "generalized_delta_matrix", "generalized_delta_rule"),
     "evaluate": ("compare", "evaluate", "generate_text"),
     "data": (
         "Batch", "Batches", "MixedBatches", "StreamBatches", "StreamShares", "load_documents", "load_tokenizer", "pack",

@@ -37,8 +37,9 @@ from .decoder import Decoder
 
 # %% auto #0
 __all__ = ['COMMON', 'LLAMA', 'MISTRAL', 'QWEN2', 'DISGUISED', 'MAMBA2', 'ORIGINAL_MAMBA2', 'LLAMBA', 'GATELOOP', 'MAMBA3',
-           'LAYOUTS', 'check_value', 'own_fields', 'check_fields', 'check_names', 'build', 'Layout', 'layout_of',
-           'ModelConfig', 'unpair', 'llama3_factors', 'read_gguf', 'convert_gguf', 'LanguageModel']
+           'GATED_DELTANET', 'RWKV7', 'LAYOUTS', 'check_value', 'own_fields', 'check_fields', 'check_names', 'build',
+           'Layout', 'layout_of', 'ModelConfig', 'unpair', 'llama3_factors', 'read_gguf', 'convert_gguf',
+           'check_described', 'LanguageModel']
 
 # %% ../nbs/82_convert.ipynb #b5e4f6f9
 def check_value(name: str, value: Any, kind: Any) -> None:
@@ -325,7 +326,10 @@ LLAMBA = Layout(
 )
 GATELOOP = Layout("gateloop", only={"model_type": ("gateloop",)}, ignored=COMMON)
 MAMBA3 = Layout("mamba3", only={"model_type": ("mamba3",)}, ignored=COMMON)
-LAYOUTS = {layout.kind: layout for layout in (LLAMA, MAMBA2, LLAMBA, GATELOOP, MAMBA3)}  # in which we write, too
+GATED_DELTANET = Layout("gated_deltanet", only={"model_type": ("gated_deltanet",)}, ignored=COMMON)
+RWKV7 = Layout("rwkv7", only={"model_type": ("rwkv7",)}, ignored=COMMON)
+_WRITTEN = (LLAMA, MAMBA2, LLAMBA, GATELOOP, MAMBA3, GATED_DELTANET, RWKV7)  # as they are read
+LAYOUTS = {layout.kind: layout for layout in _WRITTEN}
 
 
 def layout_of(config: dict, where: str | os.PathLike = "config.json") -> Layout:
@@ -505,6 +509,15 @@ def convert_gguf(
     return out
 
 # %% ../nbs/82_convert.ipynb #3ac33623
+def check_described(model: LanguageModel) -> None:
+    """Raise ValueError for a model that its config does not describe, such as one `with_mixers`."""
+    with torch.device("meta"):
+        described = type(model)(model.config).state_dict()
+    if others := sorted(described.keys() ^ model.state_dict().keys()):
+        raise ValueError(f"{others[0]}: the model differs in it from its {type(model.config).__name__}, by which it "
+                         "would be loaded: it cannot be saved")
+
+# %% ../nbs/82_convert.ipynb #a1548549
 class LanguageModel(Decoder):
     """A `Decoder` with a config, which can be loaded and saved. A subclass names its config and is built from one."""
 
@@ -548,7 +561,10 @@ class LanguageModel(Decoder):
         return model
 
     def write(self, directory: Path, max_shard_size: int | str = "5GB") -> None:
-        """Write a checkpoint into a directory that is there. Raises OSError."""
+        """Write a checkpoint into a directory that is there.
+
+        Raises OSError, and ValueError as `check_described`."""
+        check_described(self)
         layout, config = LAYOUTS[self.config.model_type], self.config.to_dict()
         weights = self.state_dict()
         if "pad_vocab_size_multiple" not in config:  # a layout without rows that pad the vocabulary
@@ -557,6 +573,6 @@ class LanguageModel(Decoder):
         write_checkpoint(directory, config, {layout.stored_as(name): weights[name] for name in weights}, max_shard_size)
 
     def save_pretrained(self, path: str | os.PathLike, max_shard_size: int | str = "5GB") -> None:
-        """Write a new checkpoint directory, whole or not at all. Raises FileExistsError, OSError."""
+        """Write a new checkpoint directory, whole or not at all. Raises FileExistsError, and what `write` does."""
         with atomic_directory(path) as directory:
             self.write(directory, max_shard_size)

@@ -502,7 +502,8 @@ def with_mixers(
     model: Decoder,  # left as it is
     make: Callable[[nn.Module], nn.Module],  # gives the mixer of a layer, from the one that is there
 ) -> Decoder:  # a copy that shares no weights with the model
-    """The same embedding, norms, MLPs and head around other mixers."""
+    """The same embedding, norms, MLPs and head around other mixers, of which the model's config knows nothing: what has
+    a config cannot be saved then."""
     student = copy.deepcopy(model)
     for block in student.backbone.layers:
         block.mixer = make(block.mixer)

@@ -15,7 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .conv import causal_conv
-from .gateloop import GATELOOP_MODES, Mode, _surrogate_attention, log_decay_to_end
+from .convert import LanguageModel, ModelConfig
+from .decoder import Backbone
+from .gateloop import GATELOOP_MODES, Mode, surrogate_attention, log_decay_to_end
 from .mamba2 import Filters, inverse_softplus
 from .operators import check_option, check_sizes, checked, forget, is_token, wide_dtype
 from .scan import recurrence_step, split_gate
@@ -23,7 +25,8 @@ from .ssd import segment_sum
 
 # %% auto #0
 __all__ = ['generalized_delta_rule', 'delta_rule', 'generalized_delta_matrix', 'delta_matrix', 'unit_length', 'DeltaState',
-           'DeltaMixer', 'GatedDeltaNet', 'ThinMLP', 'RWKV7']
+           'DeltaMixer', 'GatedDeltaNet', 'ThinMLP', 'RWKV7', 'GatedDeltaNetConfig', 'GatedDeltaNetLM', 'RWKV7Config',
+           'RWKV7LM']
 
 # %% ../nbs/27_delta.ipynb #2c49d945
 def _recurrent(q, k, v, log_a, read, erase, state):
@@ -53,7 +56,7 @@ def _decayed_products(queries, keys, log_a):
     """Row t, column s <= t: the dot product of query t and key s, decayed in between; all (... l d), log_a d or 1."""
     if log_a.shape[-1] == 1:  # a number for each pair stands outside of the dot product
         return segment_sum(log_a.squeeze(-1)).exp() * (queries @ keys.mT)
-    return _surrogate_attention(queries, keys, log_a)
+    return surrogate_attention(queries, keys, log_a)
 
 
 def _pairs(q, k, log_a, read, erase):
@@ -119,9 +122,10 @@ def generalized_delta_rule(
     """$S_t = (diag(a_t) - e_t^T r_t) S_{t-1} + k_t^T v_t$, $y_t = q_t S_t$ in each head (RWKV-7, Peng et al. 2025, in
     rows; $r$ is `read`, $e$ is `erase`).
 
-    With log_a = -inf a token forgets everything only if it also has read = 0. Nothing here keeps the state bounded:
-    that is for `read` and `erase` to do. Raises ValueError when an argument is not what the signature says, the
-    sequence is empty or a log_a is positive."""
+    With log_a = -inf a token forgets everything only if it also has read = 0; mode "scan" forgets up to rounding.
+    Nothing here keeps the state bounded: that is for `read` and `erase` to do.
+
+    Raises ValueError when an argument is not what the signature says, the sequence is empty or a log_a is positive."""
     wide = wide_dtype(q, log_a, initial_state)
     state = None if initial_state is None else initial_state.to(wide)
     y, state = _run(*(z.to(wide) for z in (q, k, v, log_a, read, erase)), state, mode, chunk_size)
@@ -152,7 +156,9 @@ def delta_rule(
     """$S_t = (I - beta_t k_t^T k_t) diag(a_t) S_{t-1} + beta_t k_t^T v_t$, $y_t = q_t S_t$ in each head: DeltaNet (Yang
     et al. 2024), with one gate a head Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024), with one a channel KDA.
 
-    The state stays bounded while beta |k|^2 is between 0 and 2; neither is enforced. -inf in log_a forgets everything.
+    The state stays bounded while beta |k|^2 is between 0 and 2; neither is enforced. -inf in log_a forgets everything,
+    in mode "scan" up to rounding.
+
     Raises ValueError when an argument is not what the signature says, the sequence is empty or a log_a is positive."""
     log_a, read, erase, keys, queries, values, state = _as_general(k, beta, log_a, q, v, initial_state)
     y, state = _run(queries, erase, values, log_a, read, erase, state, mode, chunk_size)  # erase is beta k, as written
@@ -395,3 +401,65 @@ class RWKV7(DeltaMixer):
         y = y + _bonus(self, *inputs[:2])[..., None] * inputs[2]
         y = self.norm(rearrange(y, "b l h p -> (b l) (h p)")).view_as(gate)
         return self.out_proj(y * gate)
+
+# %% ../nbs/27_delta.ipynb #c1da153e
+class GatedDeltaNetConfig(ModelConfig):
+    """Sizes of a Gated DeltaNet language model: its config.json. Raises ValueError as `ModelConfig`."""
+
+    model_type = "gated_deltanet"
+    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "tie_word_embeddings": "tie_embeddings"}
+    vocab_size: int  # number of token ids
+    d_model: int  # width of the residual stream
+    n_layer: int  # blocks
+    n_heads: int  # heads of a mixer
+    d_state: int  # width of a key in each head
+    intermediate_size: int  # width of the MLPs
+    d_conv: int = 4  # taps of the convolution
+    reflect: bool = False  # beta may reach 2
+    gated: bool = True  # False: DeltaNet
+    chunk_size: int = 64  # tokens in a chunk
+    tie_embeddings: bool = True  # head and embedding share their weight
+    norm_epsilon: float = 1e-5  # added under the root in the norms of the blocks
+
+
+class GatedDeltaNetLM(LanguageModel):
+    """A language model of `GatedDeltaNet` mixers: the `Decoder` of Llama with another mixer in it."""
+
+    config_class = GatedDeltaNetConfig
+
+    def __init__(self, config: GatedDeltaNetConfig):
+        c = config
+        options = {name: getattr(c, name) for name in ("d_conv", "reflect", "gated", "chunk_size")}
+        mixers = [GatedDeltaNet(c.d_model, c.n_heads, c.d_state, **options) for _ in range(c.n_layer)]
+        backbone = Backbone(mixers, c.vocab_size, c.d_model, c.intermediate_size, c.norm_epsilon)
+        super().__init__(backbone, c.tie_embeddings)
+        self.config = config
+
+# %% ../nbs/27_delta.ipynb #f7e925dd
+class RWKV7Config(ModelConfig):
+    """Sizes of an RWKV-7 language model: its config.json. Raises ValueError as `ModelConfig`."""
+
+    model_type = "rwkv7"
+    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "tie_word_embeddings": "tie_embeddings"}
+    vocab_size: int  # number of token ids
+    d_model: int  # width of the residual stream
+    n_layer: int  # blocks
+    n_heads: int  # heads of a mixer
+    intermediate_size: int  # width of the MLPs
+    rank: int = 16  # width between the two thin matrices of gates and rates
+    chunk_size: int = 64  # tokens in a chunk
+    tie_embeddings: bool = True  # head and embedding share their weight
+    norm_epsilon: float = 1e-5  # added under the root in the norms of the blocks
+
+
+class RWKV7LM(LanguageModel):
+    """A language model of `RWKV7` mixers: the `Decoder` of Llama with another mixer in it."""
+
+    config_class = RWKV7Config
+
+    def __init__(self, config: RWKV7Config):
+        c = config
+        mixers = [RWKV7(c.d_model, c.n_heads, rank=c.rank, chunk_size=c.chunk_size) for _ in range(c.n_layer)]
+        backbone = Backbone(mixers, c.vocab_size, c.d_model, c.intermediate_size, c.norm_epsilon)
+        super().__init__(backbone, c.tie_embeddings)
+        self.config = config

@@ -28,7 +28,8 @@ from llamba_ref.operators import (
 from .scan import factor_out_phase, linear_scan, recurrence
 
 # %% auto #0
-__all__ = ['Mode', 'GATELOOP_MODES', 'log_decay_to_end', 'gateloop', 'gateloop_matrix', 'reset_gates', 'GateLoop']
+__all__ = ['Mode', 'GATELOOP_MODES', 'log_decay_to_end', 'surrogate_attention', 'gateloop', 'gateloop_matrix', 'reset_gates',
+           'GateLoop']
 
 # %% ../nbs/03_gateloop.ipynb #14d877c2
 def log_decay_to_end(
@@ -38,8 +39,14 @@ def log_decay_to_end(
     return F.pad(log_a[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
 
 # %% ../nbs/03_gateloop.ipynb #e7dbf700
-def _surrogate_attention(q, k, log_a):
-    """The lower triangular matrix T, real gates: q and k (... l d), log_a (... l d) or (... l 1)."""
+def surrogate_attention(
+    q: Inexact[Tensor, "*#batch len key"],  # queries
+    k: Inexact[Tensor, "*#batch len key"],  # keys
+    log_a: Inexact[Tensor, "*#batch len #key"],  # logs of gates
+) -> Inexact[Tensor, "*#batch len len"]:
+    """The lower triangular matrix T, row t, column s <= t: the product of query t and key s, decayed in between.
+
+    Nothing is checked."""
     length = q.shape[-2]
     if length == 1:
         return q @ k.mT
@@ -50,9 +57,9 @@ def _surrogate_attention(q, k, log_a):
     below = (q2 * log2.cumsum(-2).exp()) @ (k1 * log_decay_to_end(log1).exp()).mT
     # 3. the triangles above and to the right: the same problem, in one call where they are of one size
     if length % 2 == 0:
-        above, right = _surrogate_attention(*(torch.stack(pair) for pair in halves))
+        above, right = surrogate_attention(*(torch.stack(pair) for pair in halves))
     else:
-        above, right = (_surrogate_attention(*half) for half in zip(*halves))
+        above, right = (surrogate_attention(*half) for half in zip(*halves))
     return torch.cat([F.pad(above, (0, length - middle)), torch.cat([below, right], -1)], -2)
 
 # %% ../nbs/03_gateloop.ipynb #8bfd12fd
@@ -83,7 +90,7 @@ def _chunked(q, k, v, state, log_a, size):
     q, k, v, log_a = (F.pad(z, (0, 0, 0, 0, 0, -length % size)) for z in (q, k, v, log_a))
     q, k, v, log_a = (rearrange(z, "b (c l) h d -> b h c l d", l=size) for z in (q, k, v, log_a))
     # 1. outputs inside each chunk: surrogate attention
-    y_inside = _surrogate_attention(q, k, log_a) @ v
+    y_inside = surrogate_attention(q, k, log_a) @ v
     # 2. what each chunk adds to the state
     updates = (k * log_decay_to_end(log_a).exp()).mT @ v
     # 3. the recurrence over chunks: the state that enters each
@@ -170,7 +177,7 @@ def gateloop_matrix(
     log_a, phase, queries, keys = _promote(log_a, phase, q, k)
     if phase is not None:
         queries, keys, log_a, _ = _rotary(queries, keys, log_a, phase)
-    T = _surrogate_attention(*(rearrange(z, "b l h d -> b h l d") for z in (queries, keys, log_a)))
+    T = surrogate_attention(*(rearrange(z, "b l h d -> b h l d") for z in (queries, keys, log_a)))
     return _narrow(T, q)
 
 # %% ../nbs/03_gateloop.ipynb #86f2e6f4

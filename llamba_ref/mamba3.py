@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .convert import LanguageModel, ModelConfig
 from .decoder import Backbone, RMSNorm
+from .gateloop import GATELOOP_MODES, Mode
 from .mamba2 import inverse_softplus
 from .operators import check_option, check_sizes, checked, forget, is_token, wide_dtype
 from .rotation import rotate_pairs, running_angle
@@ -24,14 +25,11 @@ from .scan import linear_scan, recurrence_step, split_gate
 from .ssd import ssd, ssd_matrix
 
 # %% auto #0
-__all__ = ['Mode', 'SLOWEST', 'before', 'in_each_head', 'local', 'trapezoid_step', 'trapezoid', 'trapezoid_matrix', 'Mamba3State',
+__all__ = ['SLOWEST', 'before', 'in_each_head', 'local', 'trapezoid_step', 'trapezoid', 'trapezoid_matrix', 'Mamba3State',
            'Projected3', 'check_mamba3', 'reset_parameters', 'init_state', 'project', 'spread', 'gate_and_project',
            'step', 'matrices', 'matrix', 'Mamba3', 'Mamba3Config', 'Mamba3LM']
 
 # %% ../nbs/28_mamba3.ipynb #fcc2642e
-Mode = Literal["recurrent", "scan", "attention", "chunked"]
-
-
 def before(
     z: Float[Tensor, "batch len *rest"],  # a number, value or key for each token
     first: Float[Tensor, "batch *rest"] | None = None,  # that of the token before the first one; None: 0
@@ -102,7 +100,7 @@ def _by_ssd(x, log_a, B, C, state, rank, **options):
     return (y if rank == 1 else y + local(C, B, x, diagonal=1)), state
 
 # %% ../nbs/28_mamba3.ipynb #97cb2f6e
-@checked(same="x B C", groups="heads")
+@checked(same="x B C x_before B_before", groups="heads")
 def trapezoid(
     x: Float[Tensor, "batch len rank heads headdim"],  # values; a token writes `rank` of them
     dt: Float[Tensor, "batch len heads"],  # step sizes, positive
@@ -124,6 +122,8 @@ def trapezoid(
 
     To go on from a state, give the values and keys of its last token, too. Raises ValueError when an argument is not
     what the signature says, the sequence is empty or a log_a is positive."""
+    if (x_before is None) != (B_before is None):
+        raise ValueError("x_before and B_before must be given together: a value is written under its key")
     wide, rank, heads = wide_dtype(x, dt, log_a, initial_state), x.shape[2], x.shape[3]
     dt, log_a, lam = (z.to(wide) for z in (dt, log_a, lam))
     gamma = lam * dt
@@ -147,11 +147,11 @@ def trapezoid_matrix(
     B: Float[Tensor, "batch len rank groups state"],  # keys
     C: Float[Tensor, "batch len rank groups state"],  # queries, grouped as B
     D: Float[Tensor, "heads"] | None = None,  # skip connection, one number a head
-) -> Float[Tensor, "batch heads rank rank len len"]:  # T[:, :, j, i]: by which the values i enter the outputs j
+) -> Float[Tensor, "batch heads rank rank len len"]:  # T[:, :, j, i], dtype of B: the values i in the outputs j
     """The matrices by which `trapezoid` multiplies its values: $y^j = \\sum_i T^{ji} x^i$ head by head.
 
     Raises ValueError when an argument is not what the signature says, the sequence is empty or a log_a is positive."""
-    wide, rank, heads = wide_dtype(dt, log_a, B, D), B.shape[2], dt.shape[2]
+    wide, dtype, rank, heads = wide_dtype(dt, log_a, B, D), B.dtype, B.shape[2], dt.shape[2]
     dt, log_a, lam = (z.to(wide) for z in (dt, log_a, lam))
     B, C, gamma = in_each_head(B.to(wide), heads), in_each_head(C.to(wide), heads), lam * dt
     B_old = before(B) * (log_a.exp() * ((1 - lam) * dt + before(gamma)))[:, :, None, :, None]
@@ -162,7 +162,7 @@ def trapezoid_matrix(
     now = gamma[..., None, None] * torch.einsum("bljhn,blihn->blhji", C, B)
     if D is not None:
         now = now + D.to(wide)[:, None, None] * torch.eye(rank, dtype=wide, device=now.device)
-    return F.pad(T[..., 1:], (0, 1)) + rearrange(now, "b l h j i -> b h j i l").diag_embed()
+    return (F.pad(T[..., 1:], (0, 1)) + rearrange(now, "b l h j i -> b h j i l").diag_embed()).to(dtype)
 
 # %% ../nbs/28_mamba3.ipynb #8c1e67d3
 class Mamba3State(NamedTuple):
@@ -228,8 +228,8 @@ def init_state(mixer, batch: int) -> Mamba3State:
 # %% ../nbs/28_mamba3.ipynb #e7370634
 def _keys(mixer, z, norm, bias, angle):
     """Keys or queries (b l (r g n)): normed, for each head, with its bias, turned by `angle` (b l h half)."""
-    z = norm(rearrange(z, "b l (r g n) -> b l r g n", r=mixer.rank, g=mixer.n_groups))
-    return rotate_pairs(in_each_head(z, mixer.n_heads) + bias.to(z.dtype), angle[:, :, None])
+    normed = norm(rearrange(z, "b l (r g n) -> b l r g n", r=mixer.rank, g=mixer.n_groups)).to(z.dtype)  # autocast
+    return rotate_pairs(in_each_head(normed, mixer.n_heads) + bias.to(z.dtype), angle[:, :, None])
 
 
 def project(mixer, u, state: Mamba3State | None, tokens=None, starts=None) -> Projected3:
@@ -305,7 +305,7 @@ class Mamba3(nn.Module):
     ):
         super().__init__()
         check_mamba3(d_model, d_state, headdim, rank, n_groups, expand, rope_fraction, chunk_size)
-        check_option("mode", mode, get_args(Mode))
+        check_option("mode", mode, GATELOOP_MODES)
         self.d_inner, self.d_state, self.rank, self.n_groups = expand * d_model, d_state, rank, n_groups
         self.n_heads, self.turning = self.d_inner // headdim, int(d_state * rope_fraction) // 2
         self.chunk_size, self.mode = chunk_size, mode

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from .checkpoint import atomic_directory, find_checkpoint, read_config
 from .convert import LanguageModel, convert_gguf, layout_of
 from .data import check_tokenizer, load_tokenizer
+from .delta import RWKV7LM, GatedDeltaNetLM
 from .gateloop_lm import GateLoopLM
 from .llama import Llama
 from .llamba import Llamba
@@ -20,10 +21,11 @@ from .mamba2 import Mamba2LM
 from .mamba3 import Mamba3LM
 
 # %% auto #0
-__all__ = ['KINDS', 'model_of_run', 'load_model', 'save_model']
+__all__ = ['MODELS', 'KINDS', 'model_of_run', 'load_model', 'save_model']
 
 # %% ../nbs/86_models.ipynb #d71e0b95
-KINDS = {kind.config_class.model_type: kind for kind in (Llama, Llamba, Mamba2LM, GateLoopLM, Mamba3LM)}
+MODELS = (Llama, Llamba, Mamba2LM, GateLoopLM, Mamba3LM, GatedDeltaNetLM, RWKV7LM)
+KINDS = {kind.config_class.model_type: kind for kind in MODELS}
 
 
 def model_of_run(path: Path) -> Path:

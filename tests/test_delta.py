@@ -1,5 +1,6 @@
 """The delta rule: every mode against the loop that defines it, its special cases, its two mixers in a backbone."""
 
+import json
 import math
 
 import pytest
@@ -14,7 +15,11 @@ from llamba_ref.data import Batches, TokenBlocks
 from llamba_ref.decoder import Backbone, Decoder, with_mixers
 from llamba_ref.delta import (
     RWKV7,
+    RWKV7LM,
     GatedDeltaNet,
+    GatedDeltaNetConfig,
+    GatedDeltaNetLM,
+    RWKV7Config,
     delta_matrix,
     delta_rule,
     generalized_delta_matrix,
@@ -23,6 +28,7 @@ from llamba_ref.delta import (
 )
 from llamba_ref.gateloop import gateloop
 from llamba_ref.llama import Llama
+from llamba_ref.models import KINDS
 from llamba_ref.mohawk import distill
 from llamba_ref.ssd import ssd
 from llamba_ref.training import Stage
@@ -463,6 +469,72 @@ def test_keys_have_length_one_and_zeros_a_gradient():
     unit = unit_length(z)
     assert unit[0].eq(0).all() and (unit[1:].norm(dim=-1) - 1).abs().max() < 1e-5
     assert torch.autograd.grad(unit.sum(), z)[0].abs().max() <= 1001
+
+
+LANGUAGE_MODELS = [
+    GatedDeltaNetLM(GatedDeltaNetConfig(vocab_size=48, d_model=16, n_layer=2, n_heads=4, intermediate_size=24,
+                                        d_state=3, d_conv=3, reflect=True, gated=False, chunk_size=8)),
+    RWKV7LM(RWKV7Config(vocab_size=48, d_model=16, n_layer=2, n_heads=4, intermediate_size=24, rank=3,
+                        tie_embeddings=False))]
+
+
+@pytest.mark.parametrize("net", LANGUAGE_MODELS, ids=lambda net: type(net).__name__)
+def test_language_models_are_saved_and_loaded(net, tmp_path):
+    net, ids = shaken(net), torch.randint(48, (2, 20))
+    net.save_pretrained(tmp_path / "model")
+    loaded = KINDS[net.config.model_type].from_pretrained(tmp_path / "model")
+    assert type(loaded) is type(net) and repr(loaded.config) == repr(net.config)
+    assert torch.equal(loaded(ids), net(ids)) and torch.equal(loaded.generate(ids, 5), net.generate(ids, 5))
+
+
+@pytest.mark.parametrize("net", LANGUAGE_MODELS, ids=lambda net: type(net).__name__)
+def test_what_is_loaded_may_be_refused(net, tmp_path):
+    net.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"n_heads": 3}))
+    with pytest.raises(ValueError, match="n_heads is 3: it must divide d_model = 16") as error:
+        type(net).from_pretrained(tmp_path / "model")
+    one_line(error)
+
+
+def test_a_student_with_other_mixers_is_not_saved(tmp_path):
+    """Its config still speaks of attention: nobody could load the files."""
+    student = with_mixers(Llama(llama_config()), lambda _: GatedDeltaNet(16, 4, 4))
+    with pytest.raises(ValueError, match="differs in it from its LlamaConfig.*cannot be saved") as error:
+        student.save_pretrained(tmp_path / "student")
+    one_line(error)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@torch.no_grad()
+def test_documents_behind_padding(name):
+    torch.manual_seed(0)
+    mixer, u = shaken(MIXERS[name]()).double(), torch.randn(2, 40, 16, dtype=torch.float64)
+    starts = torch.zeros(2, 40, dtype=torch.bool)
+    starts[0, [5, 20]] = True  # the first lies in the padding
+    y = mixer(u, padding=torch.tensor([9, 0]), starts=starts)
+    apart = torch.cat([mixer(u[:1, 9:20]), mixer(u[:1, 20:])], 1)
+    assert relative_error(y[:1, 9:], apart) < 1e-10 and relative_error(y[1:], mixer(u[1:])) < 1e-10
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_where_everything_is_forgotten(mode):
+    q, k, v, beta, log_a, state = example(6, heads=1, key=2, value=2, batch=1)
+    gates = log_a.detach().index_fill(1, torch.tensor([3]), -math.inf)
+
+    def function(q, k, v, beta, state):
+        return delta_rule(q, k, v, beta, gates, mode=mode, chunk_size=4, initial_state=state, return_state=True)
+
+    assert torch.autograd.gradcheck(function, (q, k, v, beta, state))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_zero_keys_write_nothing_and_have_gradients(mode):
+    q, k, v, beta, log_a, state = example(70)
+    k = torch.zeros_like(k).requires_grad_()
+    y = delta_rule(q, k, v, beta, mode=mode)
+    assert not y.any() and all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), [q, k, v, beta]))
 
 
 def test_a_llama_is_distilled_into_it():

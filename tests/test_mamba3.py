@@ -335,6 +335,43 @@ def test_documents_in_a_row_are_documents_apart(mixer):
     assert relative_error(T[..., 15:, 15:], blocks) < 1e-10
 
 
+@KINDS
+def test_bfloat16_and_autocast(mixer):
+    mixer, u = make(**mixer).float(), torch.randn(2, 20, 8)
+    exact = mixer(u)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = mixer(u, mixer.init_state(2))
+        y_t, last = mixer.step(u[:, 0], state)
+        T = mixer.matrices(u)
+    assert relative_error(y.float(), exact) < 0.05 and state.ssm.dtype == state.angle.dtype == torch.float32
+    assert y.dtype == y_t.dtype == T.dtype == torch.bfloat16 and last.ssm.dtype == torch.float32
+    mixer = mixer.bfloat16()
+    y, state = mixer(u.bfloat16(), mixer.init_state(2))
+    assert y.dtype == mixer.matrices(u.bfloat16()).dtype == torch.bfloat16 and state.ssm.dtype == torch.float32
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
+
+
+@KINDS
+@torch.no_grad()
+def test_documents_behind_padding(mixer):
+    mixer = make(**mixer)
+    u, starts = torch.randn(2, 40, 8, dtype=torch.float64), torch.zeros(2, 40, dtype=torch.bool)
+    starts[0, [5, 20]] = True  # the first lies in the padding
+    y = mixer(u, padding=torch.tensor([9, 0]), starts=starts)
+    apart = torch.cat([mixer(u[:1, 9:20]), mixer(u[:1, 20:])], 1)
+    assert relative_error(y[:1, 9:], apart) < 1e-10 and relative_error(y[1:], mixer(u[1:])) < 1e-10
+
+
+def test_values_and_keys_of_the_token_before_come_together():
+    inputs = torch.randn(2, 5, 1, 2, 3), torch.ones(2, 5, 2), -torch.ones(2, 5, 2), torch.ones(2, 5, 2)
+    keys = torch.randn(2, 5, 1, 1, 4)
+    for more in ({"x_before": torch.randn(2, 1, 2, 3)}, {"B_before": torch.randn(2, 1, 1, 4)}):
+        with pytest.raises(ValueError, match="x_before and B_before must be given together") as error:
+            trapezoid(*inputs, keys, keys, **more)
+        one_line(error)
+
+
 def test_matrix_of_the_mixer():
     mixer = make()
     u = torch.randn(2, 21, 8, dtype=torch.float64)
