@@ -53,7 +53,7 @@ class OnnxProgram:
 # %% ../nbs/20_edge.ipynb #69abf693
 @contextmanager
 def _no_log() -> Iterator[None]:
-    """Native libraries write to the process's standard error; inside, nobody hears them."""
+    """Native libraries write to the process's standard error; inside, this is discarded."""
     sys.stderr.flush()
     before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
