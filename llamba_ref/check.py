@@ -6,11 +6,16 @@
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import re
 import runpy
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -91,14 +96,49 @@ def read_answer(
     return {name: names[name] for name in wants}
 
 # %% ../nbs/95_check.ipynb #742a5fbc
+class _TooLong(BaseException):  # no Exception, so that an answer's own `except Exception` does not catch it
+    """The time is over."""
+
+
+@contextmanager
+def _alone(file: Path, seconds: float) -> Iterator[None]:
+    """What an answer runs under: it prints nothing, it is asked nothing, and it ends in time (where the system has
+    SIGALRM: everywhere but on Windows)."""
+
+    def end(*_):
+        raise _TooLong
+
+    keyboard, sys.stdin = sys.stdin, io.StringIO()
+    if timed := hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again each second, if the first is caught
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    except _TooLong:
+        raise Wrong(f"{file} does not end within {seconds:g} seconds") from None
+    finally:
+        sys.stdin = keyboard
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
 def grade(
     exercise: Exercise,  # from `find_exercise`
     file: Path,  # the answer
+    seconds: float = 120,  # in which its code and the check have to end
 ) -> None:
-    """Check an answer; nothing happens when it is right. Raises Unusable when there is no check or no file, Wrong when
-    the answer is wrong."""
+    """Check an answer; nothing happens when it is right. What it prints is not shown. Raises Unusable when there is no
+    check or no file, Wrong when the answer is wrong or takes too long."""
     if exercise.check is None:
         raise Unusable(f"{exercise.number} is done on paper: compare with the solution in the chapter")
+    with _alone(file, seconds):
+        _hold(exercise, file)
+
+
+def _hold(exercise: Exercise, file: Path) -> None:
+    """Run an answer and its check."""
     given, names = read_answer(file, exercise.wants), {}
     exec(compile(exercise.check, f"the check of {exercise.label}", "exec"), names)
     check = next(value for name, value in names.items() if name.startswith("check_"))
@@ -117,6 +157,7 @@ def grade(
 def main(
     exercise: Annotated[str | None, tyro.conf.Positional] = None,  # a number (07.4) or a label; none: list them all
     file: Annotated[Path | None, tyro.conf.Positional] = None,  # your answer; none: say what it has to define
+    seconds: float = 120,  # in which it has to end
 ) -> int:
     """Check an answer to an exercise of the book."""
     try:
@@ -129,13 +170,17 @@ def main(
             print(f"{found.number} {found.label}: {found.title}")
             print(f"An answer defines {', '.join(found.wants)}." if found.wants else "It is done on paper.")
             return 0
-        grade(found, file)
+        grade(found, file, seconds)
     except (Unusable, Wrong) as error:
         print(f"{exercise}: {error}", file=sys.stderr)
         return 1 if isinstance(error, Wrong) else 2
+    except KeyboardInterrupt:
+        return 130
     print(f"{found.number} {found.label}: right")
     return 0
 
 
 if __name__ == "__main__" and __spec__ is not None:  # python -m llamba_ref.check; a notebook has no __spec__
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` has read enough
     sys.exit(tyro.cli(main, prog="python -m llamba_ref.check"))

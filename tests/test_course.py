@@ -15,7 +15,8 @@ import yaml  # noqa: E402
 
 WEEKS = yaml.safe_load(course.PLANS.read_text())
 TEXT = (ROOT / "docs" / "course.md").read_text()
-PARTS = ("I · Linear recurrence", "II · State space duality", "III · From Llama to Llamba", "IV · Kernels")
+PARTS = ("I · Linear recurrence", "II · State space duality", "III · From Llama to Llamba", "IV · Kernels",
+         "V · Where this stands")
 
 
 def test_there_are_two_plans_and_their_chapters_and_exercises_exist():

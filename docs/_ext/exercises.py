@@ -79,9 +79,9 @@ def cells_of(chapter: str) -> list[tuple[str, str]]:
     return [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
 
 
-def module_of(chapter: str) -> str:
-    """The module that a chapter writes."""
-    return next(m[1] for _, source in cells_of(chapter) if (m := re.match(r"#\| default_exp (\S+)", source)))
+def module_of(chapter: str) -> str | None:
+    """The module that a chapter writes, if it writes one."""
+    return next((m[1] for _, source in cells_of(chapter) if (m := re.match(r"#\| default_exp (\S+)", source))), None)
 
 
 def exercises_in(chapter: str) -> list[Exercise]:

@@ -139,5 +139,5 @@ def routes(chapters: dict[str, Chapter]) -> str:
         ("A term", long(numbered), "All parts, with exercises that are checked for you: "
          "[lectures for 6 and for 12 weeks](course.md)."),
     ]
-    body = "\n".join(f":::{{grid-item-card}} {name}\n{text}\n+++\n{time} to read\n:::\n" for name, time, text in cards)
+    body = "\n".join(f":::{{grid-item-card}} {name}\n*{time} to read.* {text}\n:::\n" for name, time, text in cards)
     return f"::::{{grid}} 1 1 3 3\n:gutter: 3\n\n{body}::::\n"
