@@ -23,16 +23,8 @@ from huggingface_hub.dataclasses import type_validator
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from llamba_ref.checkpoint import (
-    atomic_directory,
-    find_checkpoint,
-    load_strict,
-    one_line,
-    read_config,
-    read_json,
-    read_weights,
-    write_checkpoint,
-)
+from .checkpoint import atomic_directory, find_checkpoint, load_strict, one_line, read_config, read_json
+from .checkpoint import read_weights, write_checkpoint
 from .decoder import Decoder
 
 # %% auto #0

@@ -14,17 +14,8 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Inexact, Int
 from torch import Tensor, nn
 
-from llamba_ref.operators import (
-    Backend,
-    check_option,
-    check_sizes,
-    checked,
-    find_kernel,
-    forget,
-    is_token,
-    wide_dtype,
-    wrong_widths,
-)
+from .operators import Backend, check_option, check_sizes, checked, find_kernel, forget, is_token
+from .operators import wide_dtype, wrong_widths
 from .scan import factor_out_phase, linear_scan, recurrence
 
 # %% auto #0
