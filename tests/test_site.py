@@ -293,7 +293,8 @@ every_chapter = pytest.mark.parametrize("name", [f"nbs/{chapter}.html" for chapt
 def test_chapter_has_its_facts(name, visited, site):
     """Colab, the notebook as it is, the times to read and to run, and figures with captions."""
     about, notebook = visited(name).chapter, Path(name).with_suffix(".ipynb")
-    assert re.search(r"\d+ min to read · runs in \d+ s", about["facts"])
+    assert re.search(r"^(Essential|Further reading|Appendix) ·", about["facts"])
+    assert re.search(r"\d+ min to read( \(and \d+ for what is folded\))? · runs in \d+ s", about["facts"])
     assert (
         about["links"]["Open in Colab"]
         == f"https://colab.research.google.com/github/llamba-ref/llamba_ref/blob/main/{notebook}"
