@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import nbformat
@@ -18,17 +19,18 @@ from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 DOCS = Path(__file__).resolve().parent
+sys.path[:0] = [str(DOCS / "_ext")]
+from way import parts, summary  # noqa: E402
+
 MATHJAX = DOCS / "_static" / "mathjax"
 BLOCK = re.compile(r"^(:{3,})\{prf:(?!proof)(\w+)\}(.*?)\n(.*?)^\1$", re.DOTALL | re.MULTILINE)
 STYLE, SCRIPT = ((DOCS / f"slides.{kind}").read_text() for kind in ("css", "js"))
 BULLETS = 5  # points of a summary on one slide
 
 
-def parts() -> dict[str, list[str]]:
-    """The chapters of each numbered part, by its caption on the landing page."""
-    text = (DOCS / "index.md").read_text()
-    trees = re.findall(r"```\{toctree\}\n:caption: (.*?)\n(.*?)```", text, re.DOTALL)
-    return {caption: re.findall(r"^nbs/(\w+)$", body, re.MULTILINE) for caption, body in trees if " · " in caption}
+def numbered_parts() -> dict[str, list[str]]:
+    """The chapters of each part that has a number, by its caption."""
+    return {caption: names for caption, names in parts().items() if " · " in caption}
 
 
 def plain(text: str, names: dict[str, str]) -> str:
@@ -65,11 +67,11 @@ def slides_of(chapter: str, names: dict[str, str]) -> list[tuple[str, str, str, 
     notebook, render = nbformat.read(DOCS.parent / "nbs" / f"{chapter}.ipynb", 4), markdown().render
     first = notebook.cells[0].source
     title = first.splitlines()[0].removeprefix("# ")
-    summary = " ".join(line.removeprefix("> ") for line in first.splitlines() if line.startswith("> "))
     texts = [" ".join(p.split()) for p in first.split("\n\n")[1:] if p[:1].isalpha()]
     texts = [p for p in texts if not p.startswith(("You need", "It needs", "At the end"))] or [""]
     question = re.split(r" (?=At the end of this chapter|At the end you)", texts[0])[0]
-    opening = f'<p class="lead">{markdown().renderInline(plain(summary, names))}</p>' + render(plain(question, names))
+    lead = markdown().renderInline(plain(summary(notebook), names))
+    opening = f'<p class="lead">{lead}</p>' + render(plain(question, names))
     found = [("chapter", title, opening)]
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -131,7 +133,7 @@ def main(
     if MATHJAX.is_dir():
         shutil.copytree(MATHJAX, out / "mathjax", dirs_exist_ok=True)
     names = theorem_names()
-    for caption, chapters in parts().items():
+    for caption, chapters in numbered_parts().items():
         file = out / f"part-{caption.split(' · ')[0].lower()}.html"
         file.write_text(deck(caption, chapters, names))
         print(f"{file}: {len(chapters)} chapters")

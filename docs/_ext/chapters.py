@@ -11,8 +11,8 @@ import shutil
 import nbformat
 from course import plans
 from drawings import IN_CHAPTERS, llama_to_llamba, special_cases
+from exercises import BLOCK, exercises_in
 from exercises import chapters as all_chapters
-from exercises import exercises_in
 from moving import with_pictures
 from sphinx.errors import ExtensionError
 from way import NOTEBOOKS, ROOT, Chapter, chapter, contents, directives, fold, parts, routes
@@ -22,7 +22,6 @@ from llamba_ref.conventions import load_result
 PAGES, REFERENCE = ROOT / "docs" / "nbs", ROOT / "docs" / "api"
 
 DRAWING = re.compile(r"^!\[[^\]]*\]\(\.\./docs/images/(\w+)\.svg\)$", re.MULTILINE)
-BLOCK = re.compile(r"^:::\{(exercise|solution)\}(.*?)\n(.*?)^:::$", re.DOTALL | re.MULTILINE)
 
 
 def metadata(found: dict[str, str], body: str, solving: bool) -> dict:
