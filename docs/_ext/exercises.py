@@ -15,10 +15,10 @@ import re
 import symtable
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOKS, CHECKS = ROOT / "nbs", ROOT / "llamba_ref" / "assets" / "checks.json"
+from way import NOTEBOOKS, ROOT
+
+CHECKS = ROOT / "llamba_ref" / "assets" / "checks.json"
 BLOCK = re.compile(r"^:::\{(exercise|solution)\}(.*?)\n(.*?)^:::$", re.DOTALL | re.MULTILINE)
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 MAGIC = re.compile(r"^( *)[%!].*$", re.MULTILINE)
