@@ -41,7 +41,7 @@ def one_line(error: BaseException) -> str:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """What one file of weights holds, `.safetensors` or a PyTorch file, on the CPU. Never runs code from the file.
+    """The tensors of one file of weights, `.safetensors` or PyTorch's, on the CPU. Never runs code from the file.
 
     Raises FileNotFoundError, and ValueError for a file that is damaged, holds anything but named tensors, or asks for
     code to be run."""
@@ -119,7 +119,7 @@ def load_strict(
     """Load every weight, and nothing else.
 
     Raises ValueError that names, in the file's words, missing and unexpected weights, wrong shapes, numbers that are
-    no floating point, and a tied head that is another matrix than the embedding."""
+    not floating point, and a tied head that is another matrix than the embedding."""
     own = {stored_as(name): (name, tensor) for name, tensor in model.state_dict().items()}
     weights, problems = dict(weights), []
     head, embedding = (stored_as(name) for name in ("lm_head.weight", "backbone.embedding.weight"))
@@ -155,7 +155,8 @@ def _flush(path: Path) -> None:
 
 
 def _remove_left(path: Path) -> None:
-    """Remove what writers of `path` left that were killed; younger than a minute may be one that has not locked yet."""
+    """Remove what killed writers of `path` left behind. A directory younger than a minute stays: its writer may not
+    have locked it yet."""
     for left in path.parent.glob(f".{glob.escape(path.name)}-{'[0-9a-f]' * 8}"):
         with suppress(Timeout, FileNotFoundError):  # it is being written, or was removed by another process
             if time.time() - left.stat().st_mtime > 60:
@@ -165,10 +166,10 @@ def _remove_left(path: Path) -> None:
 # %% ../nbs/81_checkpoint.ipynb #1c49f449
 @contextmanager
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """A directory that appears whole or not at all: what is written into the given one is renamed to `path` at the end.
+    """A directory that appears whole or not at all: write into the one that is given, which becomes `path` at the end.
 
-    Raises FileExistsError when `path` is there already. When writing fails, what was written is removed, and the error
-    passed on."""
+    Raises FileExistsError when `path` exists already. When writing fails, what was written is removed, and the error
+    is passed on."""
     path = Path(os.path.expanduser(path))
     if path.exists():
         raise FileExistsError(f"{path}: exists already, and nothing is overwritten")
@@ -212,7 +213,7 @@ def write_tensors(
 
 
 def write_checkpoint(
-    directory: Path,  # is there, and holds no checkpoint
+    directory: Path,  # exists, and holds no checkpoint
     config: dict,  # for config.json
     weights: dict[str, Tensor],  # names and tensors
     max_shard_size: int | str = "5GB",  # as in `write_tensors`
@@ -225,7 +226,7 @@ def write_checkpoint(
     write_tensors(directory / "model.safetensors", weights, max_shard_size)
 
 # %% ../nbs/81_checkpoint.ipynb #741cb5bd
-PATIENCE = 5.0  # seconds to wait for a first sign of the hub
+PATIENCE = 5.0  # seconds to wait for a first answer of the hub
 
 
 def hub_problem() -> str | None:
@@ -245,7 +246,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def download_checkpoint(name: str) -> Path:
-    """Fetch a checkpoint from the hub, safetensors or else PyTorch files; without the hub, a copy of earlier.
+    """Fetch a checkpoint from the hub, safetensors or else PyTorch files; without the hub, use an earlier copy.
 
     Raises FileNotFoundError when the hub has no such model, ConnectionError when it cannot be asked and there is no
     copy."""

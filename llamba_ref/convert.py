@@ -35,7 +35,7 @@ __all__ = ['COMMON', 'LLAMA', 'MISTRAL', 'QWEN2', 'DISGUISED', 'MAMBA2', 'ORIGIN
 
 # %% ../nbs/82_convert.ipynb #b5e4f6f9
 def check_value(name: str, value: Any, kind: Any) -> None:
-    """Raise ValueError that names a value unless it is of a type, and in the range that goes without saying.
+    """Raise ValueError that names a value unless it has a type, and numbers lie in the range that the type implies.
 
     An `int` is a size, at least 1; a `float` is positive and finite (a whole number will do); in all other types, such
     as `int | None` or `tuple[float, float]`, numbers are at least 0."""
@@ -100,12 +100,12 @@ def build(
 
 # %% ../nbs/82_convert.ipynb #af628bf0
 def _present(config: dict) -> dict:
-    """Entries that say something: our own files, and Llamba's, leave out what is not there."""
+    """Entries that are not None: our own files, and Llamba's, leave the others out."""
     return {name: value for name, value in config.items() if value is not None}
 
 
 class Layout(NamedTuple):
-    """How one kind of checkpoint says in config.json, and in its weights' names, what our configs and `Decoder` say."""
+    """How config.json and the names of weights in one kind of checkpoint translate into those of this package."""
 
     kind: str  # model_type of our config
     only: dict[str, tuple]  # their entries that choose another model -> the values that are built here
@@ -119,7 +119,7 @@ class Layout(NamedTuple):
     def to_ours(self, config: dict) -> dict:
         """Our entries of a config.json. Raises ValueError for an entry that asks for another model.
 
-        An entry that has our name, and is called otherwise in such files, gets a name that `build` does not know."""
+        An entry that has our name where such files use another one gets a name that `build` refuses."""
         config = _flat(config)
         for name in self.only.keys() & config.keys():
             if not any((type(value), value) == (type(config[name]), config[name]) for value in self.only[name]):
@@ -201,7 +201,7 @@ def _rope_to_theirs(rope: dict) -> dict:
 
 # %% ../nbs/82_convert.ipynb #eb1c69bc
 def _read_llama(config: dict) -> dict:
-    """What may be left out, and positions as a table of `Rope`."""
+    """Fill in entries that may be left out, and make rotary positions a table of `Rope`."""
     config = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, **config}
     config["rope_parameters"] = _rope_to_ours(config)
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
@@ -230,7 +230,7 @@ LLAMA = Layout(
 
 # %% ../nbs/82_convert.ipynb #8c805f8a
 def _read_mistral(config: dict) -> dict:
-    """No window; what a file does not say is not what Llama's would mean by it."""
+    """Refuse a sliding window, and a file that leaves out an entry whose default differs from Llama's."""
     check_names(config, config, ["num_key_value_heads", "sliding_window"])
     if (window := config.pop("sliding_window")) is not None:
         raise ValueError(f"sliding_window is {window!r}: only None is built here")
@@ -290,7 +290,7 @@ def _write_mamba2(config: dict) -> dict:
 
 
 def _read_llamba(config: dict) -> dict:
-    """The table `ssm_cfg` again."""
+    """Put the entries of `ssm_cfg` back into a table."""
     parts = {name.partition(".")[2]: config.pop(name) for name in [*config] if name.startswith("ssm_cfg.")}
     return config | ({"ssm_cfg": parts} if parts else {})
 
@@ -396,7 +396,7 @@ def unpair(
     rows: Tensor,  # (heads * head_dim, ...): projection of queries or keys, pairs of channels side by side
     heads: int,  # how many heads the rows make
 ) -> Tensor:  # the same rows, each pair as (i, i + head_dim / 2)
-    """The order of rows in Hugging Face's files, from that in GGUF."""
+    """Put the rows of a GGUF into the order of Hugging Face's files."""
     return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
@@ -444,10 +444,10 @@ def _gguf_rope(sizes: dict, factors: Tensor | None, width: int) -> dict | None:
 
 # %% ../nbs/82_convert.ipynb #41d029df
 def read_gguf(file: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The config.json and the weights, float32, that a GGUF of a Llama stands for, in transformers' layout.
+    """Read the GGUF of a Llama as a config.json and float32 weights in transformers' layout.
 
-    Raises ValueError in one line for a file that is damaged, a part of a split one, no Llama's, or has an entry that is
-    not known here; ImportError where the package gguf is missing."""
+    Raises ValueError in one line for a file that is damaged, is one part of several, is not a Llama's, or has an entry
+    that is not known here; ImportError where the package gguf is missing."""
     try:
         from gguf import GGUFReader
         from gguf.quants import dequantize
@@ -477,7 +477,7 @@ def convert_gguf(
     file: Path,  # a .gguf of the llama architecture
     cache: Path | None = None,  # where converted checkpoints are kept; None: $LLAMBA_CACHE or ~/.cache/llamba_ref
 ) -> Path:  # directory with config.json, float32 safetensors and the tokenizer
-    """Convert a GGUF to a checkpoint directory, once: the second call finds it. Raises as `read_gguf`."""
+    """Convert a GGUF to a checkpoint directory; a second call finds the result. Raises what `read_gguf` raises."""
     if file.suffix != ".gguf":
         raise ValueError(f"{file}: a checkpoint is a directory or a .gguf file")
     digest = hashlib.sha256()
@@ -553,7 +553,7 @@ class LanguageModel(Decoder):
         return model
 
     def write(self, directory: Path, max_shard_size: int | str = "5GB") -> None:
-        """Write a checkpoint into a directory that is there.
+        """Write a checkpoint into a directory that exists.
 
         Raises OSError, and ValueError as `check_described`."""
         check_described(self)

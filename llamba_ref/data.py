@@ -56,7 +56,7 @@ def split_text(
 ) -> list[str]:  # the documents, stripped, none of them empty
     """Cut a text into documents; line breaks inside a document stay.
 
-    Raises ValueError when `separator` is no pattern, or one that matches the empty string."""
+    Raises ValueError when `separator` is not a regular expression, or matches the empty string."""
     try:
         pattern = re.compile(separator)
     except (re.error, OverflowError, RecursionError) as error:
@@ -170,7 +170,7 @@ def stream_files(path: Path, text_field: str, separator: str, chat: bool = False
 
 # %% ../nbs/83_data.ipynb #95761744
 def require_hub(name: str) -> None:
-    """Raise ConnectionError within seconds when the hub cannot be reached; with HF_HUB_OFFLINE, copies will do."""
+    """Raise ConnectionError within seconds when the hub cannot be reached, unless HF_HUB_OFFLINE asks for copies."""
     if not constants.HF_HUB_OFFLINE and (problem := hub_problem()):
         raise ConnectionError(
             f"{name} is no local path, and {problem}: give a local file, or connect to the network, "
@@ -224,7 +224,7 @@ def austen_text() -> str:
 
 # %% ../nbs/83_data.ipynb #e5d1a218
 def read_texts(documents: Dataset | IterableDataset) -> Iterator[str]:
-    """The column "text". Raises ValueError in one line when a stream breaks; what is missing is raised as it is."""
+    """The column "text". Errors other than ConnectionError and FileNotFoundError become ValueError, in one line."""
     try:
         for row in documents:
             yield row["text"]
@@ -243,7 +243,9 @@ def load_documents(
     streaming: bool = False,  # read row by row: for what does not fit in memory
     chat: bool = False,  # read conversations, the column "messages" of a table, each as JSON
 ) -> Dataset | IterableDataset:  # one column "text", one row a document
-    """Read documents, always in the same order. Raises FileNotFoundError, ConnectionError or ValueError in one line."""
+    """Read documents, always in the same order.
+
+    Raises FileNotFoundError, ConnectionError or ValueError, each with a message of one line."""
     name, path = str(source), Path(source).expanduser()
     if chat and (name in ("austen", "sotu") or loader_of(path) == "text"):
         raise ValueError(f"{name} is plain text: conversations are read from the column 'messages' of a table")
@@ -272,7 +274,7 @@ def is_held_out(
     text: str,  # a document; white space around it does not count
     every: int,  # one document in this many is held out
 ) -> bool:
-    """Whether a document is held out: a question to its text alone, not to its place or its source."""
+    """Whether a document is held out; it depends on the text alone, not on its place or its source."""
     number = chapter_numbers().get(text.strip())
     if number is None:
         number = int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "big")
@@ -283,7 +285,9 @@ def split_documents(
     documents: Dataset | IterableDataset,  # one row a document
     every: int = 20,  # one document in this many is held out
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:  # train, validation
-    """Hold out the documents that `is_held_out`; a stream stays lazy. Raises ValueError when a side would be empty."""
+    """Hold out the documents that `is_held_out` chooses; a stream stays a stream.
+
+    Raises ValueError when a side would be empty."""
     if every < 2:
         raise ValueError(f"every is {every}: it must be at least 2")
     if isinstance(documents, IterableDataset):
@@ -377,7 +381,7 @@ def check_tokenizer(
 # %% ../nbs/83_data.ipynb #b45b81f5
 @dataclass(frozen=True)
 class Batch:
-    """Token ids, with what is known of each token: rows that go through a model, or a text of one dimension."""
+    """Token ids with marks for each token: rows for a model, or one long text."""
 
     ids: Int[Tensor, "*rows len"]  # token ids
     starts: Bool[Tensor, "*rows len"] | None = None  # where a document begins, which sees nothing from before
@@ -407,7 +411,7 @@ class Batch:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What there is, by its name."""
+        """The ids and the marks that are there, by name."""
         return {field.name: z for field in fields(self) if (z := getattr(self, field.name)) is not None}
 
     @property
@@ -421,23 +425,23 @@ class Batch:
         return {} if self.starts is None else {"starts": self.starts}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The same change to everything that there is."""
+        """Apply a function to the ids and to all marks."""
         return Batch(**{name: change(z) for name, z in self.tensors.items()})
 
     def of_asked(self, z: Tensor) -> Tensor:
-        """Of (rows, len, ...) what belongs to tokens that are asked. Raises ValueError when none is."""
+        """What in `z`, (rows, len, ...), belongs to tokens that are asked. Raises ValueError when none is."""
         if not self.count:
             raise ValueError(f"batch of {tuple(self.ids.shape)} tokens: nothing in it is asked")
         return z.flatten(0, 1) if self.asked is None else z[self.asked]
 
     def split(self, rows: int) -> list[Batch]:
-        """In pieces of so many rows."""
+        """Cut into pieces of at most so many rows."""
         pieces = zip(*(z.split(rows) for z in self.tensors.values()))
         return [Batch(**dict(zip(self.tensors, piece))) for piece in pieces]
 
 # %% ../nbs/83_data.ipynb #9963a40b
 def asked_for_next(batch: Batch) -> Bool[Tensor, "*rows len"] | None:  # None: after every token
-    """Where the next token is asked for and of the same document: the first token of a document follows nothing."""
+    """Where the next token is asked for and belongs to the same document."""
     if batch.starts is None:
         return batch.asked
     same = ~F.pad(batch.starts[..., 1:], (0, 1))
@@ -456,7 +460,9 @@ def answers(
     messages: list[dict],  # with role and content
     tokenizer: PreTrainedTokenizerBase,  # with a chat template
 ) -> tuple[str, list[tuple[int, int]]]:  # the conversation as a text, and from where to where the assistant speaks
-    """Found by rendering the messages up to each answer. Raises ValueError when these are not how the text begins."""
+    """Find what the assistant says by rendering the messages up to each answer.
+
+    Raises ValueError when the text does not begin as these do."""
     render = partial(rendered, tokenizer, tokenize=False)
     text, spans = render(messages), []
     for i, message in enumerate(messages):
@@ -621,7 +627,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 # %% ../nbs/83_data.ipynb #20de4726
 class EndlessBatches(Iterator):
-    """What all kinds of batches share: no end, each process with its rows of every batch, a state."""
+    """What all kinds of batches share: they never end, each process gets its rows, and the position can be saved."""
 
     fingerprint: str  # of the text
     position: tuple[str, ...]  # names of the attributes that are the state
@@ -656,7 +662,7 @@ class EndlessBatches(Iterator):
 
 # %% ../nbs/83_data.ipynb #59a2122e
 class Batches(EndlessBatches):
-    """Endless shuffled batches of token blocks, a function of (seed, step) alone: knowing the step is knowing the rest.
+    """Endless shuffled batches of token blocks, a function of (seed, step) alone: the step is all of the state.
 
     Every epoch is a new permutation of the blocks; a batch that an epoch cannot fill takes its last rows from the next.
     """
@@ -677,7 +683,7 @@ class Batches(EndlessBatches):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all tokens with their marks, and the length of a block."""
+        """A checksum of all tokens with their marks, and the length of a block."""
         rows = self.blocks.marked if isinstance(self.blocks, TokenBlocks) else Batch(self.blocks)
         ids, *marks = (z.cpu().contiguous().numpy() for z in rows.tensors.values())
         return "-".join([digest(ids.astype(np.int32, copy=False)), *map(digest, marks), str(ids.shape[1])])
@@ -774,7 +780,7 @@ class StreamBatches(EndlessBatches):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the files (name, size, first and last MiB) or their revision on the hub, first tokens, and length."""
+        """A checksum of the files (name, size, first and last MiB) or their hub revision, and of the first tokens."""
         documents, tokenizer, *_ = self.source
         known = (documents.info.download_checksums or {}).items()
         files = [(Path(name).name, about["num_bytes"], about["checksum"]) for name, about in known]
@@ -803,8 +809,10 @@ SHARES = 64  # into how many a stream is cut at most: each is a reader with an o
 
 
 class StreamShares(EndlessBatches):
-    """`StreamBatches` for several processes, each of which reads files of its own. Row r of every batch is of share
-    r % shares of the files; who reads it changes no batch, so that a run can go on with any number of processes."""
+    """`StreamBatches` for several processes, each of which reads files of its own.
+
+    Row r of every batch comes from share r % shares of the files, whichever process reads it, so that a run can go on
+    with any number of processes."""
 
     def __init__(
         self,
@@ -838,7 +846,7 @@ class StreamShares(EndlessBatches):
         return {share: stream.state_dict() for share, stream in self.streams.items()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go to a position: all shares' (`|` of what `state_dict` gave in each process), or more than are needed here.
+        """Go to a position of all shares: what `state_dict` gave in each process, joined with `|`.
 
         Raises ValueError when that was in another text."""
         for share, stream in self.streams.items():
@@ -848,8 +856,8 @@ class StreamShares(EndlessBatches):
 class MixedBatches(EndlessBatches):
     """Endless batches whose rows come from several sources, by weight: each row from the one furthest behind its share.
 
-    Raises ValueError for weights that are not positive numbers, one a source, and sources that do not give one row of
-    one length at a time."""
+    Raises ValueError unless weights are one positive number for each source, and each source gives single rows, all of
+    one length."""
 
     position = ("taken",)
 
@@ -874,7 +882,7 @@ class MixedBatches(EndlessBatches):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all sources, and their weights."""
+        """A checksum of the fingerprints of all sources, and their weights."""
         return digest(str(([source.fingerprint for source in self.sources], self.weights)).encode())
 
     def next(self) -> Batch:

@@ -29,7 +29,9 @@ KINDS = {kind.config_class.model_type: kind for kind in MODELS}
 
 
 def model_of_run(path: Path) -> Path:
-    """A run's directory stands for the model in it. Raises FileNotFoundError when the run has not written one yet."""
+    """The directory of the model that a run has written; a path that is not a run's is returned as it is.
+
+    Raises FileNotFoundError when the run has not written its model yet."""
     if not (path / "metrics.jsonl").is_file():
         return path
     for part in ("student", "model"):
@@ -43,7 +45,7 @@ def load_model(
 ) -> tuple[LanguageModel, PreTrainedTokenizerBase]:  # a model of any kind, and its tokenizer
     """Load a checkpoint of any kind with its tokenizer. Raises FileNotFoundError, ConnectionError or ValueError.
 
-    Where the files name no token that ends a text, it is the tokenizer's: `model.stop_tokens` then has it."""
+    Where the files name no token that ends a text, the tokenizer's is taken; it is then in `model.stop_tokens`."""
     path = model_of_run(find_checkpoint(name))
     path = convert_gguf(path) if path.is_file() else path
     kind = KINDS[layout_of(read_config(path), path / "config.json").kind]
@@ -57,9 +59,9 @@ def load_model(
 def save_model(
     path: str | os.PathLike,  # a new directory
     model: LanguageModel,  # its config gets the tokenizer's ids for the begin and the end of a text where it has none
-    tokenizer: PreTrainedTokenizerBase,  # what makes its ids
+    tokenizer: PreTrainedTokenizerBase,  # makes the ids that it reads
 ) -> None:
-    """Write a model with its tokenizer, both or neither. Raises FileExistsError, OSError (disk full)."""
+    """Write a model with its tokenizer, both or neither. Raises FileExistsError, and OSError when the disk is full."""
     if model.config.eos_token_id is None:
         model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     with atomic_directory(path) as directory:

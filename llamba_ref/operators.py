@@ -50,8 +50,8 @@ def check_tensors(
 ) -> dict[str, int]:  # size of each axis
     """Raise ValueError unless the tensors fit together.
 
-    That is: one size an axis, at least one token, the right kind of numbers, and what is named log_a... is at most
-    0."""
+    Each axis has one size, there is at least one token, numbers are of the right kind, and a tensor whose name begins
+    with log_a is at most 0."""
     sizes: dict[str, int] = {}
     several: dict[str, list[str]] = {}
     for name, (tensor, axes) in inputs.items():
@@ -106,7 +106,8 @@ def checked(
     same: str = "",  # names of the arguments that have one precision: "x B C"
     **divisors: str,  # groups="heads": the size of axis groups divides that of axis heads
 ) -> Callable[[Callable], Callable]:
-    """Make an operator keep what its signature says: ValueError names what is wrong. Autocast is off inside."""
+    """Enforce an operator's signature at every call: ValueError names the argument that is wrong. Autocast is off
+    inside."""
 
     def decorate(function: Callable) -> Callable:
         signature, hints = inspect.signature(function), get_type_hints(function)
@@ -153,7 +154,7 @@ def checked(
 # %% ../nbs/80_operators.ipynb #d88d0ef2
 @contextmanager
 def unchecked():
-    """Inside, operators take their arguments on trust: for loops that have checked what comes in."""
+    """Inside, operators do not check their arguments: for loops that have checked what comes in."""
     before = _trusting.set(True)
     try:
         yield
@@ -163,10 +164,10 @@ def unchecked():
 
 @contextmanager
 def without_numbers(
-    device: str = "cuda",  # operators go the way that they go there, "cuda" or "cpu"
+    device: str = "cuda",  # operators take the path that they take there, "cuda" or "cpu"
 ):
-    """Inside, tensors have shapes and no numbers (PyTorch's FakeTensorMode), and nobody looks at any. So the memory of
-    a step can be counted that no machine here could take."""
+    """Inside, tensors have shapes and no numbers (PyTorch's FakeTensorMode), so that the memory of a step can be
+    counted on a machine that is too small for it."""
     before = _imagined.set(device)
     try:
         with FakeTensorMode(), unchecked():
@@ -276,7 +277,7 @@ def find_kernel(
     *tensors: Tensor | None,  # what the operator works on, as in `choose_backend`
     obstacle: str | None = None,  # why the kernel cannot compute what is asked for, None when it can
 ) -> Callable | None:  # the kernel's function; None: PyTorch computes
-    """The kernel that an operator is to call, by `choose_backend`. Without numbers there is nothing to launch: None."""
+    """The kernel to call where `choose_backend` decides for Triton, else None; None also for empty tensors."""
     module, function = name.split(".")
     if choose_backend(backend, *tensors, kernel=module, obstacle=obstacle) == "naive" or not tensors[0].numel():
         return None
@@ -285,7 +286,7 @@ def find_kernel(
 
 # %% ../nbs/80_operators.ipynb #962e203f
 class _Meter(TorchDispatchMode):
-    """Counts the bytes of the tensors that were made under it and are alive."""
+    """Counts the bytes of the tensors that were made under it and still exist."""
 
     def __init__(self):
         super().__init__()
@@ -325,7 +326,7 @@ def is_token(
     padding: Int[Tensor, "batch"],  # number of pads on the left of each row
     length: int,  # positions in a row
 ) -> Bool[Tensor, "batch len"]:
-    """Where the tokens are in rows whose padding lies on the left: what a mixer needs to know to skip the rest."""
+    """Where the tokens are in rows whose padding lies on the left, so that a mixer can skip the padding."""
     return torch.arange(length, device=padding.device) >= padding[:, None]
 
 # %% ../nbs/80_operators.ipynb #4d8c5227

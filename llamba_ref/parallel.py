@@ -44,18 +44,18 @@ def whole(
 
 
 def reshard(*models: nn.Module) -> None:
-    """Let go of what a call without gradients has left whole, so that `parameters()` are the pieces again."""
+    """Drop what a call without gradients has left whole, so that `parameters()` are the pieces again."""
     for model in filter(is_sharded, models):
         model.reshard()
 
 # %% ../nbs/84_parallel.ipynb #fadc407a
-OF_BLOCK = ("ask", "init_state", "step", "view")  # what reads weights of a block, beside its `forward`
-OF_MODEL = ("embed", "hidden", "prefill", "read", "step")  # and of a model: embedding, last norm, head
+OF_BLOCK = ("ask", "init_state", "step", "view")  # methods that read weights of a block, beside its `forward`
+OF_MODEL = ("embed", "hidden", "prefill", "read", "step")  # and those of a model: embedding, last norm, head
 
 
 def shard(
     accelerator: Accelerator,  # device, precision, processes
-    *models: Decoder,  # the same in all processes, or those of the first one count
+    *models: Decoder,  # if they differ between processes, those of the first one count
 ) -> None:
     """Cut the weights of models over all processes, in place, block by block (FSDP2; Zhao et al. 2023).
 
@@ -76,7 +76,7 @@ def shard(
 
 
 def cut(module: nn.Module, accelerator: Accelerator, methods: tuple[str, ...], **options) -> None:
-    """Cut what of a module's weights is whole, as the first process has them; `methods` are to fetch them."""
+    """Cut those weights of a module that are whole, as the first process has them; `methods` will gather them."""
     for tensor in module.to(accelerator.device).state_dict().values():
         if not isinstance(tensor, DTensor):
             tensor.copy_(broadcast(tensor))
@@ -103,7 +103,7 @@ def whole_copy(
 def shared_directory(
     path: Path,  # what it is called in the end
 ) -> Iterator[Path]:
-    """`atomic_directory` for all processes: the first one makes it, and names it when all are done."""
+    """`atomic_directory` for all processes: the first one makes it, and renames it when all are done."""
     first = dist.get_rank() == 0
     with atomic_directory(path) if first else nullcontext() as directory:
         told = [str(directory)]
@@ -154,7 +154,7 @@ def processes_of(
 ) -> int:
     """The number of processes that were started together; 1: this one alone.
 
-    Raises ValueError, with what to type, when each would be alone, would do something else than was asked, or two would
+    Raises ValueError, with the command to type, when each would train alone, would not do what was asked, or two would
     share a GPU."""
     for name in IGNORED:
         if environment.get(name, "").lower() in ("true", "1"):

@@ -31,8 +31,10 @@ def draw_matrices(
     text: Batch | Tensor,  # one text, or several in a row
     tokens: int = 64,  # how many of its tokens to show
 ) -> Figure:
-    """For one head of each new layer (four at most): the teacher's attention matrix above the student's, before and
-    after training, without signs. Of each layer it is the head with the median distance after training."""
+    """The teacher's attention matrix above the student's before and after training, for up to four new layers.
+
+    Sizes of entries, without signs, on a logarithmic scale. Of each layer it shows the head with the median distance
+    after training, with that distance (Frobenius norm of the difference), and the norm of the teacher's matrix."""
     new = LayerByLayer(teacher, after, match_matrix).layers
     text = Batch.of(text).map(lambda z: z[:1, :tokens].to(teacher.device))
     layers = [layer for layer in teacher.walk(text.ids, **text.marks) if layer.index in new][:4]
@@ -58,7 +60,7 @@ def draw_matrices(
 
 
 def draw_sizes(axis: Axes, matrix: Tensor, note: str):
-    """The sizes of the entries below the diagonal of one matrix, with a note above it; the image."""
+    """Draw the sizes of a matrix's entries on and below the diagonal, with a note in the empty corner; the image."""
     entries = matrix.abs().float().clamp(min=1e-3).cpu()
     past = torch.ones_like(entries, dtype=torch.bool).tril()
     axis.text(1, 0.98, note, transform=axis.transAxes, ha="right", va="top", fontsize=7.5)
@@ -71,7 +73,7 @@ def draw_sizes(axis: Axes, matrix: Tensor, note: str):
 def draw_progress(
     metrics: Sequence[dict],  # the lines of a run's metrics.jsonl
 ) -> Figure:
-    """How a model learns: the loss of every stage, and held-out perplexity after each, beside any teacher's."""
+    """The loss of every stage on a scale of its own, and held-out perplexity beside the teacher's if there is one."""
     stages = list(dict.fromkeys(record["stage"] for record in metrics if "stage" in record))
     evaluations = [record for record in metrics if "evaluation" in record]
     widths = [2.1] * len(stages) + [max(3.0, 0.85 * len(evaluations))]
@@ -80,7 +82,7 @@ def draw_progress(
     for axis, stage in zip(axes[0], stages):
         records = [record for record in metrics if record.get("stage") == stage]
         steps, losses = [record["step"] for record in records], [record["loss"] for record in records]
-        half = len(losses) // 30  # of the running mean's window: it shows the trend that the noise of batches hides
+        half = len(losses) // 30  # neighbours on each side in the running mean
         means = [mean(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
         axis.plot(steps, losses, lw=0.8, alpha=0.35)
         axis.plot(steps, means, lw=1.5, color="C0")
@@ -91,7 +93,7 @@ def draw_progress(
 
 
 def draw_perplexities(axis: Axes, evaluations: Sequence[dict]) -> None:
-    """Held-out perplexity after each stage, on a log scale."""
+    """Draw held-out perplexity after each stage, on a logarithmic scale."""
     places, values = range(len(evaluations)), [record["perplexity"] for record in evaluations]
     axis.plot(places, values, "o-", label="student")
     for place, value in zip(places, values):
@@ -107,21 +109,21 @@ def draw_perplexities(axis: Axes, evaluations: Sequence[dict]) -> None:
 def draw_speeds(
     rows: Sequence[dict],  # with model, batch, context, tokens_per_second and peak: the rows of `llamba bench`
 ) -> Figure:
-    """Tokens a second and peak memory, on logarithmic axes."""
+    """Tokens per second and peak memory against batch or context, whichever takes more values, on logarithmic axes."""
     values = {key: sorted({row[key] for row in rows}) for key in ("batch", "context")}
     across = max(values, key=lambda key: len(values[key]))  # what the lines run over
     other = "context" if across == "batch" else "batch"
     names = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
-    for axis, key, title in zip(axes, ("tokens_per_second", "peak"), ("tokens a second", "peak memory, bytes")):
+    figure, axes = plt.subplots(1, 2, figsize=(6.6, 3.4), layout="constrained")
+    for axis, key, title in zip(axes, ("tokens_per_second", "peak"), ("tokens per second", "peak memory, bytes")):
         for place, name in enumerate(names):
             for style, value in zip(("-", "--", ":", "-.") * len(values[other]), values[other]):
                 line = sorted((row[across], row[key]) for row in rows if (row["model"], row[other]) == (name, value))
-                if not line:  # memory had ended
+                if not line:  # it did not fit into memory
                     continue
                 label = f"{name}, {other} {value:,}" if len(values[other]) > 1 else name
                 axis.loglog(*zip(*line), f"o{style}", color=f"C{place % 10}", ms=3, lw=1.2, label=label)
         axis.set(xlabel=across, title=title)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     plt.close(figure)
     return figure

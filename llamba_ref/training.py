@@ -45,7 +45,7 @@ __all__ = ['Backward', 'LOGITS', 'MEANS', 'Stage', 'Objective', 'mean_over_chunk
 # %% ../nbs/85_training.ipynb #9dda318b
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run: what is minimised, for how long, how fast. Raises ValueError for senseless numbers."""
+    """One stage of a run: what is minimised, for how long, how fast. Raises ValueError for numbers out of range."""
 
     objective: str  # "orientation", "alignment", "distillation" (MOHAWK's three) or "language" (next-token prediction)
     steps: int  # optimiser steps; 0: the stage is left out
@@ -147,10 +147,10 @@ def reached(
     objective: Objective,  # what is minimised
     batch: Batch | Tensor,  # a few texts
 ) -> dict[str, int]:  # parameter name -> how many of its entries a gradient reaches; 0: frozen
-    """What an objective trains, measured: freeze every parameter that no gradient reaches, count entries of the others.
+    """Measure what an objective trains: freeze every parameter that no gradient reaches, count entries of the others.
 
-    A parameter is frozen when it has no part in the loss. When it has one, but its gradient is zero in every entry,
-    then a zero further on hides it for the moment, as in an output projection that starts at zero: it trains."""
+    A parameter is frozen when it has no part in the loss. One that has a part, but a gradient of zero in every entry,
+    trains: a zero further on hides its gradient for the moment, as with an output projection that starts at zero."""
     reshard(model)
     model.zero_grad()
     batch = Batch.of(batch)
@@ -168,7 +168,7 @@ def reached(
 
 
 def freeze(model: nn.Module, counts: dict[str, int], stage: Stage) -> None:
-    """Train what `counts`, from `reached`, says. Raises ValueError when that is nothing, or is frozen."""
+    """Let the parameters train that `reached` counted. Raises ValueError when there are none, or one is frozen."""
     if not any(counts.values()):
         raise ValueError(f"stage {stage.objective}: no gradient reaches a parameter that has requires_grad")
     for name, parameter in model.named_parameters():
@@ -204,10 +204,10 @@ def warmup_stable_decay(
     stage: Stage,  # its length and fractions
     floor: float = 1e-8,  # the learning rate never falls below
 ) -> float:  # learning rate of this step
-    """Linear up to `lr`, level, linear down to `floor`: a function of the step alone, a resumed run needs no state.
+    """Linear up to `lr`, level, linear down to `floor`: a function of the step alone, so a resumed run needs no state.
 
-    The corners of this trapezoid are at step -1 (nothing yet), `warmup * steps`, `(1 - decay) * steps - 1` (both `lr`),
-    and at step `steps`, the first that is not taken (`floor`): every step taken has a learning rate worth taking."""
+    The corners of this trapezoid are at step -1 (zero), `warmup * steps` and `(1 - decay) * steps - 1` (both `lr`), and
+    at step `steps`, the first that is not taken (`floor`). So no step that is taken has a rate of zero."""
     up, down = stage.warmup * stage.steps, stage.decay * stage.steps
     rise = min(1.0, (step + 1) / (up + 1))
     fall = min(1.0, (stage.steps - step) / (down + 1))
@@ -234,10 +234,11 @@ def shares(
     pieces: Sequence[Batch],  # micro-batches of this process
     accelerator: Accelerator,  # to ask the other processes
     where: str,  # what to call this step in a message
-) -> list[tuple[Batch, float]]:  # each micro-batch, and by what its mean is multiplied
-    """What each micro-batch counts, over the mean of all processes. Raises ValueError when nothing counts anywhere.
+) -> list[tuple[Batch, float]]:  # each micro-batch, with the weight of its mean
+    """The weight of each micro-batch: what it counts, over the mean of all processes.
 
-    Of a micro-batch in which nothing is asked all tokens are, times 0: with sharded weights no process may skip it."""
+    With sharded weights no process may skip a micro-batch, so one in which nothing is asked goes through with the
+    weight 0. Raises ValueError when nothing is asked anywhere."""
     counts = [objective.count(piece) for piece in pieces]
     total, processes = sum(counts), accelerator.num_processes
     if processes > 1:
@@ -286,7 +287,7 @@ def train_step(
 
 # %% ../nbs/85_training.ipynb #b14d700d
 def replace_text(file: Path, text: str) -> None:
-    """Write a text file that is whole, or as it was before."""
+    """Replace a text file in one step, so that it always holds the old text or the new one."""
     unfinished = file.with_name(f".{file.name}")
     unfinished.write_text(text)
     unfinished.replace(file)
@@ -295,7 +296,7 @@ def replace_text(file: Path, text: str) -> None:
 def read_metrics(path: str | Path) -> list[dict]:
     """The lines of a run's metrics.jsonl. A kill may have cut the last one short: then it is left out.
 
-    Raises ValueError that names any other line which is no JSON object."""
+    Raises ValueError that names any other line that is not a JSON object."""
     file, records = Path(path) / "metrics.jsonl", []
     lines = file.read_bytes().splitlines() if file.exists() else []
     for number, line in enumerate(lines, start=1):
@@ -334,7 +335,7 @@ def checksum(file: Path) -> str:
 
 
 def checksums(checkpoint: Path) -> dict[str, str]:
-    """Of all files of a checkpoint that hold something."""
+    """The checksum of each file of weights or of training state in a checkpoint."""
     return {file.name: checksum(file) for file in checkpoint.iterdir() if file.suffix in (".pt", ".safetensors")}
 
 
@@ -350,7 +351,7 @@ def means_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 # %% ../nbs/85_training.ipynb #d3e1faac
 def hold(run: Run) -> None:
-    """Be the one process that writes the run. Raises BlockingIOError when another one is."""
+    """Take the lock, as the only process that writes the run. Raises BlockingIOError when another one has it."""
     try:
         if not run.lock.is_locked:
             run.lock.acquire()
@@ -360,7 +361,7 @@ def hold(run: Run) -> None:
 
 
 def check_config(path: Path, config: dict, resume: bool) -> None:
-    """Raise an error as `Run` does, for a directory in which no run can begin, or where this one cannot go on."""
+    """Raise the errors of `Run` for a directory in which no run can begin, or in which this one cannot go on."""
     if not resume:
         if path.exists() and (not path.is_dir() or any(path.glob("[!.]*"))):
             raise FileExistsError(f"{path}: there is a run already; resume it, remove it, or choose another directory")
@@ -375,7 +376,7 @@ def check_config(path: Path, config: dict, resume: bool) -> None:
 
 
 def forget_after(run: Run, step: int) -> None:
-    """Drop the lines of metrics.jsonl after a step, and what was being written when a process was killed."""
+    """Drop the lines of metrics.jsonl after a step, and files that a killed process left unfinished."""
     run.hold()
     if (run.path / "metrics.jsonl").exists():
         kept = [json.dumps(record) + "\n" for record in run.metrics() if record.get("step", 0) <= step]
@@ -495,8 +496,8 @@ class Progress(tqdm):
 
 # %% ../nbs/85_training.ipynb #1db95353
 def training_state(step: int, stages: Sequence[Stage], data, device: torch.device, **in_stage) -> dict:
-    """What a run needs besides tensors to go on after `step`; `stages` are those that have begun. All processes call
-    it together: of a stream, each knows the places of what it reads itself."""
+    """What a run needs besides tensors to go on after `step`; `stages` are those that have begun. All processes
+    must call it, because each knows only the positions of the streams that it reads."""
     random = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
@@ -507,8 +508,8 @@ def training_state(step: int, stages: Sequence[Stage], data, device: torch.devic
 
 
 def restore(state: dict, stages: Sequence[Stage], data, device: torch.device) -> int:
-    """Put data and random numbers back; the step. Raises ValueError when the stages are others, or `data` says that its
-    text is another one."""
+    """Put data and random numbers back; the step. Raises ValueError when the stages differ, or `data` has another
+    text."""
     begun = [Stage(**stage) for stage in state["stages"]]
     if begun != list(stages[: len(begun)]):
         raise ValueError(f"cannot resume, the run's stages were {begun}, not {list(stages[: len(begun)])}")
@@ -606,7 +607,7 @@ def train_stage(
 
 # %% ../nbs/85_training.ipynb #31ba81a6
 def check_settings(model: nn.Module, data, accelerator: Accelerator, save_every: int, rows: int | None) -> None:
-    """Raise ValueError for what would not train, or not as `train` says."""
+    """Raise ValueError for settings under which a model would not train, or not as `train` says."""
     precision, pieces = accelerator.mixed_precision, accelerator.gradient_accumulation_steps
     mine = (accelerator.process_index, accelerator.num_processes)
     given, started = (getattr(data, "rank", 0), getattr(data, "world_size", 1)), int(os.environ.get("WORLD_SIZE", 1))
@@ -646,7 +647,7 @@ def train(
     Raises FloatingPointError that names stage, step, part, model and layer when a loss is not finite: nothing is
     updated then, and checkpoints stay. Raises OSError when saving fails or another process writes `run`, ValueError
     for settings, models and checkpoints that do not fit. `after_stage` is called before the checkpoint of the stage's
-    end is written: a kill in between, and it is called again."""
+    end is written: after a kill in between it is called again."""
     accelerator = accelerator or Accelerator()
     check_settings(model, data, accelerator, save_every, micro_batch_size)
     model.to(accelerator.device)
