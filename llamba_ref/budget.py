@@ -30,12 +30,12 @@ __all__ = ['ON_CPU', 'Plan', 'imagined', 'imagined_pass', 'distillation_memory',
 # %% ../nbs/93_distil_1b.ipynb #8f90ae54
 @dataclass(frozen=True)
 class Plan:
-    """How a stage runs. Raises ValueError for an unknown word, sizes below 1, and a model cut over one process."""
+    """How a stage runs. Raises ValueError for an unknown option, sizes below 1, and a model cut over one process."""
 
     objective: str  # "orientation", "alignment" or "distillation"
     rows: int = 1  # texts that go through the models at a time, in each process
     length: int = 2048  # tokens of a text
-    pieces: int = 1  # how many times that makes a step
+    pieces: int = 1  # how many such passes make a step
     precision: Literal["no", "bf16"] = "bf16"
     train: Literal["all", "mixers"] = "all"  # what may train
     recompute: bool = False  # blocks are computed twice
@@ -93,9 +93,9 @@ def distillation_memory(
     plan: Plan,  # which stage, how
     device: str = "cuda",  # operators go the way that they go there, "cuda" or "cpu"
 ) -> dict[str, int]:  # bytes of each part, in each process; together they are what a step needs, and a little more
-    """What a step of a stage holds. Weights, gradients and AdamW's means are counted; `working` is the peak of a pass
-    without numbers (activations, logits, what is made on the way back), or of the optimiser's step; `fetched` follows
-    from how FSDP2 works. The CUDA context, about half a GB, and gaps between tensors come on top."""
+    """What a step of a stage holds. Weights, gradients and AdamW's means are counted. `working` is the peak of a pass
+    without numbers (activations, logits, gradients of activations), or of the optimiser's step. `fetched` follows from
+    how FSDP2 works. The CUDA context, about half a GB, and gaps between tensors are not included."""
     with without_numbers(device):
         (theirs, ours, one_pass), trained = imagined_pass(teacher, student, plan), []
 
@@ -119,8 +119,8 @@ def distillation_memory(
 
 
 def fetched_bytes(teacher: Decoder, student: Decoder, plan: Plan) -> int:
-    """What is whole of models that are cut over processes: embeddings and heads for as long as they are needed, of a
-    block and the next their weights, and the gradients of one, before and while they are sent."""
+    """What a process holds whole of models that are cut over processes: embeddings and heads while they are needed,
+    the weights of a block and the next one, and the gradients of one block, before and while they are sent."""
     blocks = [sum(p.numel() for p in model.backbone.layers[0].parameters()) for model in (teacher, student)]
     rest = [sum(p.numel() for n, p in model.named_parameters() if ".layers." not in n) for model in (teacher, student)]
     size = 2 if plan.precision == "bf16" else 4
@@ -149,7 +149,7 @@ class Work:
     moved: float  # bytes that operations read and write, if none is merged with the next
 
     def seconds(self, card: Card) -> float:
-        """Of one card for a token: what it computes and what it moves, one after the other, at the maker's rates."""
+        """Time of one card for a token: computing, and then moving bytes, both at the maker's rates."""
         return self.operations / card.rate + self.moved / card.bandwidth
 
 
@@ -162,9 +162,9 @@ def distillation_work(
     student: LlambaConfig,
     plan: Plan,  # which stage, how
 ) -> Work:
-    """Count what the teacher computes forward and the student forward and backward, with all that is computed twice.
+    """Count what the teacher computes forward and the student forward and backward, recomputation included.
 
-    Operations are those of PyTorch's path, whose products are all seen; bytes those of the kernels', as on a GPU."""
+    Operations are counted on PyTorch's path, which shows every product; bytes on the kernels' path, as on a GPU."""
     tokens = plan.rows * plan.length
     with without_numbers("cpu"):
         *_, one_pass = imagined_pass(teacher, student, plan)

@@ -97,13 +97,13 @@ def read_answer(
 
 # %% ../nbs/95_check.ipynb #742a5fbc
 class _TooLong(BaseException):  # no Exception, so that an answer's own `except Exception` does not catch it
-    """The time is over."""
+    """The answer has run for too long."""
 
 
 @contextmanager
 def _alone(file: Path, seconds: float) -> Iterator[None]:
-    """What an answer runs under: it prints nothing, it is asked nothing, and it ends in time (where the system has
-    SIGALRM: everywhere but on Windows)."""
+    """Run an answer without output, without input, and for a limited time (where the system has SIGALRM, which is
+    everywhere but on Windows)."""
 
     def end(*_):
         raise _TooLong

@@ -91,7 +91,7 @@ def check(options) -> None:
 
 # %% ../nbs/94_cli.ipynb #9b202c9d
 def free_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Threads for torch: its own number, but no more than cores are idle, or than a container's quota. At least 1."""
+    """Threads for torch: its own number, but at most the cores that are idle and a container's quota; at least 1."""
     import psutil
     import torch
     limits = [torch.get_num_threads(), psutil.cpu_count() * (1 - psutil.cpu_percent(0.1) / 100)]
@@ -251,7 +251,7 @@ class Training:
         documents: list[tuple],  # of each text to train on, and held out
         **models: lr.Decoder,  # to describe, by what they are here
     ):
-        """Training batches, held-out blocks, and the run's directory, last of all. Raises ValueError, OSError."""
+        """Training batches, held-out blocks, and the run's directory, made last. Raises ValueError, OSError."""
         place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
         place |= {"batch_size": self.batch_size, "seed": self.seed}
         data, words = batches_of(self.corpus, documents, tokenizer, **place)
@@ -284,7 +284,7 @@ def describe_model(model: lr.Decoder) -> str:
 
 
 def figures_of(result: Evaluation, compared: Comparison | None = None) -> dict[str, float]:
-    """What is reported about a model. Raises FloatingPointError for what no float can hold: JSON has no word for it."""
+    """What is reported about a model. Raises FloatingPointError for a figure that is not finite, which JSON lacks."""
     figures = {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
     if compared is not None:
         figures["teacher_perplexity"] = compared.teacher.perplexity
@@ -307,7 +307,7 @@ def save_figure(run: lr.Run, name: str, figure) -> None:
 
 # %% ../nbs/94_cli.ipynb #4a94e73a
 def what_is_kept(layers: int, replace: Sequence[int], keep_attention: int, keep_heads: int) -> list[int] | str:
-    """Three options of `distill` as `from_teacher` has them. Raises ValueError for two at once, and no such layer."""
+    """Three options of `distill`, in `from_teacher`'s form. Raises ValueError for two at once, and no such layer."""
     if any(layer not in range(layers) for layer in replace):
         raise ValueError(f"replace is {' '.join(map(str, replace))}: layers are 0 to {layers - 1}")
     counts = {"keep_attention": keep_attention, "keep_heads": keep_heads}
@@ -325,7 +325,7 @@ def fresh_student(
     teacher: lr.Llama,  # in one piece
     kept: list[tuple[int, int]] | None = None,  # if known already: the heads that keep attention
 ) -> lr.Llamba:
-    """A fresh student: the same one for the same seed. What shall not train requires no gradient.
+    """A fresh student: the same one for the same seed. Weights that are not to be trained require no gradient.
 
     Raises ValueError for a layer that does not exist, and more than one option that says what keeps attention."""
     import torch
@@ -397,8 +397,8 @@ class Distill(Training):
 
 # %% ../nbs/94_cli.ipynb #6bde81dc
 class Report:
-    """What a distillation shows: perplexity after every stage, figures, the student, a sample of its text. It is the
-    first process that shows it; when models are cut over processes, all of them compute it."""
+    """What a distillation shows: perplexity after every stage, figures, the student, a sample of its text. The first
+    process shows it; when models are cut over processes, all of them take part in computing it."""
 
     def __init__(
         self, command: Distill, run: lr.Run, teacher: lr.Llama, student: lr.Llamba, blocks: TokenBlocks,
@@ -804,7 +804,7 @@ NO_MEMORY = "out of memory|allocate memory|not enough memory|calculation overflo
 def main(
     args: list[str] | None = None,  # the words after `llamba`; None: those it was started with
 ) -> None:
-    """The program `llamba`. What a user can mend is said in one line, with exit code 1; a bug keeps its traceback."""
+    """The program `llamba`. An error that a user can mend gives one line and exit code 1; a bug keeps its traceback."""
     command = None
     try:
         for stream in ("stdin", "stdout", "stderr"):  # closed: the null device takes its number, not a file

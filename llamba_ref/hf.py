@@ -29,9 +29,9 @@ __all__ = ['StateCache', 'padding_of', 'check_loaded', 'TokenEmbedding', 'Decode
 
 # %% ../nbs/91_transformers.ipynb #5c9c1c42
 class StateCache(Cache):
-    """The states of all mixers, one entry a layer, as transformers passes a cache around: `forward` fills it in place.
+    """The states of all mixers, one entry a layer, as a cache of transformers. `forward` changes it in place.
 
-    It has the size of a state, whatever the length of the text; the layers of a hybrid that keep attention grow."""
+    Its size does not depend on the length of the text, except in layers of a hybrid that keep attention."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class StateCache(Cache):
         return -1
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row so many times, side by side: several continuations of one text."""
+        """Repeat each row, side by side, for several continuations of one text."""
         self.states = tree_map_only(Tensor, lambda z: z.repeat_interleave(repeats, 0), self.states)
 
     def crop(self, *_) -> None:
@@ -95,7 +95,7 @@ def check_loaded(
     model: PreTrainedModel,  # with a backbone, and a head unless it is tied
     info: dict,  # what transformers has noticed while it loaded the weights
 ) -> None:
-    """Raise ValueError where a weight is missing, unknown or of another shape, or a tied embedding is left on disk."""
+    """Raise ValueError if a weight is missing, unknown or of another shape, or if a tied embedding is left on disk."""
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, info[problem])):
             raise ValueError(f"the weights do not fit the model: {problem.split('_')[0]} {', '.join(names[:5])}")
@@ -104,7 +104,7 @@ def check_loaded(
 
 # %% ../nbs/91_transformers.ipynb #3d09f9e9
 class TokenEmbedding:
-    """Where transformers finds the embedding, and what becomes of the vocabulary when it changes it."""
+    """Where transformers finds the embedding, and how it changes the size of the vocabulary."""
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding."""
@@ -117,7 +117,7 @@ class TokenEmbedding:
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """As in transformers. Raises ValueError for a model `around` another, which would keep its number of tokens."""
+        """As in transformers. Raises ValueError for a model `around` another, whose vocabulary would not change."""
         if new_num_tokens is None and pad_to_multiple_of is None:
             return self.backbone.embedding
         if self.shared:
@@ -129,7 +129,7 @@ class TokenEmbedding:
 
 # %% ../nbs/91_transformers.ipynb #bee17183
 class DecoderForCausalLM(TokenEmbedding, PreTrainedModel, GenerationMixin):
-    """A `Decoder` in the clothes of transformers: the same modules, the same weights, the same numbers.
+    """A `Decoder` with the interface of transformers: the same modules, weights and logits.
 
     `around(model)` wraps any model of this package; the subclasses can also be loaded and saved."""
 
@@ -141,7 +141,7 @@ class DecoderForCausalLM(TokenEmbedding, PreTrainedModel, GenerationMixin):
     _is_stateful = True  # no assisted decoding, which takes back tokens
 
     def __init__(self, config: ModelConfig, decoder: Decoder | None = None):
-        """With `decoder`, a model around it; else a new one of these sizes."""
+        """With `decoder`, a model that shares its weights; without, a new one of these sizes."""
         super().__init__(config)
         self.shared, decoder = decoder is not None, self.kind(config) if decoder is None else decoder
         self.backbone, self.vocab_size = decoder.backbone, decoder.vocab_size
@@ -152,7 +152,7 @@ class DecoderForCausalLM(TokenEmbedding, PreTrainedModel, GenerationMixin):
 
     @classmethod
     def around(cls, model: LanguageModel) -> DecoderForCausalLM:
-        """The same weights and no copy: for `generate`, an evaluation or `push_to_hub` in the middle of a training."""
+        """A model that shares the weights of another, to generate, evaluate or push in the middle of a training."""
         config = model.config if cls is DecoderForCausalLM else cls.config_class.from_dict(model.config.to_dict())
         return cls(config, model).train(model.training)
 
@@ -168,22 +168,22 @@ class DecoderForCausalLM(TokenEmbedding, PreTrainedModel, GenerationMixin):
         return False  # transformers would make a cache of keys and values; `forward` makes the cache
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the constructors have done it, and transformers would begin anew a model that this one is around."""
+        """Do nothing: the constructors have done it, and a model that this one is `around` would lose its weights."""
 
     def save_pretrained(self, *args, **options) -> None:
-        """As in transformers. Raises ValueError for a model `around` one that has no class of its own here."""
+        """As in transformers. Raises ValueError for a model `around` one of a kind that has no subclass here."""
         if type(self) is DecoderForCausalLM:
             raise ValueError(f"{type(self.config).__name__}: save the model that this one is around")
         super().save_pretrained(*args, **options)
 
 # %% ../nbs/91_transformers.ipynb #e7b9d02f
 def _watched(block):
-    """Whether anything hangs on calls of this block or its parts: a device_map that brings weights, a user's hook."""
+    """Whether this block or a part of it has a hook: of a device_map, which fetches weights, or of a user."""
     return any(part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook") for part in block.modules())
 
 
 def _walk(model, x, cache, marks, seen):
-    """What leaves the last block; fills the cache. What enters each block goes into `seen`, unless that is None."""
+    """The output of the last block; updates the cache. Appends the input of each block to `seen`, if it is a list."""
     recompute = model.gradient_checkpointing and model.training
     if cache is not None and cache.by_step is None:
         cache.by_step = [not _watched(block) for block in model.backbone.layers]
@@ -221,7 +221,7 @@ def starts_of(
     attention_mask: Int[Tensor, "batch total"] | None,  # as in `forward`
     past: int,  # tokens that the cache has read
 ) -> Bool[Tensor, "rows len"] | None:  # where a document begins; None: nowhere but at the beginning
-    """Several documents in a row have positions that begin again at 0: there, every mixer forgets (`starts`).
+    """Where documents that share a row begin: there positions are 0 again, and every mixer forgets (`starts`).
 
     Raises ValueError unless positions count the tokens of each document: our models have no other positions."""
     length = position_ids.shape[1]
@@ -255,7 +255,7 @@ def _forward(
     logits_to_keep: int | Int[Tensor, "kept"] = 0,  # logits of so many last positions, or of these; 0: of all
     **options,  # for the loss
 ) -> CausalLMOutputWithPast:
-    """Logits, and where wanted loss and cache. Raises ValueError for a mask, positions, a cache that do not fit."""
+    """Logits, and where wanted loss and cache. Raises ValueError for a mask, positions or a cache that do not fit."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("either input_ids or inputs_embeds must be given")
     if options.pop("output_attentions", None):
@@ -335,9 +335,9 @@ for _class in (LlambaForCausalLM, GateLoopForCausalLM):
 
 # %% ../nbs/91_transformers.ipynb #6def922a
 def as_llama(
-    model: PreTrainedModel,  # LlamaForCausalLM of transformers, or one in disguise: Mistral without a window, Qwen 2
+    model: PreTrainedModel,  # a LlamaForCausalLM, or a Llama by another name: Mistral without a window, Qwen 2
 ) -> Llama:  # with the same weights, not a copy of them
-    """A teacher from a model of transformers. Raises ValueError that says why a model is none."""
+    """A teacher from a model of transformers. Raises ValueError that says why a model cannot be one."""
     values = model.config.to_dict()
     config, layout = LlamaConfig.from_dict(values, type(model.config).__name__), layout_of(values)
     if model.generation_config is not None and model.generation_config.eos_token_id is not None:

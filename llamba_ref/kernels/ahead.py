@@ -33,7 +33,7 @@ POINTERS = {torch.int32: "*i32", torch.float32: "*fp32", torch.float16: "*fp16",
 
 
 class Launch(NamedTuple):
-    """One call of a kernel, written down instead of made."""
+    """One call of a kernel, recorded instead of made."""
 
     kernel: triton.JITFunction  # what would run
     grid: tuple[int, ...]  # how many programs along each axis
@@ -57,7 +57,7 @@ class Launch(NamedTuple):
         return types, values, attributes
 
     def program(self, gpu: GPU) -> str:
-        """What decides the machine code on a GPU: two launches of the same text need to be compiled once."""
+        """What decides the machine code on a GPU: launches for which this is the same text are compiled once."""
         return f"sm_{gpu.capability} {self.kernel.__name__} {self.signature()} {self.num_warps} {self.num_stages}"
 
 # %% ../../nbs/89_ahead.ipynb #ad1fc884
@@ -100,12 +100,13 @@ def _tree_scan(scan, inputs):
 
 def scan_as_tree() -> None:
     """Let Triton's interpreter combine in a tree, as GPUs do. Its own scan goes from left to right, one number at a
-    time: slow, and blind to a combine that is not associative. Acts on this process, and on the interpreter only."""
+    time, which is slow and does not show that a combine is not associative. Acts on this process, and on the
+    interpreter only."""
     interpreter.ScanOps.generic_scan = _tree_scan
 
 # %% ../../nbs/89_ahead.ipynb #6cccdfc6
 def interpret_faster() -> None:
-    """Let Triton's interpreter prepare its language once a launch: the same numbers in two thirds of the time.
+    """Let Triton's interpreter replace its language once a launch: the same numbers in two thirds of the time.
 
     Acts on this process, and on the interpreter only."""
     patch, everything = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})

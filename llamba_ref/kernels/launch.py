@@ -65,7 +65,7 @@ def launch(
     num_stages: int = 1,  # how many turns of a loop with matrix products have their loads under way at the same time
     **constants,  # the kernel's constexpr arguments, by name
 ) -> None:
-    """Run a kernel on the device of its first tensor, or have the call written down under `recording`."""
+    """Run a kernel on the device of its first tensor, or have the call recorded under `recording`."""
     if _recorder is not None:
         return _recorder[1](kernel, grid, arguments, constants, num_warps, num_stages)
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
@@ -82,7 +82,7 @@ def load_rows(pointer, rows, stride, there, columns, width):
 
 @triton.jit
 def store_rows(pointer, rows, stride, there, columns, width, x):
-    """The other way, in the type of the array; nothing where a row is not `there`, nor from `width` on."""
+    """The inverse, in the type of the array: nothing is stored where a row is not `there`, nor from `width` on."""
     place = rows.to(tl.int64)[:, None] * stride + columns[None, :]
     tl.store(pointer + place, x.to(pointer.dtype.element_ty), there[:, None] & (columns < width)[None, :])
 
@@ -112,8 +112,8 @@ def as_operation(
 ) -> CustomOpDef:  # to be called like the function
     """An operation of PyTorch, torch.ops.llamba_ref.NAME, which torch.compile does not look into.
 
-    What a notebook defines is called notebook::NAME: to define an operation again destroys the one of that name,
-    which would be the package's."""
+    What a notebook defines is called notebook::NAME: defining a name again destroys the operation that had it, and a
+    chapter that is run must not destroy the package's."""
     space = "notebook" if function.__module__ == "__main__" else "llamba_ref"
     operation = torch.library.custom_op(f"{space}::{name}", function, mutates_args=mutates_args, schema=schema)
     operation.register_fake(shapes)
