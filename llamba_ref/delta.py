@@ -19,7 +19,7 @@ from .convert import LanguageModel, ModelConfig
 from .decoder import Backbone
 from .gateloop import GATELOOP_MODES, Mode, surrogate_attention, log_decay_to_end
 from .mamba2 import Filters, inverse_softplus
-from .operators import check_option, check_sizes, checked, forget, is_token, wide_dtype
+from .operators import check_heads, check_option, checked, forget, is_token, wide_dtype
 from .scan import recurrence_step, split_gate
 from .ssd import segment_sum
 
@@ -244,17 +244,11 @@ class DeltaMixer(nn.Module):
         """The matrix that each head applies to its values."""
         return self.rule_matrix(*self.project(u, None, None, starts)[0])
 
-# %% ../nbs/27_delta.ipynb #dd5269c9
-def _check_mixer(d_model, n_heads, mode, **sizes):
-    """Raise ValueError for sizes below 1, heads that do not divide the width, and an unknown mode."""
-    check_sizes(d_model=d_model, n_heads=n_heads, **sizes)
-    if d_model % n_heads:
-        raise ValueError(f"n_heads is {n_heads}: it must divide d_model = {d_model}")
-    check_option("mode", mode, GATELOOP_MODES)
-
 # %% ../nbs/27_delta.ipynb #b70feabe
 class GatedDeltaNet(DeltaMixer):
-    """Gated DeltaNet's mixer (Yang, Kautz and Hatamizadeh 2024). Raises ValueError as `_check_mixer`."""
+    """Gated DeltaNet's mixer (Yang, Kautz and Hatamizadeh 2024).
+
+    Raises ValueError as `check_heads`, and for an unknown mode."""
 
     def __init__(
         self, d_model: int,  # width of the residual stream
@@ -267,7 +261,8 @@ class GatedDeltaNet(DeltaMixer):
         chunk_size: int = 64,  # tokens in a chunk
     ):
         super().__init__()
-        _check_mixer(d_model, n_heads, mode, d_state=d_state, d_conv=d_conv, chunk_size=chunk_size)
+        check_heads(d_model, n_heads, d_state=d_state, d_conv=d_conv, chunk_size=chunk_size)
+        check_option("mode", mode, GATELOOP_MODES)
         self.n_heads, self.d_state, self.headdim = n_heads, d_state, d_model // n_heads
         self.reflect, self.gated, self.mode, self.chunk_size = reflect, gated, mode, chunk_size
         keys = n_heads * d_state
@@ -357,7 +352,8 @@ class RWKV7(DeltaMixer):
         chunk_size: int = 64,  # tokens in a chunk
     ):
         super().__init__()
-        _check_mixer(d_model, n_heads, mode, rank=rank, chunk_size=chunk_size)
+        check_heads(d_model, n_heads, rank=rank, chunk_size=chunk_size)
+        check_option("mode", mode, GATELOOP_MODES)
         self.n_heads, self.d_state, self.headdim = n_heads, d_model // n_heads, d_model // n_heads
         self.mode, self.chunk_size, self.window = mode, chunk_size, (d_model, 2)
         self.shift = nn.Parameter(torch.empty(6, d_model))  # blends of q, k, v, gate, rate, output gate

@@ -14,7 +14,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Inexact, Int
 from torch import Tensor, nn
 
-from .operators import Backend, check_option, check_sizes, checked, find_kernel, forget, is_token
+from .operators import Backend, check_heads, check_option, checked, find_kernel, forget, is_token
 from .operators import wide_dtype, wrong_widths
 from .scan import factor_out_phase, linear_scan, recurrence
 
@@ -199,18 +199,11 @@ def _heads_and_gates(parts, alpha, beta, heads, starts=None):
 # %% ../nbs/03_gateloop.ipynb #9f6a3ebc
 _GATES = {"complex": 2, "real": 1, "fixed": 0, "fixed real": 0}  # kinds; how many numbers of the input make a gate
 
-
-def _check_mixer(d_model, n_heads, d_state, gates, mode):
-    """Raise ValueError for sizes below 1, heads that do not divide the width, and unknown `gates` or `mode`."""
-    check_sizes(d_model=d_model, n_heads=n_heads, d_state=d_state)
-    if d_model % n_heads:
-        raise ValueError(f"n_heads is {n_heads}: it must divide d_model = {d_model}")
-    check_option("gates", gates, tuple(_GATES))
-    check_option("mode", mode, GATELOOP_MODES)
-
 # %% ../nbs/03_gateloop.ipynb #1cc3ba5a
 class GateLoop(nn.Module):
-    """GateLoop's mixer (Katsch 2023): gates from the input, the output gated by a SiLU. Raises as `_check_mixer`."""
+    """GateLoop's mixer (Katsch 2023): gates from the input, the output gated by a SiLU.
+
+    Raises ValueError as `check_heads`, and for an unknown `gates` or `mode`."""
 
     def __init__(
         self, d_model: int,  # width of the residual stream
@@ -220,7 +213,9 @@ class GateLoop(nn.Module):
         mode: str = "chunked",  # of `gateloop`; "scan" suits heads of width 1
     ):
         super().__init__()
-        _check_mixer(d_model, n_heads, d_state, gates, mode)
+        check_heads(d_model, n_heads, d_state=d_state)
+        check_option("gates", gates, tuple(_GATES))
+        check_option("mode", mode, GATELOOP_MODES)
         self.n_heads, self.d_state, self.gates, self.mode = n_heads, d_state, gates, mode
         keys = n_heads * d_state
         self.sizes = [keys, keys, d_model, d_model] + [keys] * _GATES[gates]
