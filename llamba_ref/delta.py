@@ -119,11 +119,11 @@ def generalized_delta_rule(
     initial_state: Float[Tensor, "batch heads key value"] | None = None,  # None is a zero state
     return_state: bool = False,  # also return the state after the last token
 ) -> Float[Tensor, "batch len heads value"] | tuple[Tensor, Tensor]:  # y, dtype of v; the state, float32 at least
-    """$S_t = (diag(a_t) - e_t^T r_t) S_{t-1} + k_t^T v_t$, $y_t = q_t S_t$ in each head (RWKV-7, Peng et al. 2025, in
-    rows; $r$ is `read`, $e$ is `erase`).
+    """$S_t = (\\operatorname{diag}(a_t) - e_t^T r_t) S_{t-1} + k_t^T v_t$, $y_t = q_t S_t$ in each head (RWKV-7, Peng
+    et al. 2025, in rows; $r$ is `read`, $e$ is `erase`).
 
     With log_a = -inf a token forgets everything only if it also has read = 0; mode "scan" forgets up to rounding.
-    Nothing here keeps the state bounded: that is for `read` and `erase` to do.
+    Nothing here keeps a step from making the state longer: that is for `read` and `erase` to do.
 
     Raises ValueError when an argument is not what the signature says, the sequence is empty or a log_a is positive."""
     wide = wide_dtype(q, log_a, initial_state)
@@ -153,11 +153,12 @@ def delta_rule(
     initial_state: Float[Tensor, "batch heads key value"] | None = None,  # None is a zero state
     return_state: bool = False,  # also return the state after the last token
 ) -> Float[Tensor, "batch len heads value"] | tuple[Tensor, Tensor]:  # y, dtype of v; the state, float32 at least
-    """$S_t = (I - beta_t k_t^T k_t) diag(a_t) S_{t-1} + beta_t k_t^T v_t$, $y_t = q_t S_t$ in each head: DeltaNet (Yang
-    et al. 2024), with one gate a head Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024), with one a channel KDA.
+    """$S_t = (I - \\beta_t k_t^T k_t) \\operatorname{diag}(a_t) S_{t-1} + \\beta_t k_t^T v_t$, $y_t = q_t S_t$ in each
+    head: DeltaNet (Yang et al. 2024), with one gate a head Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024), with one
+    a channel KDA.
 
-    The state stays bounded while beta |k|^2 is between 0 and 2; neither is enforced. -inf in log_a forgets everything,
-    in mode "scan" up to rounding.
+    A step makes no old state longer while $\\beta_t \\lvert k_t \\rvert^2$ is between 0 and 2, which is not enforced.
+    -inf in log_a forgets everything, in mode "scan" up to rounding.
 
     Raises ValueError when an argument is not what the signature says, the sequence is empty or a log_a is positive."""
     log_a, read, erase, keys, queries, values, state = _as_general(k, beta, log_a, q, v, initial_state)
@@ -367,7 +368,7 @@ class RWKV7(DeltaMixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Maps as PyTorch begins them; blends even; gates spread from 0.55 to nearly 1; rates at a half; no bonus."""
+        """Maps as PyTorch begins them; blends even; gates spread from 0.59 to nearly 1; rates at a half; no bonus."""
         for part in self.modules():
             if part is not self and hasattr(part, "reset_parameters"):
                 part.reset_parameters()
