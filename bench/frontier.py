@@ -1,6 +1,6 @@
 """Newer recurrences beside Mamba-2 on the two tasks of this book that ask for memory: chapters 27 and 28.
 
-    python -m bench.frontier        all runs, two at a time with one thread each; an hour and a quarter on two cores
+    python -m bench.frontier        all runs, two at a time with one thread each; an hour and a half on two cores
 
 Memory Horizon (`bench.memory_horizon`: forget on cue) and associative recall (`bench.recall`: many pairs at once), with
 the data and the batches of those commands, and half of their steps. All models here have two layers of width 64, MLPs

@@ -1,6 +1,6 @@
 """Other mixers as students of the demo's teacher: GateLoop, Gated DeltaNet and Mamba-3 beside Llamba's own.
 
-    python -m bench.other_mixers        about half an hour on two cores
+    python -m bench.other_mixers        about twenty minutes on two cores
 
 The teacher's attention is replaced by mixers that begin at random, with four heads whose states have 32 x 32 numbers.
 All are trained in MOHAWK's three stages as the rows of `bench.students`: a quarter of the demo's steps, a learning rate

@@ -172,10 +172,29 @@ def free(nodes: list[ast.stmt]) -> set[str]:
     return wanted
 
 
+def changed_by(node: ast.stmt, acts: dict[str, set[str]]) -> set[str]:
+    """The names whose values a statement may change in place, by itself or through functions that it calls or hands
+    on; `acts` from `effects`."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return changes(node)
+    return changes(node).union(*(acts.get(part.id, set()) for part in ast.walk(node) if isinstance(part, ast.Name)))
+
+
+def effects(chapter: str) -> dict[str, set[str]]:
+    """What a chapter's own functions change in place outside of themselves, such as a table that one fills."""
+    found = {}
+    for node in (node for kind, source in cells_of(chapter) if kind == "code" for node in statements(source)):
+        if isinstance(node, ast.FunctionDef):
+            inside = [part for part in ast.walk(node) if isinstance(part, ast.stmt) and part is not node]
+            own = {part.arg for part in ast.walk(node) if isinstance(part, ast.arg)}.union(*map(binds, inside))
+            found[node.name] = set().union(*map(changes, inside)) - own
+    return found
+
+
 def needed(chapter: str, place: int, code: str, only_names: bool = False) -> list[str]:
     """The statements of a chapter's cells before one place that some code needs; what the chapter exports comes from
     the package. `only_names`: leave out those that change a value in place."""
-    wanted, kept, module = free(statements(code)), [], module_of(chapter)
+    wanted, kept, module, acts = free(statements(code)), [], module_of(chapter), effects(chapter)
     for kind, source in reversed(cells_of(chapter)[:place]):
         if kind != "code" or source.startswith(("#| eval: false", "#| check")):
             continue
@@ -188,7 +207,7 @@ def needed(chapter: str, place: int, code: str, only_names: bool = False) -> lis
             elif bound and source.startswith("#| export"):
                 kept.append(f"from llamba_ref.{module} import {', '.join(sorted(bound))}")
                 wanted -= bound
-            elif bound or not only_names and changes(node) & wanted:
+            elif bound or not only_names and changed_by(node, acts) & wanted:
                 wanted = (wanted - binds(node)) | reads(node)
                 kept.append(ast.unparse(node))
     return kept[::-1]
