@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from .conv import causal_conv
 from .convert import LanguageModel, ModelConfig
 from .decoder import Backbone
-from .gateloop import GATELOOP_MODES, Mode, surrogate_attention, log_decay_to_end
+from .gateloop import Mode, check_mixer, log_decay_to_end, surrogate_attention
 from .mamba2 import Filters, inverse_softplus
-from .operators import check_heads, check_option, checked, forget, is_token, wide_dtype
+from .operators import checked, forget, is_token, wide_dtype
 from .scan import recurrence_step, split_gate
 from .ssd import segment_sum
 
@@ -247,9 +247,7 @@ class DeltaMixer(nn.Module):
 
 # %% ../nbs/27_delta.ipynb #b70feabe
 class GatedDeltaNet(DeltaMixer):
-    """Gated DeltaNet's mixer (Yang, Kautz and Hatamizadeh 2024).
-
-    Raises ValueError as `check_heads`, and for an unknown mode."""
+    """Gated DeltaNet's mixer (Yang, Kautz and Hatamizadeh 2024). Raises ValueError as `check_mixer`."""
 
     def __init__(
         self, d_model: int,  # width of the residual stream
@@ -262,8 +260,7 @@ class GatedDeltaNet(DeltaMixer):
         chunk_size: int = 64,  # tokens in a chunk
     ):
         super().__init__()
-        check_heads(d_model, n_heads, d_state=d_state, d_conv=d_conv, chunk_size=chunk_size)
-        check_option("mode", mode, GATELOOP_MODES)
+        check_mixer(d_model, n_heads, mode, d_state=d_state, d_conv=d_conv, chunk_size=chunk_size)
         self.n_heads, self.d_state, self.headdim = n_heads, d_state, d_model // n_heads
         self.reflect, self.gated, self.mode, self.chunk_size = reflect, gated, mode, chunk_size
         keys = n_heads * d_state
@@ -353,8 +350,7 @@ class RWKV7(DeltaMixer):
         chunk_size: int = 64,  # tokens in a chunk
     ):
         super().__init__()
-        check_heads(d_model, n_heads, rank=rank, chunk_size=chunk_size)
-        check_option("mode", mode, GATELOOP_MODES)
+        check_mixer(d_model, n_heads, mode, rank=rank, chunk_size=chunk_size)
         self.n_heads, self.d_state, self.headdim = n_heads, d_model // n_heads, d_model // n_heads
         self.mode, self.chunk_size, self.window = mode, chunk_size, (d_model, 2)
         self.shift = nn.Parameter(torch.empty(6, d_model))  # blends of q, k, v, gate, rate, output gate

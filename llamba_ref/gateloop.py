@@ -14,13 +14,13 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Inexact, Int
 from torch import Tensor, nn
 
-from .operators import Backend, check_heads, check_option, checked, find_kernel, forget, is_token
+from .operators import Backend, check_option, check_sizes, checked, find_kernel, forget, is_token
 from .operators import wide_dtype, wrong_widths
 from .scan import factor_out_phase, linear_scan, recurrence
 
 # %% auto #0
 __all__ = ['Mode', 'GATELOOP_MODES', 'log_decay_to_end', 'surrogate_attention', 'gateloop', 'gateloop_matrix', 'reset_gates',
-           'GateLoop']
+           'check_mixer', 'GateLoop']
 
 # %% ../nbs/03_gateloop.ipynb #14d877c2
 def log_decay_to_end(
@@ -199,11 +199,28 @@ def _heads_and_gates(parts, alpha, beta, heads, starts=None):
 # %% ../nbs/03_gateloop.ipynb #9f6a3ebc
 _GATES = {"complex": 2, "real": 1, "fixed": 0, "fixed real": 0}  # kinds; how many numbers of the input make a gate
 
+
+def _numbers_of(gates):
+    """How many numbers of the input make a gate of this kind. Raises ValueError for an unknown kind."""
+    check_option("gates", gates, tuple(_GATES))
+    return _GATES[gates]
+
+
+def check_mixer(
+    d_model: int,  # width of the residual stream
+    n_heads: int,  # heads that share it
+    mode: str,  # of `gateloop`, or of a rule with the same modes
+    **sizes: int,  # other sizes of the mixer
+) -> None:
+    """Raise ValueError for sizes below 1, heads that do not divide the width, and an unknown mode."""
+    check_sizes(d_model=d_model, n_heads=n_heads, **sizes)
+    if d_model % n_heads:
+        raise ValueError(f"n_heads is {n_heads}: it must divide d_model = {d_model}")
+    check_option("mode", mode, GATELOOP_MODES)
+
 # %% ../nbs/03_gateloop.ipynb #1cc3ba5a
 class GateLoop(nn.Module):
-    """GateLoop's mixer (Katsch 2023): gates from the input, the output gated by a SiLU.
-
-    Raises ValueError as `check_heads`, and for an unknown `gates` or `mode`."""
+    """GateLoop's mixer (Katsch 2023): gates from the input, a gated output. Raises ValueError for options that do not fit."""
 
     def __init__(
         self, d_model: int,  # width of the residual stream
@@ -213,12 +230,10 @@ class GateLoop(nn.Module):
         mode: str = "chunked",  # of `gateloop`; "scan" suits heads of width 1
     ):
         super().__init__()
-        check_heads(d_model, n_heads, d_state=d_state)
-        check_option("gates", gates, tuple(_GATES))
-        check_option("mode", mode, GATELOOP_MODES)
+        check_mixer(d_model, n_heads, mode, d_state=d_state)
         self.n_heads, self.d_state, self.gates, self.mode = n_heads, d_state, gates, mode
         keys = n_heads * d_state
-        self.sizes = [keys, keys, d_model, d_model] + [keys] * _GATES[gates]
+        self.sizes = [keys, keys, d_model, d_model] + [keys] * _numbers_of(gates)
         self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False)
         self.alpha = nn.Parameter(torch.empty(keys))
         self.beta = None if gates in ("real", "fixed real") else nn.Parameter(torch.empty(keys))

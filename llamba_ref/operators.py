@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # %% auto #0
-__all__ = ['Backend', 'check_tensors', 'check_sizes', 'check_heads', 'check_option', 'checked', 'unchecked', 'without_numbers',
-           'is_imagined', 'on_gpu', 'wide_dtype', 'cumulative_rotation', 'polar_gate', 'choose_backend', 'wrong_widths',
-           'find_kernel', 'peak_bytes', 'is_token', 'forget', 'document_begin']
+__all__ = ['Backend', 'check_tensors', 'check_sizes', 'check_option', 'checked', 'unchecked', 'without_numbers', 'is_imagined',
+           'on_gpu', 'wide_dtype', 'cumulative_rotation', 'polar_gate', 'choose_backend', 'wrong_widths', 'find_kernel',
+           'peak_bytes', 'is_token', 'forget', 'document_begin']
 
 # %% ../nbs/80_operators.ipynb #98f101b4
 def _axis_names(axes: str, ndim: int, several: dict[str, list[str]]) -> list[tuple[str, bool]]:
@@ -87,17 +87,6 @@ def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} is {size!r}: it must be an integer of at least 1")
-
-
-def check_heads(
-    d_model: int,  # width of the residual stream
-    n_heads: int,  # heads that share it
-    **sizes: int,  # other sizes of the mixer
-) -> None:
-    """Raise ValueError for sizes below 1, as `check_sizes`, and for heads that do not divide the width."""
-    check_sizes(d_model=d_model, n_heads=n_heads, **sizes)
-    if d_model % n_heads:
-        raise ValueError(f"n_heads is {n_heads}: it must divide d_model = {d_model}")
 
 
 def check_option(
