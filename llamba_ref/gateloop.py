@@ -220,7 +220,7 @@ def check_mixer(
 
 # %% ../nbs/03_gateloop.ipynb #1cc3ba5a
 class GateLoop(nn.Module):
-    """GateLoop's mixer (Katsch 2023): gates from the input, a gated output. Raises ValueError for options that do not fit."""
+    """GateLoop's mixer (Katsch 2023): gates from the input, a gated output. Raises ValueError for a bad option."""
 
     def __init__(
         self, d_model: int,  # width of the residual stream
