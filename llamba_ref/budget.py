@@ -153,8 +153,13 @@ class Work:
         return self.operations / card.rate + self.moved / card.bandwidth
 
 
+def _attention_operations(q, k, v, *_, **__):
+    """From shapes. Query heads may share keys and values; PyTorch 2.11 counts only equal numbers of both."""
+    return sdpa_flop_count(q, (*q[:2], *k[2:]), (*q[:2], *v[2:]))
+
+
 ON_CPU = {  # the attention that PyTorch takes on a CPU, which its counter of operations does not know
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations}
 
 
 def distillation_work(
