@@ -207,7 +207,7 @@ def needed(chapter: str, place: int, code: str, only_names: bool = False) -> lis
             elif bound and source.startswith("#| export"):
                 kept.append(f"from llamba_ref.{module} import {', '.join(sorted(bound))}")
                 wanted -= bound
-            elif bound or not only_names and changed_by(node, acts) & wanted:
+            elif bound or not (only_names or source.startswith("#| export")) and changed_by(node, acts) & wanted:
                 wanted = (wanted - binds(node)) | reads(node)
                 kept.append(ast.unparse(node))
     return kept[::-1]
