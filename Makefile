@@ -7,6 +7,8 @@ RECORD ?=
 VERSIONS ?=
 PORT ?= 8000
 BENCH ?= stage1_memory
+ONLY ?=
+BUDGET ?= 30m
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,7 +29,7 @@ SIDE_BY_SIDE := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo smollm2 compare peers test test-long export run notebooks lab docs slides serve test-docs test-edge screenshots teacher bench clean distclean
+.PHONY: help demo smollm2 compare peers gpu test test-long export run notebooks lab docs slides serve test-docs test-edge screenshots teacher bench clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -95,6 +97,9 @@ compare: $(VENV)/.installed-runtime  ## students of the demo beside trivial answ
 
 peers: $(VENV)/.installed-peers  ## the chunked SSD beside three others on the CPU, about 4 minutes
 	@OMP_NUM_THREADS=2 $(BIN)/python -m bench.ssd_cpu
+
+gpu: $(VENV)/.installed-dev $(VENV)/.installed-peers $(VENV)/.installed-teacher  ## on a GPU: all figures that the book wants from one, BUDGET=30m; some: ONLY="kernels decode"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python -m bench.gpu --budget $(BUDGET) $(if $(ONLY),--only $(ONLY))
 
 bench: $(VENV)/.installed-runtime  ## run one script of bench/: BENCH=stage1_memory
 	@$(BIN)/python -m bench.$(BENCH)

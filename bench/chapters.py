@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Annotated
 
 import nbformat
+import torch
 import tyro
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
-from bench.common import save
+from bench.common import RESULTS, save
+from bench.device import short_name
 from llamba_ref.conventions import load_result
 
 NOTEBOOKS = Path(__file__).parent.parent / "nbs"
@@ -102,7 +104,7 @@ def run(path: Path) -> tuple[float, list[str], set[str]]:
 
 def main(
     chapters: Annotated[tuple[str, ...], tyro.conf.Positional] = ("*",),  # names of notebooks, with wildcards
-    record: bool = False,  # write the times of these chapters into bench/results/chapters.json, which the site shows
+    record: bool = False,  # write their times into bench/results/chapters.json, which the site shows; a GPU has its own
 ):
     """Run chapters and compare their outputs with the saved ones; exit with 1 when something is wrong."""
     paths = sorted({path for pattern in chapters for path in NOTEBOOKS.glob(f"{pattern}.ipynb")})
@@ -118,9 +120,11 @@ def main(
     if bad:
         sys.exit(f"{len(bad)} of {len(paths)} chapters are wrong: {', '.join(bad)}")
     if record:
-        known = {one["chapter"]: one for one in [*load_result("chapters")["chapters"], *times]}
+        name = f"chapters_{short_name(torch.cuda.get_device_name())}" if torch.cuda.is_available() else "chapters"
+        before = load_result(name)["chapters"] if (RESULTS / f"{name}.json").is_file() else []
+        known = {one["chapter"]: one for one in [*before, *times]}
         there = [known[path.stem] for path in sorted(NOTEBOOKS.glob("*.ipynb")) if path.stem in known]
-        save("chapters", "make notebooks RECORD=--record", cores=os.cpu_count(), chapters=there)
+        save(name, "make notebooks RECORD=--record", cores=os.cpu_count(), chapters=there)
 
 
 if __name__ == "__main__":

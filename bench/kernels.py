@@ -1,22 +1,22 @@
 """The kernels on a GPU: time, memory and how near they come to what the card can do, beside other implementations
 where installed.
 
-    make bench BENCH=kernels        about ten minutes on an H100, beside Triton's compiler and the peers' tuning
+    make bench BENCH=kernels                     at the shapes of Llamba-1B and of the demo's student
+    python -m bench.kernels --models 1B demo 8B  at those of Llamba-8B too
+    python -m bench.kernels --predict            no GPU: the times that the makers' data sheets allow
 
 Every operation is called as a user would, with backend="triton". The limits are measured too: the bandwidth of a copy
 and the speed of matrix products. `count` beside each operation says how many bytes have to move and how many
 operations of matrix products are needed, whatever the algorithm; the fraction of the limit is the time that these
 would take over the time it took. float32 rows run in tf32, as all peers do. A peer's numbers are compared with ours
 before its time counts; it gets its inputs in its own layout, made beforehand. Each operation runs in a process of its
-own: a program that breaks the device there breaks nothing else.
+own: a program that breaks the device there breaks nothing else. The result is written after each.
 """
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
-import re
 import sys
 import tempfile
 import time
@@ -26,25 +26,26 @@ from functools import partial
 from math import inf
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import torch
+import tyro
 from torch import Tensor
 
 from bench.common import save
+from bench.device import BUDGET, UNFINISHED, attempt, attempt_to_tidy, half_type, peak, seconds, short_name
 from llamba_ref import conv, mohawk
 from llamba_ref.conventions import relative_error
 from llamba_ref.gateloop import gateloop
-from llamba_ref.operators import peak_bytes
+from llamba_ref.kernels.launch import GPU, GPUS
 from llamba_ref.scan import linear_scan
 from llamba_ref.ssd import ssd, ssd_step
 
 PACKAGES = ("triton", "fla-core", "mamba-ssm", "causal-conv1d")
-BUDGET = 0.2  # seconds of repetitions for one time
 TOKENS = 65536  # batch x length
 LENGTHS = (2048, 8192, 32768, 65536)
 MODELS = {
+    "demo": {"heads": 4, "headdim": 32, "state": 32, "groups": 4},
     "1B": {"heads": 32, "headdim": 64, "state": 64, "groups": 32},
     "8B": {"heads": 32, "headdim": 128, "state": 64, "groups": 32},
 }
@@ -135,7 +136,7 @@ def scan_cases(half: bool) -> Iterator[tuple[str, dict, bool]]:
     """A number a head: GateLoop as wide as the model."""
     for model, sizes, in_half in lengths_and_types():
         if half or in_half:  # complex64 has one type
-            width = {"1B": 2048, "8B": 4096}[model]
+            width = sizes["heads"] * sizes["headdim"]
             yield model, {"batch": sizes["batch"], "length": sizes["length"], "width": width}, in_half and half
 
 
@@ -440,12 +441,14 @@ def count_distance(batch, length, heads, keys, headdim, state, groups, size, bac
 
 
 def distance_cases() -> Iterator[tuple[str, dict, bool]]:
-    """At 8192 tokens naive has matrices of 8 GiB: a quarter of the heads as well, where they fit."""
+    """At 8192 tokens and 32 heads naive has matrices of 8 GiB: a quarter of the heads as well, where they fit."""
     for model, sizes in MODELS.items():
-        for length, heads, half in ((2048, 32, True), (2048, 32, False), (8192, 8, True), (8192, 32, True)):
+        whole = sizes["heads"]
+        for length, heads, half in ((2048, whole, True), (2048, whole, False), (8192, whole // 4, True),
+                                    (8192, whole, True)):
             yield (
                 model,
-                {**sizes, "batch": 1, "length": length, "heads": heads, "groups": heads, "keys": heads // 4},
+                {**sizes, "batch": 1, "length": length, "heads": heads, "groups": heads, "keys": max(1, heads // 4)},
                 half,
             )
 
@@ -494,32 +497,6 @@ class Limits(NamedTuple):
         return max(work.bytes / self.bandwidth, work.flops / fast)
 
 
-def seconds(call: Callable[[], object], device: str, budget: float = BUDGET) -> float:
-    """Median time of a call, of as many as `budget` seconds allow; on a GPU each finds an empty L2 cache."""
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        return do_bench(call, warmup=250 * budget, rep=1000 * budget, return_mode="median") / 1000
-    times = []
-    while not times or sum(times) < budget:
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return median(times)
-
-
-def peak(call: Callable[[], object], device: str) -> int:
-    """The most bytes that a call takes beside what was there before."""
-    if device != "cuda":
-        return peak_bytes(call)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def measure_limits(device: str, size: int = 8192, copied: int = 2**30, budget: float = BUDGET) -> Limits:
     """A copy of `copied` bytes, and products of square matrices of `size` rows."""
     source = torch.empty(copied, dtype=torch.uint8, device=device)
@@ -535,30 +512,6 @@ def measure_limits(device: str, size: int = 8192, copied: int = 2**30, budget: f
         found[name] = 2 * size**3 / seconds(lambda: a @ b, device, budget)
     torch.set_float32_matmul_precision(before)
     return Limits(bandwidth, found)
-
-
-def attempt(function: Callable[[], object]) -> tuple[object, str | None]:
-    """What a function gives, and None; or None, and why there is nothing."""
-    try:
-        return function(), None
-    except ModuleNotFoundError as error:
-        reason = f"not installed: {error.name}"
-    except torch.OutOfMemoryError:
-        reason = "out of memory"
-    except Exception as error:  # whatever another library raises belongs into the table
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
-    gc.collect()  # frames of the error hold tensors
-    if torch.cuda.is_available():
-        attempt_to_tidy()
-    return None, reason
-
-
-def attempt_to_tidy() -> None:
-    """Give unused memory back; a device that an error has broken refuses that, too."""
-    try:
-        torch.cuda.empty_cache()
-    except RuntimeError:
-        pass
 
 
 def fresh(inputs: dict[str, Tensor], wanted: tuple[str, ...], backward: bool) -> dict[str, Tensor]:
@@ -681,23 +634,20 @@ def measure(
     return row
 
 
-def half_type() -> torch.dtype:
-    """What 16-bit numbers are on this card: bfloat16 where its tensor cores know it."""
-    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-
-
-def dtype_of(name: str, half: bool) -> torch.dtype:
+def dtype_of(name: str, half: bool, half_type: torch.dtype) -> torch.dtype:
     """The type of an operation's inputs."""
-    return torch.complex64 if name == "linear_scan complex" else half_type() if half else torch.float32
+    return torch.complex64 if name == "linear_scan complex" else half_type if half else torch.float32
 
 
-def measure_operation(name: str, limits: Limits, kept: Path) -> None:
+def measure_operation(name: str, models: tuple[str, ...], limits: Limits, kept: Path, until: float) -> None:
     """All rows of one operation, printed as they come, and each written to the file `kept` before the next is
-    measured."""
+    measured. None begins after the time `until`."""
     torch.set_float32_matmul_precision("high")  # tf32: the peers multiply float32 so, and so do we here
     for model, sizes, half in OPERATIONS[name].cases():
         for backward in (False, True)[: 1 + bool(OPERATIONS[name].wanted)]:
-            row = measure(name, model, sizes, dtype_of(name, half), backward, limits, "cuda")
+            if model not in models or time.time() > until:
+                continue
+            row = measure(name, model, sizes, dtype_of(name, half, half_type()), backward, limits, "cuda")
             with kept.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(line(row), flush=True)
@@ -710,28 +660,49 @@ def in_a_process(function: Callable, *arguments) -> object:
         return pool.submit(function, *arguments).result()
 
 
-def measure_all(limits: Limits) -> list[dict]:
-    """Every operation, each in a process of its own; one that fails or dies leaves the rows before and one that says
+def measure_all(limits: Limits, models: tuple[str, ...] = tuple(MODELS), until: float = inf) -> Iterator[list[dict]]:
+    """The rows of each operation, in a process of its own; where it fails or dies, the rows before and one that says
     so."""
-    rows = []
     for name in OPERATIONS:
         with tempfile.TemporaryDirectory() as folder:
             kept = Path(folder, "rows")
-            _, reason = attempt(partial(in_a_process, measure_operation, name, limits, kept))
-            rows += [json.loads(text) for text in kept.read_text().splitlines()] if kept.exists() else []
+            _, reason = attempt(partial(in_a_process, measure_operation, name, models, limits, kept, until))
+            rows = [json.loads(text) for text in kept.read_text().splitlines()] if kept.exists() else []
         if reason:
-            failed = {
-                "operation": name,
-                "model": "all",
-                "sizes": {},
-                "dtype": "",
-                "pass": "",
-                "reason": reason,
-                "peers": {},
-            }
-            rows.append(failed)
-            print(line(failed), flush=True)
-    return rows
+            rows.append({"operation": name, "model": "all", "sizes": {}, "dtype": "", "pass": "", "reason": reason,
+                         "peers": {}})
+            print(line(rows[-1]), flush=True)
+        yield rows
+
+
+# What data sheets allow
+
+
+def sheet(gpu: GPU) -> Limits:
+    """What a kernel of Triton can reach at most, from the maker's figures."""
+    if gpu.capability < 80:  # Triton does not use the tensor cores of such a card
+        return Limits(gpu.bandwidth, {"float32": gpu.float32, "float16": gpu.float32})
+    half = dict.fromkeys(("float16", "bfloat16"), gpu.half)
+    return Limits(gpu.bandwidth, {"float32": gpu.float32, "tf32": gpu.half / 2, **half})
+
+
+def predicted(name: str, model: str, sizes: dict, half: bool, backward: bool) -> dict:
+    """A row without a card: what has to be moved and multiplied, and the least time of that on each."""
+    row = {"operation": name, "model": model, "sizes": sizes, "half": half,
+           "pass": "forward + backward" if backward else "forward", "seconds": {}}
+    for gpu in GPUS.values():
+        dtype = dtype_of(name, half, torch.bfloat16 if gpu.capability >= 80 else torch.float16)
+        work = OPERATIONS[name].count(**sizes, size=dtype.itemsize, backward=backward)
+        row |= work._asdict()
+        row["seconds"][gpu.name] = sheet(gpu).seconds(work, dtype)
+    return row
+
+
+def predictions(models: tuple[str, ...]) -> list[dict]:
+    """All rows that would be measured."""
+    return [predicted(name, model, sizes, half, backward) for name, operation in OPERATIONS.items()
+            for model, sizes, half in operation.cases() if model in models
+            for backward in (False, True)[: 1 + bool(operation.wanted)]]
 
 
 # What is said about it
@@ -768,7 +739,7 @@ class Goal(NamedTuple):
 
 
 def quickest_ratio(row: dict) -> float | None:
-    """The quickest peer's time over ours."""
+    """The time of the quickest peer, plain PyTorch among them, over ours."""
     return min((peer["ratio"] for peer in row["peers"].values() if "ratio" in peer), default=None)
 
 
@@ -784,7 +755,7 @@ def memory_ratio(row: dict) -> float | None:
 
 
 GOALS = (
-    Goal("ssd is no slower than the quickest peer", quickest_ratio, 1.0, True, ("ssd",)),
+    Goal("no kernel is slower than the quickest peer", quickest_ratio, 1.0, True, tuple(OPERATIONS)),
     Goal("the scan reaches 80% of the bandwidth", large_fraction, 0.8, True, ("linear_scan", "linear_scan complex")),
     Goal(
         "the convolution reaches 80% of the bandwidth", large_fraction, 0.8, True, ("causal_conv", "causal_conv_step")
@@ -821,33 +792,33 @@ def summary(verdicts: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def short_name(gpu: str) -> str:
-    """What a file is called by: h100, a100, t4, or the device's name in small letters."""
-    known = re.search(r"\b(H100|A100|T4)\b", gpu)
-    return known[1].lower() if known else re.sub(r"[^a-z0-9]+", "_", gpu.lower().removeprefix("nvidia ")).strip("_")
-
-
-def main() -> None:
+def main(
+    models: tuple[str, ...] = ("1B", "demo"),  # whose shapes: of MODELS
+    stop_after: float = inf,  # begin no row after so many seconds
+    predict: bool = False,  # measure nothing: write what data sheets of cards allow, and say so
+) -> None:
+    if unknown := [model for model in models if model not in MODELS]:
+        sys.exit(f"models has {unknown[0]!r}: known are {', '.join(MODELS)}")
+    if predict:
+        save("kernels_predicted", "python -m bench.kernels --predict", predicted=True, rows=predictions(models))
+        return
     if not torch.cuda.is_available():
         sys.exit("bench.kernels needs a CUDA device: there is none here")
     began = time.perf_counter()
     limits = in_a_process(measure_limits, "cuda")
     print(f"copy {limits.bandwidth / 1e9:.0f} GB/s; matrix products, TFLOP/s: "
           + ", ".join(f"{name} {speed / 1e12:.1f}" for name, speed in limits.matmul.items()), flush=True)
-    rows = measure_all(limits)
-    verdicts = [verdict(goal, rows) for goal in GOALS]
+    rows, done = [], []
+    for name, found in zip(OPERATIONS, measure_all(limits, models, time.time() + stop_after)):
+        rows, done = rows + found, [*done, name]
+        verdicts = [verdict(goal, rows) for goal in GOALS]
+        save(f"kernels_{short_name(torch.cuda.get_device_name())}", "make bench BENCH=kernels", packages=PACKAGES,
+             predicted=False, limits=limits._asdict(), models=models, operations=done, goals=verdicts, rows=rows,
+             large=LARGE, total_seconds=time.perf_counter() - began)
     print(summary(verdicts))
-    save(
-        f"kernels_{short_name(torch.cuda.get_device_name())}",
-        "make bench BENCH=kernels",
-        packages=PACKAGES,
-        limits=limits._asdict(),
-        goals=verdicts,
-        rows=rows,
-        large=LARGE,
-        total_seconds=time.perf_counter() - began,
-    )
+    if time.perf_counter() - began > stop_after:
+        sys.exit(UNFINISHED)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)  # --help says what it does, and does not start it

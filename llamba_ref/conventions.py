@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['relative_error', 'load_result']
+__all__ = ['relative_error', 'load_result', 'result_names']
 
 # %% ../nbs/01_conventions.ipynb #c0306d32
 def relative_error(
@@ -36,3 +36,11 @@ def load_result(
     if not file.is_file():
         raise FileNotFoundError(f"no saved result {name!r}: run python -m bench.{name}")
     return json.loads(file.read_text())
+
+
+def result_names(
+    prefix: str,  # such as "kernels_"
+) -> list[str]:  # sorted
+    """Names of the saved measurements that begin so: what was measured on several machines has a file for each."""
+    names = (file.name.removesuffix(".json") for file in files("llamba_ref").joinpath("assets/results").iterdir())
+    return sorted(name for name in names if name.startswith(prefix))

@@ -165,7 +165,7 @@ def copy_accuracy(
     generator = torch.Generator().manual_seed(seed)
     passages = torch.randint(model.vocab_size, (rows, length), generator=generator).to(model.device)
     guesses = [model(torch.cat([row, row], 1))[:, length:-1].argmax(-1) for row in passages.split(1)]
-    return (torch.cat(guesses) == passages[:, 1:]).double().mean().item()
+    return (torch.cat(guesses) == passages[:, 1:]).float().mean().item()
 
 # %% ../nbs/17_evaluate.ipynb #ec5b0c48
 PEOPLE = ("Anne", "Charles", "Edward", "Emma", "Fanny", "Frank", "George", "Henry", "Jane", "John", "Mary", "Robert")

@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # %% auto #0
-__all__ = ['Backend', 'check_tensors', 'check_sizes', 'check_option', 'checked', 'unchecked', 'without_numbers', 'is_imagined',
-           'on_gpu', 'wide_dtype', 'cumulative_rotation', 'polar_gate', 'choose_backend', 'wrong_widths', 'find_kernel',
-           'peak_bytes', 'is_token', 'forget', 'document_begin']
+__all__ = ['WITHOUT_DOUBLES', 'Backend', 'check_tensors', 'check_sizes', 'check_option', 'checked', 'unchecked',
+           'without_numbers', 'is_imagined', 'on_gpu', 'wide_dtype', 'sum_dtype', 'cumulative_rotation', 'polar_gate',
+           'choose_backend', 'wrong_widths', 'find_kernel', 'peak_bytes', 'is_token', 'forget', 'document_begin']
 
 # %% ../nbs/80_operators.ipynb #98f101b4
 def _axis_names(axes: str, ndim: int, several: dict[str, list[str]]) -> list[tuple[str, bool]]:
@@ -193,12 +193,22 @@ def wide_dtype(
     doubles = (torch.float64, torch.complex128)
     return torch.float64 if any(tensor is not None and tensor.dtype in doubles for tensor in tensors) else torch.float32
 
+
+WITHOUT_DOUBLES = ("mps",)  # devices that have no float64: the GPU of a Mac
+
+
+def sum_dtype(
+    tensor: Tensor,  # any of what is added up
+) -> torch.dtype:  # float64 where the device has it, else float32
+    """The real dtype of sums that run along a whole sequence, such as those of angles."""
+    return torch.float32 if tensor.device.type in WITHOUT_DOUBLES else torch.float64
+
 # %% ../nbs/80_operators.ipynb #38244c86
 def cumulative_rotation(
     phase: Float[Tensor, "batch len *rest"],  # radians that each step turns by
 ) -> Complex[Tensor, "batch len *rest"]:  # `exp(1j * phase.cumsum(1))`, complex64 or complex128
-    """The running product of unit gates along dim 1. Angles are summed in float64, whatever the input."""
-    angle = phase.double().cumsum(1)
+    """The running product of unit gates along dim 1. Angles are summed in `sum_dtype`, whatever the input."""
+    angle = phase.to(sum_dtype(phase)).cumsum(1)
     return torch.complex(angle.cos(), angle.sin()).to(torch.promote_types(wide_dtype(phase), torch.complex64))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .discrete import DiscreteMamba2
 from .llama import Rope, rope_frequencies, turn_pairs
 from .mamba2 import Projected
-from .operators import check_option, wide_dtype
+from .operators import check_option, sum_dtype, wide_dtype
 
 # %% auto #0
 __all__ = ['Rotation', 'rotate_pairs', 'running_angle', 'RotaryState', 'RotaryMamba2']
@@ -33,8 +33,8 @@ def running_angle(
     turn: Float[Tensor, "#batch len *#rest"],  # radians that each token turns by
     start: Float[Tensor, "batch *rest"] | None = None,  # the angle before the first of them; None: 0
 ) -> Float[Tensor, "#batch len *#rest"]:  # the angle at each token, from -pi to pi, float32 at least
-    """Sum of the turns up to and including each token, in float64, less whole circles, so that float32 can hold it."""
-    angle = turn.double().cumsum(1)
+    """Sum of the turns up to and including each token, in `sum_dtype`, less whole circles, so float32 can hold it."""
+    angle = turn.to(sum_dtype(turn)).cumsum(1)
     angle = angle if start is None else angle + start[:, None]
     return (angle - 2 * pi * (angle / (2 * pi)).round()).to(wide_dtype(turn))
 

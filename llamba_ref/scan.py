@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Complex, Float, Inexact
 from torch import Tensor
 
-from .operators import Backend, checked, cumulative_rotation, find_kernel, polar_gate, wide_dtype
+from .operators import Backend, checked, cumulative_rotation, find_kernel, polar_gate
+from .operators import sum_dtype, wide_dtype
 
 # %% auto #0
 __all__ = ['BLOCK', 'split_gate', 'recurrence_step', 'recurrence', 'factor_out_phase', 'linear_scan']
@@ -90,13 +91,13 @@ def _two_level(x, start, gates, adjoint):
     for t in range(0, length, BLOCK):
         a[:, t : t + BLOCK] = polar_gate(*(z[:, t : t + BLOCK] for z in gates), conjugate=adjoint)
     (a_, x_, h_), gates_ = (chunks(z) for z in (a, x, h)), [chunks(z) for z in gates]
-    ends, totals = torch.zeros_like(x_[:, :, 0]), [torch.zeros_like(z[:, :, 0], dtype=torch.float64) for z in gates_]
+    ends, totals = torch.zeros_like(x_[:, :, 0]), [torch.zeros_like(z[:, :, 0], dtype=sum_dtype(z)) for z in gates_]
     for i in order(size):  # 1. every chunk from zero, and the sums of its logs and phases
         ends.mul_(a_[:, :, i]).add_(x_[:, :, i])
         for total, z in zip(totals, gates_):
             total += z[:, :, i]
     through = polar_gate(*totals, conjugate=adjoint)
-    state, entering = start.to(torch.promote_types(start.dtype, torch.float64)), torch.empty_like(ends)
+    state, entering = start.to(torch.promote_types(start.dtype, sum_dtype(start))), torch.empty_like(ends)
     for c in order(count):  # 2. from chunk to chunk
         entering[:, c] = state
         state = torch.addcmul(ends[:, c], through[:, c], state)

@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import CustomOpDef
 
+from ..conventions import load_result, result_names
+
 # %% auto #0
 __all__ = ['GPUS', 'INTERPRETED', 'GPU', 'gpu_of', 'launch', 'load_rows', 'store_rows', 'precision_of', 'as_operation',
-           'set_gradient']
+           'set_gradient', 'measured_times', 'predicted_times', 'kernel_times']
 
 # %% ../../nbs/88_triton.ipynb #de457a70
 class GPU(NamedTuple):
@@ -140,3 +142,39 @@ def set_gradient(
         return tuple(None if missing else gradient for missing, gradient in zip(ctx.missing, found, strict=True))
 
     operation.register_autograd(gradients, setup_context=save)
+
+# %% ../../nbs/88_triton.ipynb #a57be561
+def measured_times(result: dict, operations: tuple[str, ...]) -> list[str]:
+    """Lines of what `bench.kernels` measured on a card: time, share of the limit, and the quickest of the others."""
+    lines = [f"measured on {result['device']}, {result['date']}, {result['command']}"]
+    for row in result["rows"]:
+        if row["operation"] in operations and row["model"] == "1B" and not row["reason"]:
+            others = {name: peer["ratio"] for name, peer in row["peers"].items() if "ratio" in peer}
+            best = min(others, key=others.get, default=None)
+            beside = "" if best is None else f"   {best} takes {others[best]:.2f} times as long"
+            sizes = f"{row['sizes']['batch']:4} x {row['sizes'].get('length', 1):6}"
+            what = f"{row['operation']:20}{sizes} {row['dtype']:9} {row['pass']:19}"
+            lines.append(f"{what}{1e3 * row['seconds']:9.3f} ms {row['fraction']:4.0%} of the limit{beside}")
+    return lines
+
+
+def predicted_times(result: dict, operations: tuple[str, ...]) -> list[str]:
+    """Lines of the least times that data sheets allow."""
+    lines = ["predicted from data sheets, nothing was run: the least milliseconds on " + ", ".join(GPUS)]
+    for row in (row for row in result["rows"] if row["operation"] in operations and row["model"] == "1B"):
+        if row["half"] or "complex" in row["operation"]:  # complex numbers have one precision
+            tokens, heads = row["sizes"]["batch"] * row["sizes"].get("length", 1), row["sizes"].get("heads")
+            size = f"{tokens:6} tokens" + (f", {heads:2} heads" if heads else "")
+            times = " ".join(f"{1e3 * row['seconds'][card]:9.4f}" for card in GPUS)
+            lines.append(f"{row['operation']:20}{size:25}{row['pass']:19}{times}")
+    return list(dict.fromkeys(lines))  # as many tokens in shorter sequences take as long
+
+
+def kernel_times(
+    *operations: str,  # names as in `bench.kernels`, such as "ssd"
+) -> str:  # a table: of each card on which they were measured, or else of what is predicted
+    """Times of kernels at the shapes of Llamba-1B, with where they come from."""
+    results = [load_result(name) for name in result_names("kernels_")]
+    measured = [measured_times(result, operations) for result in results if not result["predicted"]]
+    parts = measured or [predicted_times(result, operations) for result in results]
+    return "\n\n".join("\n".join(part) for part in parts)
