@@ -70,13 +70,13 @@ def attempt(function: Callable[[], object]) -> tuple[object, str | None]:
         reason = "out of memory"
     except Exception as error:  # whatever another library raises belongs into the table
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
-    attempt_to_tidy()  # frames of the error held tensors
+    gc.collect()  # frames of the error hold tensors
+    attempt_to_tidy()
     return None, reason
 
 
 def attempt_to_tidy() -> None:
     """Give unused memory back; a device that an error has broken refuses that, too."""
-    gc.collect()
     try:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

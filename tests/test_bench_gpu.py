@@ -174,6 +174,7 @@ def test_outcomes_of_pytest():
     assert list(gpu_tests.outcomes(several).values()) == ["passed", "skipped"]
 
 
+@pytest.mark.slow
 def test_a_run_of_marked_tests(monkeypatch, tmp_path):
     """What is said of each is found in what pytest prints, alone and with several processes, and when it hangs."""
     (tmp_path / "tests").mkdir()
