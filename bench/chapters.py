@@ -28,7 +28,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 from bench.common import RESULTS, save
-from bench.device import short_name
+from bench.device import card_name
 from llamba_ref.conventions import load_result
 
 NOTEBOOKS = Path(__file__).parent.parent / "nbs"
@@ -120,7 +120,7 @@ def main(
     if bad:
         sys.exit(f"{len(bad)} of {len(paths)} chapters are wrong: {', '.join(bad)}")
     if record:
-        name = f"chapters_{short_name(torch.cuda.get_device_name())}" if torch.cuda.is_available() else "chapters"
+        name = f"chapters_{card_name()}" if torch.cuda.is_available() else "chapters"
         before = load_result(name)["chapters"] if (RESULTS / f"{name}.json").is_file() else []
         known = {one["chapter"]: one for one in [*before, *times]}
         there = [known[path.stem] for path in sorted(NOTEBOOKS.glob("*.ipynb")) if path.stem in known]

@@ -28,7 +28,7 @@ import tyro
 from torch import nn
 
 from bench.common import save
-from bench.device import UNFINISHED, attempt, attempt_to_tidy, half_type, peak, recorded, seconds, short_name
+from bench.device import UNFINISHED, attempt, attempt_to_tidy, card_name, half_type, peak, recorded, seconds
 from bench.predict import SIZES
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba, LlambaConfig, student_config
@@ -207,7 +207,7 @@ def main(
         for name, one in everybody.items():
             rows += sweep(name, one, context, "cuda", until)
             found = goals(rows)
-            save(f"decode_{short_name(torch.cuda.get_device_name())}", "python -m bench.decode", packages=PACKAGES,
+            save(f"decode_{card_name()}", "python -m bench.decode", packages=PACKAGES,
                  size=MODEL, dtype=str(half_type()).removeprefix("torch."), memory=memory, wanted=WANTED, rows=rows,
                  goals=found, predicted_batches=predicted(SIZES[MODEL], memory))
     for context, ratios in found.items():

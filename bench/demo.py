@@ -12,16 +12,14 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 import tyro
 
 from bench.common import save
-from bench.device import short_name
+from bench.device import card_name
 from llamba_ref.cli import main as llamba
 
 
 def main() -> None:
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     with TemporaryDirectory() as directory:
         out, began = Path(directory, "demo"), time.perf_counter()
         llamba(["distill", "--out", str(out)])
@@ -32,7 +30,7 @@ def main() -> None:
         if "stage" in record:
             steps.setdefault(record["stage"], []).append(record["tokens_per_second"])
     evaluations = [record for record in records if "evaluation" in record]
-    save(f"demo_{short_name(card)}", "python -m bench.demo", packages=("triton",), arguments="llamba distill",
+    save(f"demo_{card_name()}", "python -m bench.demo", packages=("triton",), arguments="llamba distill",
          seconds=spent, tokens_per_second={stage: sorted(found)[len(found) // 2] for stage, found in steps.items()},
          evaluations=evaluations)
 

@@ -93,3 +93,8 @@ def short_name(gpu: str) -> str:
     """What a file is called by: h200, h100, a100, t4, or the device's name in small letters."""
     known = re.search(r"\b(H200|H100|A100|L4|T4)\b", gpu)
     return known[1].lower() if known else re.sub(r"[^a-z0-9]+", "_", gpu.lower().removeprefix("nvidia ")).strip("_")
+
+
+def card_name() -> str:
+    """What the card of this machine is called in the names of files; "cpu" where there is none."""
+    return short_name(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"

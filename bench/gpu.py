@@ -27,7 +27,7 @@ import torch
 import tyro
 
 from bench.common import RESULTS, save
-from bench.device import UNFINISHED, short_name
+from bench.device import UNFINISHED, card_name
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 480.0  # seconds of a stage
@@ -133,7 +133,7 @@ def main(
         sys.exit(str(error))
     if not torch.cuda.is_available():
         sys.exit("bench.gpu needs a CUDA device: there is none here")
-    card = short_name(torch.cuda.get_device_name())
+    card = card_name()
     rows = run_all([known[name] for name in only or known], card, limit, again)
     bad = [f"{row['stage']} ({row['status']})" for row in rows if row["status"] != "done"]
     if bad:

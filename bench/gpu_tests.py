@@ -21,7 +21,7 @@ import torch
 import tyro
 
 from bench.common import save
-from bench.device import UNFINISHED, short_name
+from bench.device import UNFINISHED, card_name
 
 ROOT = Path(__file__).parent.parent
 COMMAND = ("-m", "pytest", "-m", "gpu", "-v", "--tb=line", "-rN", "-p", "no:cacheprovider", "--color=no")
@@ -62,7 +62,7 @@ def main(
     found = outcomes(text)
     counts = dict(Counter(found.values()))
     print(text[-6000:])
-    save(f"gpu_tests_{short_name(torch.cuda.get_device_name())}", "python -m bench.gpu_tests",
+    save(f"gpu_tests_{card_name()}", "python -m bench.gpu_tests",
          packages=("triton", "pytest"), ended=ended, counts=counts, seconds=time.perf_counter() - began,
          failed=sorted(name for name, said in found.items() if said in ("failed", "error")),
          reasons=REASON.findall(text)[:50])

@@ -33,7 +33,7 @@ import tyro
 from torch import Tensor
 
 from bench.common import save
-from bench.device import BUDGET, UNFINISHED, attempt, attempt_to_tidy, half_type, peak, seconds, short_name
+from bench.device import BUDGET, UNFINISHED, attempt, attempt_to_tidy, card_name, half_type, peak, seconds
 from llamba_ref import conv, mohawk
 from llamba_ref.conventions import relative_error
 from llamba_ref.gateloop import gateloop
@@ -812,7 +812,7 @@ def main(
     for name, found in zip(OPERATIONS, measure_all(limits, models, time.time() + stop_after)):
         rows, done = rows + found, [*done, name]
         verdicts = [verdict(goal, rows) for goal in GOALS]
-        save(f"kernels_{short_name(torch.cuda.get_device_name())}", "make bench BENCH=kernels", packages=PACKAGES,
+        save(f"kernels_{card_name()}", "make bench BENCH=kernels", packages=PACKAGES,
              predicted=False, limits=limits._asdict(), models=models, operations=done, goals=verdicts, rows=rows,
              large=LARGE, total_seconds=time.perf_counter() - began)
     print(summary(verdicts))

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.common import save
 from bench.decode import recurrent
-from bench.device import half_type, short_name
+from bench.device import card_name, half_type
 from bench.predict import SIZES
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba, student_config
@@ -117,7 +117,7 @@ def main() -> None:
               f"{found['kernels']} kernels; the processor waits {found['waits']} times")
         steps.append({"step": name, **found, "events": [[one.name[:60], round(one.begin, 1), round(one.length, 1),
                                                          one.where] for one in events if one.where != "call"]})
-        save(f"profiles_{short_name(torch.cuda.get_device_name())}", "python -m bench.profiles", packages=("triton",),
+        save(f"profiles_{card_name()}", "python -m bench.profiles", packages=("triton",),
              size=MODEL, rows=ROWS, length=LENGTH, sequences=SEQUENCES, steps=steps)
 
 

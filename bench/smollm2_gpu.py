@@ -17,12 +17,11 @@ from itertools import accumulate
 from math import inf
 from pathlib import Path
 
-import torch
 import tyro
 from accelerate import Accelerator
 
 from bench.common import distill_options, save
-from bench.device import UNFINISHED, short_name
+from bench.device import UNFINISHED, card_name
 from bench.smollm2_hybrid import evaluation_blocks, measured
 from llamba_ref.cli import settings_of
 from llamba_ref.data import Batches, pack
@@ -42,7 +41,6 @@ def main(
     stop_after: float = inf,  # seconds, after which the next checkpoint is the last one
 ) -> None:
     options, until = distill_options(COMMAND), time.monotonic() + stop_after
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     accelerator = Accelerator(mixed_precision=options.precision)
     teacher, tokenizer = load_model(options.teacher)
     (training, held_out), = options.corpus.documents()
@@ -55,7 +53,7 @@ def main(
     def report(whole: bool, rows: list[dict] | None = None) -> None:
         points = {one["step"]: one for one in map(json.loads, (OUT / "metrics.jsonl").read_text().splitlines())
                   if "point" in one}
-        save(f"smollm2_{short_name(card)}", "python -m bench.smollm2_gpu", packages=("triton",), arguments=COMMAND,
+        save(f"smollm2_{card_name()}", "python -m bench.smollm2_gpu", packages=("triton",), arguments=COMMAND,
              whole=whole, goal=GOAL, steps=ends[-1], curve=[points[step] for step in sorted(points)], rows=rows or [])
 
     def look(step: int, stage) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 import bench.common
 from bench import kernels
+from bench.device import short_name
 from bench.kernels import GOALS, LARGE, OPERATIONS, Limits, Operation, Peer, Work, measure, verdict
 from llamba_ref.conventions import relative_error
 from llamba_ref.scan import linear_scan
@@ -547,7 +548,7 @@ def test_summary_names_the_worst_row():
     ],
 )
 def test_short_names(gpu, name):
-    assert kernels.short_name(gpu) == name
+    assert short_name(gpu) == name
 
 
 def test_the_command_from_end_to_end(monkeypatch, tmp_path, capsys):
