@@ -28,7 +28,8 @@ import tyro
 from torch import nn
 
 from bench.common import save
-from bench.device import UNFINISHED, attempt, attempt_to_tidy, card_name, half_type, peak, recorded, seconds
+from bench.device import (
+    UNFINISHED, attempt, attempt_to_tidy, card_name, half_type, peak, recorded, require_card, seconds)
 from bench.predict import SIZES
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba, LlambaConfig, student_config
@@ -199,8 +200,7 @@ def predicted(config: LlamaConfig, memory: float) -> dict:
 def main(
     stop_after: float = inf,  # begin no row after so many seconds
 ) -> None:
-    if not torch.cuda.is_available():
-        sys.exit("bench.decode needs a CUDA device: there is none here")
+    require_card("bench.decode")
     until, rows, memory = time.time() + stop_after, [], torch.cuda.mem_get_info()[1]
     everybody = contenders(SIZES[MODEL], half_type(), "cuda")
     for context in reversed(CONTEXTS):  # the longest first: it is the one that the goal names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import sys
 import time
 from collections.abc import Callable
 from statistics import median
@@ -82,6 +83,12 @@ def attempt_to_tidy() -> None:
             torch.cuda.empty_cache()
     except RuntimeError:
         pass
+
+
+def require_card(program: str) -> None:
+    """End a program that has nothing to measure on this machine."""
+    if not torch.cuda.is_available():
+        sys.exit(f"{program} needs a CUDA device: there is none here")
 
 
 def half_type() -> torch.dtype:

@@ -23,11 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import tyro
 
 from bench.common import RESULTS, save
-from bench.device import UNFINISHED, card_name
+from bench.device import UNFINISHED, card_name, require_card
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 480.0  # seconds of a stage
@@ -107,11 +106,10 @@ def run_all(
             print(f"{stage.name}: is there already, of the same code", flush=True)
             continue
         if left < ENDING:
-            print(f"{stage.name}: no time is left for it", flush=True)
-            rows[stage.name] = {"stage": stage.name, "status": "no time", "seconds": 0.0, "code": now}
-            continue
-        print(f"\n{stage.name}: {stage.about} (at most {min(LIMIT, left) / 60:.0f} minutes)", flush=True)
-        status, spent = run(stage, min(LIMIT, left))
+            status, spent = "no time", 0.0
+        else:
+            print(f"\n{stage.name}: {stage.about} (at most {min(LIMIT, left) / 60:.0f} minutes)", flush=True)
+            status, spent = run(stage, min(LIMIT, left))
         print(f"{stage.name}: {status} after {spent:.0f} s", flush=True)
         rows[stage.name] = {"stage": stage.name, "status": status, "seconds": spent, "code": now}
         save(f"gpu_{card}", "make gpu", packages=("triton",), stages=[*rows.values()])
@@ -131,8 +129,7 @@ def main(
         limit = seconds_of(budget)
     except ValueError as error:
         sys.exit(str(error))
-    if not torch.cuda.is_available():
-        sys.exit("bench.gpu needs a CUDA device: there is none here")
+    require_card("bench.gpu")
     card = card_name()
     rows = run_all([known[name] for name in only or known], card, limit, again)
     bad = [f"{row['stage']} ({row['status']})" for row in rows if row["status"] != "done"]

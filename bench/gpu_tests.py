@@ -17,11 +17,10 @@ from math import inf
 from pathlib import Path
 from tempfile import TemporaryFile
 
-import torch
 import tyro
 
 from bench.common import save
-from bench.device import UNFINISHED, card_name
+from bench.device import UNFINISHED, card_name, require_card
 
 ROOT = Path(__file__).parent.parent
 COMMAND = ("-m", "pytest", "-m", "gpu", "-v", "--tb=line", "-rN", "-p", "no:cacheprovider", "--color=no")
@@ -55,8 +54,7 @@ def main(
     stop_after: float = inf,  # end the tests after so many seconds
     processes: int = min(8, os.cpu_count() or 1),  # tests at a time: compiling takes longest
 ) -> None:
-    if not torch.cuda.is_available():
-        sys.exit("bench.gpu_tests needs a CUDA device: there is none here")
+    require_card("bench.gpu_tests")
     began = time.perf_counter()
     text, ended = run(("-n", str(processes)), stop_after)
     found = outcomes(text)

@@ -33,7 +33,8 @@ import tyro
 from torch import Tensor
 
 from bench.common import save
-from bench.device import BUDGET, UNFINISHED, attempt, attempt_to_tidy, card_name, half_type, peak, seconds
+from bench.device import BUDGET, UNFINISHED, attempt, attempt_to_tidy, card_name, half_type, peak, require_card, seconds
+from bench.traffic import kernel_calls, least_seconds, plain_calls
 from llamba_ref import conv, mohawk
 from llamba_ref.conventions import relative_error
 from llamba_ref.gateloop import gateloop
@@ -487,14 +488,15 @@ class Limits(NamedTuple):
     bandwidth: float  # bytes a second, read and written
     matmul: dict[str, float]  # operations a second, by type; "tf32" is float32 on tensor cores
 
+    def rate(self, dtype: torch.dtype) -> float:
+        """Operations a second with factors of a type; float32 may be rounded to tf32 where that is there."""
+        if dtype == torch.float32:
+            return self.matmul.get("tf32", self.matmul["float32"])
+        return self.matmul.get(str(dtype).removeprefix("torch."), inf)
+
     def seconds(self, work: Work, dtype: torch.dtype) -> float:
         """The least time that some work takes."""
-        fast = (
-            self.matmul.get(str(dtype).removeprefix("torch."), inf)
-            if dtype != torch.float32
-            else self.matmul.get("tf32", self.matmul["float32"])
-        )
-        return max(work.bytes / self.bandwidth, work.flops / fast)
+        return max(work.bytes / self.bandwidth, work.flops / self.rate(dtype))
 
 
 def measure_limits(device: str, size: int = 8192, copied: int = 2**30, budget: float = BUDGET) -> Limits:
@@ -687,14 +689,27 @@ def sheet(gpu: GPU) -> Limits:
 
 
 def predicted(name: str, model: str, sizes: dict, half: bool, backward: bool) -> dict:
-    """A row without a card: what has to be moved and multiplied, and the least time of that on each."""
+    """A row without a card: the least that has to be moved and multiplied, and the time of that on each card; beside
+    it what plain PyTorch takes at least, call by call, and the kernels, launch by launch. Products are counted in
+    PyTorch, which makes those of a chunk as the kernels do; it multiplies in float32, or in tf32 where that is
+    there."""
     row = {"operation": name, "model": model, "sizes": sizes, "half": half,
-           "pass": "forward + backward" if backward else "forward", "seconds": {}}
+           "pass": "forward + backward" if backward else "forward",
+           "seconds": {}, "launched_bytes": {}, "launched_seconds": {}, "plain_seconds": {}}
+    operation, wanted = OPERATIONS[name], OPERATIONS[name].wanted if backward else ()
+    made = partial(operation.make, **sizes, dtype=dtype_of(name, half, torch.float16))
+    plain = plain_calls(operation.naive, lambda device: made(device=device), wanted)
+    row |= {"plain_bytes": sum(call.moved for call in plain), "plain_flops": sum(call.flops for call in plain)}
     for gpu in GPUS.values():
-        dtype = dtype_of(name, half, torch.bfloat16 if gpu.capability >= 80 else torch.float16)
-        work = OPERATIONS[name].count(**sizes, size=dtype.itemsize, backward=backward)
+        dtype, limits = dtype_of(name, half, torch.bfloat16 if gpu.capability >= 80 else torch.float16), sheet(gpu)
+        work = operation.count(**sizes, size=dtype.itemsize, backward=backward)
+        launched = kernel_calls(operation.run, lambda device: made(device=device), wanted, gpu)
         row |= work._asdict()
-        row["seconds"][gpu.name] = sheet(gpu).seconds(work, dtype)
+        row["seconds"][gpu.name] = limits.seconds(work, dtype)
+        row["launched_bytes"][gpu.name] = sum(call.moved for call in launched)
+        row["launched_seconds"][gpu.name] = (
+            row["launched_bytes"][gpu.name] / gpu.bandwidth + row["plain_flops"] / limits.rate(dtype))
+        row["plain_seconds"][gpu.name] = least_seconds(plain, gpu.bandwidth, limits.rate(torch.float32))
     return row
 
 
@@ -802,8 +817,7 @@ def main(
     if predict:
         save("kernels_predicted", "python -m bench.kernels --predict", predicted=True, rows=predictions(models))
         return
-    if not torch.cuda.is_available():
-        sys.exit("bench.kernels needs a CUDA device: there is none here")
+    require_card("bench.kernels")
     began = time.perf_counter()
     limits = in_a_process(measure_limits, "cuda")
     print(f"copy {limits.bandwidth / 1e9:.0f} GB/s; matrix products, TFLOP/s: "

@@ -10,7 +10,6 @@ beginning and length, and every call that waits for the card.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -21,11 +20,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.common import save
 from bench.decode import recurrent
-from bench.device import card_name, half_type
+from bench.device import card_name, half_type, require_card
 from bench.predict import SIZES
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import Llamba, student_config
 from llamba_ref.mohawk import OBJECTIVES
+from llamba_ref.operators import unchecked
 from llamba_ref.training import Stage, optimizer_for, train_step
 
 MODEL, ROWS, LENGTH, SEQUENCES = "smollm2", 8, 512, 32
@@ -51,7 +51,12 @@ def training(config: LlamaConfig, device: str, dtype: torch.dtype) -> Callable[[
     objective, optimizer = OBJECTIVES[stage.objective](teacher, student), optimizer_for(student, stage)
     accelerator = Accelerator(mixed_precision="bf16" if dtype == torch.bfloat16 else "no", cpu=device == "cpu")
     ids = torch.randint(config.vocab_size, (ROWS, LENGTH), device=device)
-    return lambda: train_step(student, stage, objective, ids, optimizer, accelerator, ROWS, "profile")
+
+    def step():
+        with unchecked():  # as in `train_stage`
+            return train_step(student, stage, objective, ids, optimizer, accelerator, ROWS, "profile")
+
+    return step
 
 
 def decoding(config: LlamaConfig, device: str, dtype: torch.dtype) -> Callable[[], object]:
@@ -107,8 +112,7 @@ def busy(events: list[Event]) -> dict:
 
 
 def main() -> None:
-    if not torch.cuda.is_available():
-        sys.exit("bench.profiles needs a CUDA device: there is none here")
+    require_card("bench.profiles")
     steps = []
     for name, make in (("decoding", decoding), ("training", training)):
         events = watch(make(SIZES[MODEL], "cuda", half_type()), "cuda")

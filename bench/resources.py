@@ -1,31 +1,42 @@
-"""What every kernel takes on three GPUs: registers, stack, spills and shared memory of a program. Needs no GPU.
+"""What every kernel takes on five GPUs: registers, stack, spills and shared memory of a program. Needs no GPU.
 
-    python -m bench.resources        about three minutes, writes bench/results/resources.json
+    python -m bench.resources            about five minutes, writes bench/results/resources.json
+                                         and resources_blackwell.json
+    python -m bench.resources --check    saves nothing, fails where a program does not fit: for another Triton
 
-The kernels are compiled for sm_75 (T4), sm_80 (A100) and sm_90 (H100) with the types, sizes and constants with which
-the package would launch them there at the shapes of Llamba and Mamba-2.
+The kernels are compiled for sm_75 (T4), sm_80 (A100), sm_90 (H100), sm_100 (B200) and sm_120 (RTX 5090) with the types,
+sizes and constants with which the package would launch them there at the shapes of Llamba and Mamba-2.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import inspect
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple
 
 import torch
+import tyro
 from torch import Tensor
 
 from bench.common import save
 from llamba_ref.kernels.ahead import Launch, compile_for, recording
 from llamba_ref.kernels.conv import conv_backward, conv_forward, conv_step
 from llamba_ref.kernels.gateloop import gateloop_backward, gateloop_forward
-from llamba_ref.kernels.launch import GPU, GPUS
+from llamba_ref.kernels.launch import GPU, GPUS, INTERPRETED
 from llamba_ref.kernels.matrix_distance import matrix_distance_backward, matrix_distance_forward
 from llamba_ref.kernels.scan import scan_backward, scan_forward
 from llamba_ref.kernels.ssd import ssd_backward, ssd_forward, step_forward
 
+BLACKWELL = (  # as `gpu_of` would find them: no speeds, since no data sheet is in GPUS
+    INTERPRETED._replace(name="B200", capability=100, multiprocessors=148, shared=227 * 1024),
+    INTERPRETED._replace(name="RTX 5090", capability=120, multiprocessors=170, shared=99 * 1024),
+)
 FLOATS = (
     "float32",
     "tf32",
@@ -147,10 +158,10 @@ def launches_of(gpu: GPU, call: str, dtype: str) -> list[Launch]:
     return launches
 
 
-def jobs() -> Iterator[Job]:
+def jobs(gpus: Iterable[GPU] = GPUS.values()) -> Iterator[Job]:
     """Every program once for each GPU: many types and shapes launch the same."""
     seen = set()
-    for gpu in GPUS.values():
+    for gpu in gpus:
         for call, (_, dtypes) in CALLS.items():
             for dtype in dtypes:
                 for index, launch in enumerate(launches_of(gpu, call, dtype)):
@@ -165,7 +176,7 @@ def compile_job(job: Job) -> dict:
     launch = launches_of(job.gpu, job.call, job.dtype)[job.index]
     began = time.perf_counter()
     found = compile_for(job.gpu, launch)
-    tensor_cores = any(word in found.ptx for word in ("mma.sync", "wgmma"))
+    tensor_cores = any(word in found.ptx for word in ("mma.sync", "wgmma", "tcgen05"))
     constants = {name: str(launch.arguments[name]) for name in sorted(launch.constants)}
     return {
         "gpu": job.gpu.name,
@@ -183,21 +194,39 @@ def compile_job(job: Job) -> dict:
     }
 
 
-def compile_all(processes: int = 2) -> list[dict]:
+KERNELS = ("launch", "scan", "conv", "ssd", "gateloop", "matrix_distance")  # modules of llamba_ref.kernels
+
+
+def code() -> str:
+    """What the kernels' source is, in a few letters: rows of another source say nothing about these."""
+    found = (part for name in KERNELS for part in vars(importlib.import_module(f"llamba_ref.kernels.{name}")).values())
+    kernels = [part.fn for part in found if hasattr(part, "fn") and hasattr(part, "arg_names")]  # made by triton.jit
+    return hashlib.sha256("".join(map(inspect.getsource, kernels)).encode()).hexdigest()[:12]
+
+
+def compile_all(processes: int = 2, gpus: Iterable[GPU] = GPUS.values()) -> list[dict]:
     """Compile everything. The kernels must not be interpreted: TRITON_INTERPRET must not be set."""
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        return list(pool.map(compile_job, jobs(), chunksize=4))
+        return list(pool.map(compile_job, jobs(gpus), chunksize=4))
+
+
+def main(
+    check: bool = False,  # save nothing
+) -> None:
+    cards = {gpu.name: gpu for gpu in (*GPUS.values(), *BLACKWELL)}
+    rows = compile_all(gpus=cards.values())
+    for row in rows:
+        print(
+            f"{row['gpu']:8} {row['kernel']:24} {row['dtype']:10} {row['registers']:4} registers "
+            f"{row['spills']:5} bytes spilled {row['shared'] / 1024:6.1f} KiB shared  {row['seconds']:5.1f} s"
+        )
+        del row["seconds"]
+    if large := [row for row in rows if row["shared"] > cards[row["gpu"]].shared]:
+        sys.exit(f"{len(large)} programs take more shared memory than there is, such as {large[0]}")
+    for name, gpus in () if check else (("resources", GPUS.values()), ("resources_blackwell", BLACKWELL)):
+        own = [row for row in rows if row["gpu"] in [gpu.name for gpu in gpus]]
+        save(name, "python -m bench.resources", packages=("triton",), code=code(), rows=own)
 
 
 if __name__ == "__main__":
-    rows = compile_all()
-    for row in rows:
-        print(
-            f"{row['gpu']:5} {row['kernel']:24} {row['dtype']:10} {row['registers']:4} registers "
-            f"{row['spills']:5} bytes spilled {row['shared'] / 1024:6.1f} KiB shared  {row['seconds']:5.1f} s"
-        )
-    save(
-        "resources",
-        "python -m bench.resources",
-        rows=[{name: value for name, value in row.items() if name != "seconds"} for row in rows],
-    )
+    tyro.cli(main, description=__doc__)  # --help says what it does, and does not start it

@@ -53,7 +53,7 @@ def main(
     def report(whole: bool, rows: list[dict] | None = None) -> None:
         points = {one["step"]: one for one in map(json.loads, (OUT / "metrics.jsonl").read_text().splitlines())
                   if "point" in one}
-        save(f"smollm2_{card_name()}", "python -m bench.smollm2_gpu", packages=("triton",), arguments=COMMAND,
+        save(f"smollm2_gpu_{card_name()}", "python -m bench.smollm2_gpu", packages=("triton",), arguments=COMMAND,
              whole=whole, goal=GOAL, steps=ends[-1], curve=[points[step] for step in sorted(points)], rows=rows or [])
 
     def look(step: int, stage) -> None:

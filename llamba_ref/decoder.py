@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal
@@ -17,7 +18,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .operators import check_sizes, is_imagined, unchecked, wide_dtype
+from .operators import check_sizes, is_unchecked, unchecked, wide_dtype
 
 # %% auto #0
 __all__ = ['RMSNorm', 'SwiGLU', 'Block', 'init_weights', 'Backbone', 'pack_left', 'unpack', 'check_usable', 'sample', 'LayerView',
@@ -143,7 +144,12 @@ class Backbone(nn.Module):
         if state is None:
             again = self.recompute and torch.is_grad_enabled()
             for block in self.layers:
-                x = checkpoint(block, x, use_reentrant=False, **marks) if again else block(x, **marks)
+                if not again:
+                    x = block(x, **marks)
+                elif torch.compiler.is_compiling():
+                    x = checkpoint(block, x, use_reentrant=False, **marks)
+                else:  # on a GPU the backward pass has a thread of its own; `unchecked` holds there, too
+                    x = checkpoint(copy_context().run, block, x, use_reentrant=False, **marks)
             return x
         new_state = []
         for block, layer_state in zip(self.layers, state, strict=True):
@@ -287,7 +293,7 @@ def check_ids(
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {shape}")
     if starts is not None and (starts.shape != input_ids.shape or starts.dtype != torch.bool):
         raise ValueError(f"starts is {starts.dtype} of shape {tuple(starts.shape)}: it must be bool of shape {shape}")
-    if torch.compiler.is_compiling() or is_imagined():  # there are no values to look at
+    if torch.compiler.is_compiling() or is_unchecked():  # values that are not there, or that were looked at before
         return
     smallest, largest = (int(bound) for bound in input_ids.aminmax())
     if smallest < 0 or largest >= vocab_size:

@@ -60,12 +60,12 @@ class LayerByLayer:
     def __init__(
         self,
         teacher: Decoder,  # gives every layer its input and its target
-        student: Decoder,  # the same number of layers and the same width
+        student: Decoder,  # the same number of layers, the same width and vocabulary
         layer_loss: Callable[..., Tensor],  # loss of a student's block against a teacher's layer, a `LayerView`
         by_token: bool = False,  # the loss is a mean over tokens, and takes `asked=`: which of them; else over rows
     ):
-        """Raises ValueError when the models differ in depth or width, or the student has no new mixer."""
-        check_sizes_of(teacher, student, "layers", "channels")
+        """Raises ValueError when the models differ in depth, width or vocabulary, or the student has no new mixer."""
+        check_sizes_of(teacher, student, "layers", "channels", "token ids")
         self.models, self.layer_loss, self.by_token = {"teacher": teacher, "student": student}, layer_loss, by_token
         self.layers = [i for i, block in enumerate(student.backbone.layers) if not isinstance(block.mixer, Attention)]
         self.parts = [f"layer {i}" for i in self.layers]

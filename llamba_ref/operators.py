@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 # %% auto #0
 __all__ = ['WITHOUT_DOUBLES', 'Backend', 'check_tensors', 'check_sizes', 'check_option', 'checked', 'unchecked',
-           'without_numbers', 'is_imagined', 'on_gpu', 'wide_dtype', 'sum_dtype', 'cumulative_rotation', 'polar_gate',
+           'without_numbers', 'is_unchecked', 'on_gpu', 'wide_dtype', 'sum_dtype', 'cumulative_rotation', 'polar_gate',
            'choose_backend', 'wrong_widths', 'find_kernel', 'peak_bytes', 'is_token', 'forget', 'document_begin']
 
 # %% ../nbs/80_operators.ipynb #98f101b4
@@ -120,13 +120,7 @@ def checked(
         options = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
         counts = [name for name, hint in hints.items() if hint is int]
 
-        @wraps(function)
-        def checking(*args, **kwargs):
-            if not torch.compiler.is_compiling() and _trusting.get():
-                kinds = {z.device.type for z in (*args, *kwargs.values()) if isinstance(z, Tensor)}
-                if not any(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) for kind in kinds):
-                    return function(*args, **kwargs)
-            given = signature.bind(*args, **kwargs).arguments
+        def check(given):
             inputs = {name: (given[name], axes[name]) for name in axes if name in given}
             inputs = {name: z for name, z in inputs.items() if not (z[0] is None and name in optional)}
             sizes = check_tensors(inputs, complex_too, masks)
@@ -142,8 +136,18 @@ def checked(
             for name in [name for name in options if name in given]:
                 check_option(name, given[name], options[name])
             check_sizes(**{name: given[name] for name in counts if name in given})
-            with torch.autocast(next(iter(inputs.values()))[0].device.type, enabled=False):
-                return function(*args, **kwargs)
+
+        @wraps(function)
+        def checking(*args, **kwargs):
+            tracing = torch.compiler.is_compiling()
+            if tracing or not _trusting.get():
+                check(signature.bind(*args, **kwargs).arguments)
+            kinds = [z.device.type for z in (*args, *kwargs.values()) if isinstance(z, Tensor)]
+            if tracing or any(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+                              for kind in set(kinds)):
+                with torch.autocast(kinds[0], enabled=False):
+                    return function(*args, **kwargs)
+            return function(*args, **kwargs)
 
         # A code of its own for each operator, because torch.compile counts how often it recompiles one.
         checking.__code__ = checking.__code__.replace(co_name=function.__name__)
@@ -154,7 +158,7 @@ def checked(
 # %% ../nbs/80_operators.ipynb #d88d0ef2
 @contextmanager
 def unchecked():
-    """Inside, operators do not check their arguments: for loops that have checked what comes in."""
+    """Inside, operators do not check their arguments, and models no ids: for loops that have checked what comes in."""
     before = _trusting.set(True)
     try:
         yield
@@ -176,9 +180,9 @@ def without_numbers(
         _imagined.reset(before)
 
 
-def is_imagined() -> bool:
-    """Whether `without_numbers` is in force."""
-    return bool(_imagined.get())
+def is_unchecked() -> bool:
+    """Whether `unchecked` is in force, or `without_numbers`."""
+    return _trusting.get()
 
 
 def on_gpu(tensor: Tensor) -> bool:

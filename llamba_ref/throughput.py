@@ -18,12 +18,14 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .conventions import load_result, result_names
 from .decoder import Decoder
 from .llama import Attention, KVCache, Llama
 from .operators import check_option, check_sizes, peak_bytes, unchecked
 
 # %% auto #0
-__all__ = ['CARDS', 'Card', 'StepCost', 'step_cost', 'Decoding', 'measure_decoding', 'TransformersLlama', 'as_transformers']
+__all__ = ['CARDS', 'Card', 'StepCost', 'step_cost', 'Decoding', 'measure_decoding', 'TransformersLlama', 'as_transformers',
+           'kernel_times']
 
 # %% ../nbs/19_throughput.ipynb #2463550e
 @dataclass(frozen=True)
@@ -195,3 +197,43 @@ def as_transformers(model: Llama) -> nn.Module:
         theirs = theirs.to(model.device, model.backbone.embedding.weight.dtype).eval()
         load_model(theirs, path / "model.safetensors")
     return theirs
+
+# %% ../nbs/19_throughput.ipynb #8bad120d
+def _measured(result, operations):
+    """Lines of what `bench.kernels` measured on a card: time, share of the limit, and the quickest of the others."""
+    lines = [f"measured on {result['device']}, {result['date']}, {result['command']}"]
+    for row in result["rows"]:
+        if row["operation"] in operations and row["model"] == "1B" and not row["reason"]:
+            others = {name: peer["ratio"] for name, peer in row["peers"].items() if "ratio" in peer}
+            best = min(others, key=others.get, default=None)
+            beside = "" if best is None else f"   {best} takes {others[best]:.2f} times as long"
+            sizes = f"{row['sizes']['batch']:4} x {row['sizes'].get('length', 1):6}"
+            what = f"{row['operation']:20}{sizes} {row['dtype']:9} {row['pass']:19}"
+            lines.append(f"{what}{1e3 * row['seconds']:9.4f} ms {row['fraction']:4.0%} of the limit{beside}")
+    return lines
+
+
+def _predicted(result, operations):
+    """Lines of the least times that data sheets allow, one for as many tokens, in however many sequences."""
+    cards, lines = [*result["rows"][0]["seconds"]], {}
+    for row in (row for row in result["rows"] if row["operation"] in operations and row["model"] == "1B"):
+        if row["half"] or "complex" in row["operation"]:  # complex numbers have one precision
+            tokens, heads = row["sizes"]["batch"] * row["sizes"].get("length", 1), row["sizes"].get("heads")
+            size = f"{tokens:6} token{'s' if tokens > 1 else ' '}" + (f", {heads:2} heads" if heads else "")
+            times = "".join(f"{1e3 * row['seconds'][card]:9.4f}" for card in cards)
+            plain = "".join(f"{row['plain_seconds'][card] / row['launched_seconds'][card]:6.1f}" for card in cards)
+            lines.setdefault(f"{row['operation']:20}{size:24}{row['pass']:19}", times + plain)
+    first = ("predicted from data sheets, nothing was run: the least milliseconds on " + ", ".join(cards)
+             + ",\nand how many times as long as the kernels plain PyTorch takes, both counted call by call")
+    return [first, *(what + times for what, times in lines.items())]
+
+
+def kernel_times(
+    *operations: str,  # names as in `bench.kernels`, such as "ssd"
+) -> str:  # a table: of each card on which they were measured, or else of what is predicted
+    """Times of kernels at the shapes of Llamba-1B, with where they come from."""
+    results = [load_result(name) for name in result_names("kernels_")]
+    measured = [_measured(result, operations) for result in results if not result["predicted"]]
+    found = [part for part in measured if len(part) > 1]  # a run without time for all has some operations only
+    parts = found or [_predicted(result, operations) for result in results if result["predicted"]]
+    return "\n\n".join("\n".join(part) for part in parts)

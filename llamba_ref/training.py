@@ -12,7 +12,8 @@ import pickle
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -31,8 +32,8 @@ from tqdm import tqdm
 
 from .checkpoint import atomic_directory, one_line, read_json, write_tensors
 from .data import Batch, asked_for_next
-from .decoder import Decoder
-from .operators import check_sizes, on_gpu, wide_dtype
+from .decoder import Decoder, check_ids
+from .operators import check_sizes, on_gpu, unchecked, wide_dtype
 from .parallel import is_sharded, read_pieces, reshard, shared_directory, whole, write_pieces
 
 # %% auto #0
@@ -274,16 +275,17 @@ def train_step(
         losses = accelerator.reduce(losses, "mean")
         for parameter in () if is_sharded(model) else trained:
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
-    for name, loss in zip(objective.parts, losses.tolist()):
+    norm = whole(accelerator.clip_grad_norm_(trained, stage.clip))
+    *losses, norm = torch.cat([losses, norm.to(losses.device)[None]]).tolist()  # here the processor waits for a GPU
+    for name, loss in zip(objective.parts, losses):
         if not math.isfinite(loss):
             place = first_bad(objective.models, batch.map(accelerator.gather), rows)  # the same in all processes
             raise FloatingPointError(f"{where}: the loss of {name} is {loss}; {place}")
-    norm = whole(accelerator.clip_grad_norm_(trained, stage.clip))
-    if not norm.isfinite():
-        raise FloatingPointError(f"{where}: the losses are finite, but the norm of the gradient is {norm.item()}")
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"{where}: the losses are finite, but the norm of the gradient is {norm}")
     optimizer.step()
     optimizer.zero_grad()
-    return losses, norm.item()
+    return torch.tensor(losses), norm
 
 # %% ../nbs/85_training.ipynb #b14d700d
 def replace_text(file: Path, text: str) -> None:
@@ -545,11 +547,19 @@ class FreshBatches:
         self.generator.set_state(state["random"])
 
 # %% ../nbs/85_training.ipynb #341b9099
-def next_batch(data, device: torch.device) -> Batch:
-    """What `data` gives next, a `Batch` or ids alone, on a device."""
-    return Batch.of(data.next()).map(lambda z: z.to(device))
+def next_batch(
+    data,  # `Batches` or `StreamBatches`
+    models: Iterable[Decoder],  # those that will read it
+    device: torch.device,  # where the batch is needed
+) -> Batch:
+    """What `data` gives next, a `Batch` or ids alone, on a device. Raises ValueError as `check_ids`."""
+    batch, to_gpu = Batch.of(data.next()), device.type == "cuda"
+    check_ids(batch.ids, min(model.vocab_size for model in models), starts=batch.starts)
+    if to_gpu:  # a copy from pinned memory is one that nobody waits for
+        batch = batch.map(lambda z: z if z.is_cuda else z.pin_memory())
+    return batch.map(lambda z: z.to(device, non_blocking=to_gpu))
 
-
+# %% ../nbs/85_training.ipynb #576fccbd
 def train_stage(
     model: Decoder,  # what is trained
     stages: Sequence[Stage],  # those that have begun; the last one is run
@@ -567,7 +577,7 @@ def train_stage(
     """Run one stage, or the rest of it. Raises ValueError when no parameter of it may train."""
     stage, first, records = stages[-1], sum(stage.steps for stage in stages[:-1]), []
     writes = run is not None and accelerator.is_main_process
-    batch = next_batch(data, accelerator.device)
+    batch = next_batch(data, objective.models.values(), accelerator.device)
     reshard(*objective.models.values())
     if state is None:
         texts = replace(batch, asked=None)[:micro_batch_size].map(lambda z: broadcast(z.clone()))  # in all processes
@@ -585,10 +595,11 @@ def train_stage(
             began, step = time.perf_counter(), first + index + 1
             for group in optimizer.param_groups:
                 group["lr"] = warmup_stable_decay(index, stage)
-            batch = batch if index == done else next_batch(data, accelerator.device)
+            batch = batch if index == done else next_batch(data, objective.models.values(), accelerator.device)
             where = f"stage {stage.objective}, step {index + 1} of {stage.steps}"
             rows = micro_batch_size or len(batch)
-            losses, norm = train_step(model, stage, objective, batch, optimizer, accelerator, rows, where)
+            with nullcontext() if index == done else unchecked():  # operators look at the first step of each stage
+                losses, norm = train_step(model, stage, objective, batch, optimizer, accelerator, rows, where)
             tokens = batch.ids.numel() * accelerator.num_processes
             records.append({
                 "step": step, "stage": stage.objective, "loss": losses.mean().item(), "parts": losses.tolist(),
@@ -646,7 +657,8 @@ def train(
 
     Raises FloatingPointError that names stage, step, part, model and layer when a loss is not finite: nothing is
     updated then, and checkpoints stay. Raises OSError when saving fails or another process writes `run`, ValueError
-    for settings, models and checkpoints that do not fit. `after_stage` is called before the checkpoint of the stage's
+    for settings, models and checkpoints that do not fit. Operators check their arguments in the first step of a stage
+    and of this call, ids are checked in every step. `after_stage` is called before the checkpoint of the stage's
     end is written: after a kill in between it is called again."""
     accelerator = accelerator or Accelerator()
     check_settings(model, data, accelerator, save_every, micro_batch_size)

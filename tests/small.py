@@ -43,12 +43,18 @@ def shaken(module):
 
 
 class HostReads(TorchDispatchMode):
-    """Counts how often a number of a tensor is looked at."""
+    """Counts how often a number of a tensor is looked at: what a GPU has to be waited for. A result whose shape depends
+    on numbers is such a look, such as what a mask picks out, and so is a comparison of all numbers.
+
+    `tolist`, `numpy` and copies to the host it does not see."""
 
     count = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.count += operation is torch.ops.aten._local_scalar_dense.default
+        looks = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(operation.tags)
+        if operation.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+            looks = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        self.count += bool(looks)  # numbers as an index leave the shape alone
         return operation(*args, **(kwargs or {}))
 
 

@@ -218,5 +218,6 @@ def test_notebook_was_run_to_its_end(path):
     outputs = [output for cell in cells for output in cell["outputs"]]
     failed = ["".join(o["evalue"]) for o in outputs if o["output_type"] == "error"]
     assert not failed
+    assert not any(output.get("name") == "stderr" for output in outputs), "a warning, with paths of one's machine"
     shows = any(re.search(r"\bprint\(|plt\.", "".join(cell["source"])) for cell in cells)
     assert outputs or not shows, "the outputs are missing: make run"

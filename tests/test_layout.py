@@ -100,7 +100,7 @@ def test_operators_stand_below_models():
     for name in operators:
         assert graph[name] <= operators | {"operators"}, name
     for name in (name for name in graph if name.startswith("kernels.")):
-        assert all(m.startswith("kernels.") or m in ("operators", "conventions") for m in graph[name]), name
+        assert all(m.startswith("kernels.") or m == "operators" for m in graph[name]), name
 
 
 def test_cells_fit_on_a_screen():

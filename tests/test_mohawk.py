@@ -3,6 +3,9 @@
 import copy
 import math
 import weakref
+from contextlib import nullcontext
+from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +13,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import RELEASED
+from small import RELEASED, HostReads
 from torch import nn
 
 from llamba_ref import mohawk, training
 from llamba_ref.conventions import relative_error
+from llamba_ref.data import Batch
 from llamba_ref.decoder import Backbone, Decoder, with_mixers
 from llamba_ref.llama import Attention, Llama, LlamaConfig
 from llamba_ref.llamba import DiscreteMamba2, Llamba
@@ -30,6 +34,7 @@ from llamba_ref.mohawk import (
     match_output,
     orientation_loss,
 )
+from llamba_ref.operators import unchecked
 from llamba_ref.plots import draw_matrices
 from llamba_ref.training import Stage, reached
 
@@ -371,6 +376,160 @@ def test_compiled_blocks_learn_the_same(monkeypatch):
         found.append(weights(student))
     assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(*(part.values() for part in found)))
     assert teacher.backbone.layers[0]._compiled_call_impl is not None
+
+
+# --- on a GPU, every look at a number is a wait
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_more_steps_are_no_more_looks(monkeypatch, name, recompute):
+    """What is looked at in a run is looked at before its first step. AdamW, the check of the ids and the mean of the
+    losses, one look a step, read on the host, wherever the model is."""
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: None)
+    monkeypatch.setattr(training, "check_ids", lambda *given, **marks: None)
+    counts = []
+    for steps in (1, 4):
+        teacher, student = pair(keep_attention=[1])
+        student.backbone.recompute = recompute
+        with HostReads() as looks:
+            run(teacher, student, [Stage(name, steps, 1e-3)], micro_batch_size=2)
+        counts.append(looks.count)
+    assert counts[0] == counts[1] - 3 > 0
+
+
+@pytest.mark.parametrize("name, marked, looks", [
+    *[(name, False, 0) for name in NAMES], ("orientation", True, 0), ("alignment", True, 10), ("distillation", True, 6),
+    ("language", False, 5), ("language", True, 5)])
+def test_looks_of_a_micro_batch(monkeypatch, name, marked, looks):
+    """None on plain text in MOHAWK's stages. To pick tokens out, their number has to be known on the host."""
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: None)
+    teacher, student = pair()
+    objective, stage = OBJECTIVES[name](teacher, student), Stage(name, 1, 1e-3)
+    batch = Batch(rows(), asked=torch.rand(BATCH, LENGTH) < 0.5 if marked else None)
+    optimizer = training.optimizer_for(student, stage)
+    for pieces in (1, 2, 4):
+        with HostReads() as seen, unchecked():
+            training.train_step(student, stage, objective, batch, optimizer, cpu(), BATCH // pieces, "here")
+        assert seen.count == looks * pieces
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_fetches_its_numbers_together(monkeypatch, name):
+    """Losses and norm come in one piece: `tolist` is one wait."""
+    teacher, student = pair()
+    objective, stage = OBJECTIVES[name](teacher, student), Stage(name, 1, 1e-3)
+    fetched, tolist = [], torch.Tensor.tolist
+    optimizer = training.optimizer_for(student, stage)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda z: fetched.append(len(z)) or tolist(z))
+    losses, norm = training.train_step(student, stage, objective, rows(), optimizer, cpu(), 2, "here")
+    assert fetched == [len(objective.parts) + 1]
+    assert losses.shape == (len(objective.parts),) and losses.device.type == "cpu" and isinstance(norm, float)
+
+
+def test_what_is_run_again_is_trusted_in_any_thread():
+    """The backward pass of a GPU has a thread of its own, in which blocks are run again."""
+    _, student = pair()
+    student.backbone.recompute, counts = True, []
+
+    def backward(loss):
+        with HostReads() as looks:
+            loss.backward()
+        counts.append(looks.count)
+
+    for trust in (unchecked, nullcontext):
+        with trust():
+            loss = student.hidden(rows()).sum()
+        thread = Thread(target=backward, args=(loss,))
+        thread.start()
+        thread.join()
+    assert counts[0] == 0 < counts[1]
+
+
+def test_compiled_whole_with_blocks_that_are_run_again():
+    """torch.compile traces through the recomputation: one graph, the same gradients."""
+    _, student = pair()
+    found = []
+    for recompute, backend in ((False, None), (True, "aot_eager")):
+        student.backbone.recompute = recompute
+        run = torch.compile(student.backbone.forward, backend=backend, fullgraph=True) if backend else student.backbone
+        student.zero_grad()
+        run(rows()).pow(2).sum().backward()
+        found.append(gradients(student))
+    assert all(relative_error(found[1][name], gradient) < 1e-5 for name, gradient in found[0].items())
+
+
+@pytest.mark.parametrize("name", [*NAMES, "language"])
+@pytest.mark.parametrize("wrong", [VOCAB, -1])
+@pytest.mark.parametrize("step", [0, 1])
+def test_wrong_ids_are_refused_on_the_host(name, wrong, step):
+    teacher, student = pair()
+    batches = iter([rows()] * step + [torch.full((2, 5), wrong)])
+    data = Data()
+    data.next = lambda: next(batches)
+    with pytest.raises(ValueError, match=f"^input_ids holds id {wrong}: ids must be in"):
+        run(teacher, student, [Stage(name, 3, 0.1)], data)
+    assert next(batches, None) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vocabularies_that_differ_are_refused(name):
+    teacher, _ = pair()
+    _, student = pair(vocab=VOCAB + 8)
+    with pytest.raises(ValueError, match="token ids"):
+        OBJECTIVES[name](teacher, student)
+
+
+def test_ids_are_checked_against_every_model_that_reads_them():
+    """An objective of one's own may have models with vocabularies of their own: an id has to be known to all."""
+    small, large = make_teacher(), make_teacher(vocab=VOCAB + 8)
+    data = SimpleNamespace(next=lambda: torch.full((2, 5), VOCAB))
+    device = torch.device("cpu")
+    assert len(training.next_batch(data, [large], device)) == 2
+    with pytest.raises(ValueError, match=rf"holds id {VOCAB}: ids must be in \[0, {VOCAB}\)"):
+        training.next_batch(data, [large, small], device)
+
+
+def test_a_batch_travels_from_pinned_memory(monkeypatch):
+    """To a GPU, and without waiting; to any other device as it is."""
+    pinned, moved = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda z: pinned.append(z) or z)
+    monkeypatch.setattr(torch.Tensor, "to", lambda z, device, non_blocking: moved.append((device, non_blocking)) or z)
+    batch = Batch(rows(), starts=torch.zeros(BATCH, LENGTH, dtype=torch.bool))
+    for kind in ("cuda", "mps", "cpu"):
+        given = training.next_batch(SimpleNamespace(next=lambda: batch), [make_teacher()], torch.device(kind))
+        assert torch.equal(given.ids, batch.ids) and given.starts is batch.starts
+        assert moved == 2 * [(torch.device(kind), kind == "cuda")] and len(pinned) == 2 * (kind == "cuda")
+        pinned.clear()
+        moved.clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_is_waited_for_once(monkeypatch, name):
+    """With CUDA itself as the judge: it raises at any wait but that for the numbers of the step."""
+    teacher, student = (model.cuda() for model in pair())
+    objective, stage = OBJECTIVES[name](teacher, student), Stage(name, 3, 1e-3)
+    accelerator, optimizer = Accelerator(), training.optimizer_for(student, stage)
+    batch, tolist, fetched = Batch(rows().cuda()), torch.Tensor.tolist, []
+
+    def fetch(z):
+        torch.cuda.set_sync_debug_mode("default")
+        fetched.append(len(z))
+        numbers = tolist(z)
+        torch.cuda.set_sync_debug_mode("error")
+        return numbers
+
+    monkeypatch.setattr(torch.Tensor, "tolist", fetch)
+    for index in range(2):  # compiles, allocates
+        with unchecked():
+            if index:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                training.train_step(student, stage, objective, batch, optimizer, accelerator, 2, "here")
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert fetched == 2 * [len(objective.parts) + 1]
 
 
 def test_orientation_moves_only_the_matrix():

@@ -8,7 +8,8 @@ import torch
 from small import llama_config, llamba_config, mamba2_config, shaken
 from torch.utils._pytree import tree_leaves
 
-from llamba_ref.conventions import relative_error
+from llamba_ref import throughput
+from llamba_ref.conventions import load_result, relative_error
 from llamba_ref.llama import Llama, LlamaConfig
 from llamba_ref.llamba import LLAMBA_SIZES, Llamba
 from llamba_ref.mamba2 import Mamba2LM
@@ -145,3 +146,56 @@ def test_an_unknown_cache():
 def test_rows_are_json():
     found = measure_decoding(MODELS["llamba"](), 1, 4, 1)
     assert json.loads(json.dumps(astuple(found)))[:2] == [1, 4]
+
+
+# --- tables of kernels: measured where a card has a file, predicted where none has
+
+
+MEASURED = {
+    "predicted": False, "device": "NVIDIA A100", "date": "2031-01-01", "command": "make bench BENCH=kernels", "rows": [
+        {"operation": "ssd", "model": "1B", "sizes": {"batch": 8, "length": 8192}, "dtype": "bfloat16",
+         "pass": "forward", "seconds": 0.0012, "fraction": 0.61, "reason": None,
+         "peers": {"naive": {"ratio": 9.5}, "fla": {"ratio": 1.25}, "mamba_ssm": {"reason": "not installed"}}},
+        {"operation": "ssd", "model": "1B", "sizes": {"batch": 1, "length": 65536}, "dtype": "bfloat16",
+         "pass": "forward", "reason": "out of memory", "peers": {}},
+        {"operation": "ssd_step", "model": "1B", "sizes": {"batch": 32}, "dtype": "bfloat16", "pass": "forward",
+         "seconds": 2e-5, "fraction": 0.8, "reason": None, "peers": {}},
+        {"operation": "ssd", "model": "demo", "sizes": {"batch": 8, "length": 8192}, "dtype": "bfloat16",
+         "pass": "forward", "seconds": 7.0, "fraction": 0.5, "reason": None, "peers": {}},
+    ],
+}
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """Results that `kernel_times` finds: what a test puts there."""
+    results = {"kernels_predicted": load_result("kernels_predicted")}
+    monkeypatch.setattr(throughput, "load_result", results.__getitem__)
+    monkeypatch.setattr(throughput, "result_names", lambda prefix: sorted(n for n in results if n.startswith(prefix)))
+    return results
+
+
+def test_times_are_predicted_where_no_card_has_a_file(saved):
+    first, second, *lines = throughput.kernel_times("ssd", "ssd_step").splitlines()
+    assert first == "predicted from data sheets, nothing was run: the least milliseconds on T4, A100, H100,"
+    assert second == "and how many times as long as the kernels plain PyTorch takes, both counted call by call"
+    rows = saved["kernels_predicted"]["rows"]
+    long = [row for row in rows if row["operation"] == "ssd" and row["model"] == "1B" and row["half"]][0]
+    numbers = [f"{1e3 * time:.4f}" for time in long["seconds"].values()]
+    numbers += [f"{long['plain_seconds'][card] / time:.1f}" for card, time in long["launched_seconds"].items()]
+    assert lines[0].split() == ["ssd", "65536", "tokens,", "32", "heads", "forward", *numbers]
+    assert len(lines) == 5 and len({line.rstrip("0123456789. ") for line in lines}) == 5  # a line for as many tokens
+    assert all(len(line) < 110 for line in (first, second, *lines))
+
+
+def test_measured_times_leave_no_room_for_predicted_ones(saved):
+    saved["kernels_a100"] = MEASURED
+    head, *lines = throughput.kernel_times("ssd").splitlines()
+    assert head == "measured on NVIDIA A100, 2031-01-01, make bench BENCH=kernels"
+    assert len(lines) == 1 and "predicted" not in lines[0]  # neither what failed, nor another model or operation
+    assert lines[0].split() == ["ssd", "8", "x", "8192", "bfloat16", "forward", "1.2000", "ms", "61%", "of", "the",
+                                "limit", "fla", "takes", "1.25", "times", "as", "long"]
+    assert "takes" not in throughput.kernel_times("ssd_step")  # nobody to compare with
+    saved["kernels_t4"] = MEASURED | {"device": "Tesla T4"}
+    both = throughput.kernel_times("ssd").split("\n\n")
+    assert [part.splitlines()[0].split(",")[0] for part in both] == ["measured on NVIDIA A100", "measured on Tesla T4"]

@@ -11,7 +11,16 @@ import triton.language as tl
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from .launch import as_operation, gpu_of, launch, load_rows, precision_of, set_gradient, store_rows
+from llamba_ref.kernels.launch import (
+    as_operation,
+    gpu_of,
+    launch,
+    load_rows,
+    precision_of,
+    set_gradient,
+    store_rows,
+    sum_shared,
+)
 from .scan import scan_backward, scan_forward
 from .ssd import ssd_op
 from ..operators import cumulative_rotation
@@ -411,7 +420,7 @@ def gateloop_backward(
            q, k, log_a, dT, dq, dk, dlog_a, dphase, *out, *shape[:3],
            ROTATE=phase is not None, SUB=SUB, BK=SUB, num_warps=8, **constants, **of_products)
     dlog_a, dphase = (
-        dlog_a.new_empty(0) if z is None else z.unflatten(-1, (log_a.shape[-1], -1)).sum(-1) for z in (dlog_a, dphase))
+        dlog_a.new_empty(0) if z is None else sum_shared(z, 3, log_a.shape[3]) for z in (dlog_a, dphase))
     return *out, dv, dlog_a, dphase, dstart
 
 # %% ../../nbs/24_gateloop_kernel.ipynb #84912805

@@ -15,11 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import CustomOpDef
 
-from ..conventions import load_result, result_names
-
 # %% auto #0
-__all__ = ['GPUS', 'INTERPRETED', 'GPU', 'gpu_of', 'launch', 'load_rows', 'store_rows', 'precision_of', 'as_operation',
-           'set_gradient', 'measured_times', 'predicted_times', 'kernel_times']
+__all__ = ['GPUS', 'INTERPRETED', 'FUNCTIONS', 'GPU', 'gpu_of', 'launch', 'load_rows', 'store_rows', 'sum_shared', 'precision_of',
+           'as_operation', 'set_gradient']
 
 # %% ../../nbs/88_triton.ipynb #de457a70
 class GPU(NamedTuple):
@@ -47,7 +45,7 @@ _recorder: tuple[GPU, Callable] | None = None  # `recording` of kernels.ahead: a
 
 def gpu_of(
     device: torch.device,  # where the tensors are
-) -> GPU:  # the data sheet's figures where there are some; a multiprocessor count and a capability always
+) -> GPU:  # speeds of the data sheet where there are some; capability, multiprocessors and shared memory always
     """The GPU that a kernel will run on; without one the interpreter, or what `recording` pretends to have."""
     if _recorder is not None:
         return _recorder[0]
@@ -55,8 +53,8 @@ def gpu_of(
         return INTERPRETED
     found = torch.cuda.get_device_properties(device)
     known = next((gpu for gpu in GPUS.values() if gpu.name in found.name), INTERPRETED)
-    capability = 10 * found.major + found.minor
-    return known._replace(name=found.name, capability=capability, multiprocessors=found.multi_processor_count)
+    return known._replace(name=found.name, capability=10 * found.major + found.minor,
+                          multiprocessors=found.multi_processor_count, shared=found.shared_memory_per_block_optin)
 
 # %% ../../nbs/88_triton.ipynb #6a792d75
 def launch(
@@ -88,6 +86,15 @@ def store_rows(pointer, rows, stride, there, columns, width, x):
     place = rows.to(tl.int64)[:, None] * stride + columns[None, :]
     tl.store(pointer + place, x.to(pointer.dtype.element_ty), there[:, None] & (columns < width)[None, :])
 
+# %% ../../nbs/88_triton.ipynb #d2593d28
+def sum_shared(
+    z: Tensor,  # a gradient for each entry of an axis
+    axis: int,  # which, from 0
+    size: int,  # how many entries there are of what neighbours on this axis share
+) -> Tensor:  # a gradient for each of those
+    """Add up the gradients of neighbours that share a gate or a key."""
+    return z if z.shape[axis] == size else z.unflatten(axis, (size, -1)).sum(axis + 1)
+
 # %% ../../nbs/88_triton.ipynb #44bfa624
 def precision_of(
     dtype: torch.dtype,  # of the inputs
@@ -104,6 +111,9 @@ def precision_of(
     return {"TYPE": tl.float32, "PRECISION": "tf32" if tf32 else "ieee"}
 
 # %% ../../nbs/88_triton.ipynb #5f4d3905
+FUNCTIONS: dict[str, Callable] = {}  # name of an operation -> what it does: for counting what it launches
+
+
 def as_operation(
     name: str,  # of the operation
     function: Callable,  # what it does, on tensors with numbers
@@ -119,6 +129,7 @@ def as_operation(
     space = "notebook" if function.__module__ == "__main__" else "llamba_ref"
     operation = torch.library.custom_op(f"{space}::{name}", function, mutates_args=mutates_args, schema=schema)
     operation.register_fake(shapes)
+    FUNCTIONS[f"{space}::{name}"] = function
     return operation
 
 
@@ -142,39 +153,3 @@ def set_gradient(
         return tuple(None if missing else gradient for missing, gradient in zip(ctx.missing, found, strict=True))
 
     operation.register_autograd(gradients, setup_context=save)
-
-# %% ../../nbs/88_triton.ipynb #a57be561
-def measured_times(result: dict, operations: tuple[str, ...]) -> list[str]:
-    """Lines of what `bench.kernels` measured on a card: time, share of the limit, and the quickest of the others."""
-    lines = [f"measured on {result['device']}, {result['date']}, {result['command']}"]
-    for row in result["rows"]:
-        if row["operation"] in operations and row["model"] == "1B" and not row["reason"]:
-            others = {name: peer["ratio"] for name, peer in row["peers"].items() if "ratio" in peer}
-            best = min(others, key=others.get, default=None)
-            beside = "" if best is None else f"   {best} takes {others[best]:.2f} times as long"
-            sizes = f"{row['sizes']['batch']:4} x {row['sizes'].get('length', 1):6}"
-            what = f"{row['operation']:20}{sizes} {row['dtype']:9} {row['pass']:19}"
-            lines.append(f"{what}{1e3 * row['seconds']:9.3f} ms {row['fraction']:4.0%} of the limit{beside}")
-    return lines
-
-
-def predicted_times(result: dict, operations: tuple[str, ...]) -> list[str]:
-    """Lines of the least times that data sheets allow."""
-    lines = ["predicted from data sheets, nothing was run: the least milliseconds on " + ", ".join(GPUS)]
-    for row in (row for row in result["rows"] if row["operation"] in operations and row["model"] == "1B"):
-        if row["half"] or "complex" in row["operation"]:  # complex numbers have one precision
-            tokens, heads = row["sizes"]["batch"] * row["sizes"].get("length", 1), row["sizes"].get("heads")
-            size = f"{tokens:6} tokens" + (f", {heads:2} heads" if heads else "")
-            times = " ".join(f"{1e3 * row['seconds'][card]:9.4f}" for card in GPUS)
-            lines.append(f"{row['operation']:20}{size:25}{row['pass']:19}{times}")
-    return list(dict.fromkeys(lines))  # as many tokens in shorter sequences take as long
-
-
-def kernel_times(
-    *operations: str,  # names as in `bench.kernels`, such as "ssd"
-) -> str:  # a table: of each card on which they were measured, or else of what is predicted
-    """Times of kernels at the shapes of Llamba-1B, with where they come from."""
-    results = [load_result(name) for name in result_names("kernels_")]
-    measured = [measured_times(result, operations) for result in results if not result["predicted"]]
-    parts = measured or [predicted_times(result, operations) for result in results]
-    return "\n\n".join("\n".join(part) for part in parts)

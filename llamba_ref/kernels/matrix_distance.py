@@ -20,6 +20,7 @@ from llamba_ref.kernels.launch import (
     precision_of,
     set_gradient,
     store_rows,
+    sum_shared,
 )
 from ..operators import document_begin
 
@@ -275,7 +276,7 @@ def matrix_distance_backward(
     dlog_a = (along_rows - along_columns).mT.flip(1).cumsum(1).flip(1).float()
     dlog_a[:, 0] = 0.0  # nothing comes from before the first token
     dlog_a = dlog_a.masked_fill(log_a < -104.0, 0.0)  # exp(-104) is 0 in float32: a gate below lets nothing through
-    dB, dC = (z.unflatten(2, (groups, -1)).sum(3).to(B.dtype) for z in (dB, dC))
+    dB, dC = (sum_shared(z, 2, groups).to(B.dtype) for z in (dB, dC))
     return dlog_a, dB, dC, dD.sum((0, 2))
 
 # %% ../../nbs/25_matrix_distance_kernel.ipynb #fc017d6e

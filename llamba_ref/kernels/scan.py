@@ -11,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from .launch import as_operation, gpu_of, launch, load_rows, set_gradient, store_rows
+from .launch import as_operation, gpu_of, launch, load_rows, set_gradient, store_rows, sum_shared
 from ..operators import polar_gate
 
 # %% auto #0
@@ -213,7 +213,7 @@ def scan_backward(
     dphase = torch.empty_like(dlog_a) if phase is not None else dlog_a.new_empty(0)
     entering = _enter(grad, log_a, phase, torch.zeros_like(start), parts, True)
     _run(grad, log_a, phase, entering, dx, h, start, dlog_a, dphase, parts=parts, adjoint=True)
-    dlog_a, dphase = (z.unflatten(-1, (log_a.shape[-1], -1)).sum(-1) if z.numel() else z for z in (dlog_a, dphase))
+    dlog_a, dphase = (sum_shared(z, 2, log_a.shape[2]) if z.numel() else z for z in (dlog_a, dphase))
     gate = polar_gate(log_a[:, 0], None if phase is None else phase[:, 0], conjugate=True)
     return dx, dlog_a, dphase, dx[:, 0].to(start.dtype) * gate.repeat_interleave(dx.shape[2] // gate.shape[1], -1)
 

@@ -22,6 +22,7 @@ from llamba_ref.kernels.launch import (
     precision_of,
     set_gradient,
     store_rows,
+    sum_shared,
 )
 from .scan import expm1, scan_backward, scan_forward
 
@@ -246,7 +247,7 @@ class Chunks:
         self.launch(chunk_gradient_kernel, (bundles, blocks),
                     x, B, C, self.log_a, states, self.start, dy, dstates, dB, dC, dlog_a,
                     *self.sizes, x_row, B_row, C_row, TOGETHER=together)
-        dB, dC = (z.unflatten(2, (B.shape[2], -1)).sum(3).to(B.dtype) if z.shape != B.shape else z for z in (dB, dC))
+        dB, dC = (sum_shared(z, 2, B.shape[2]).to(B.dtype) for z in (dB, dC))
         return dB, dC, dlog_a.sum(0)
 
 # %% ../../nbs/23_ssd_kernels.ipynb #1352be95
