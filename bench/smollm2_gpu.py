@@ -17,11 +17,12 @@ from itertools import accumulate
 from math import inf
 from pathlib import Path
 
+import torch
 import tyro
 from accelerate import Accelerator
 
 from bench.common import distill_options, save
-from bench.device import UNFINISHED, card_name
+from bench.device import UNFINISHED, card_name, half_type
 from bench.smollm2_hybrid import evaluation_blocks, measured
 from llamba_ref.cli import settings_of
 from llamba_ref.data import Batches, pack
@@ -33,14 +34,24 @@ from llamba_ref.training import Run
 OUT, EVERY, GOAL = Path("runs/smollm2-gpu"), 100, 1.10  # steps between two points; the ratio that is hoped for
 COMMAND = (
     "distill --teacher smollm2 --text sotu --d-state 64 --chunk-size 64 --batch-size 32 --steps 0 300 1200 "
-    f"--lr 5e-4 5e-4 1e-4 --validation-blocks 16 --precision bf16 --save-every {EVERY} --out {OUT}"
+    f"--lr 5e-4 5e-4 1e-4 --validation-blocks 16 --save-every {EVERY} --out {OUT}"
 )
+SMALL = 24e9  # bytes of a card, below which half a batch goes through the model at a time
+
+
+def for_card() -> str:
+    """What the command has in addition on this machine: no number but the rounding depends on it."""
+    if not torch.cuda.is_available():
+        return ""
+    precision = "bf16" if half_type() == torch.bfloat16 else "no"
+    return f" --precision {precision}" + " --micro-batch-size 16" * (torch.cuda.mem_get_info()[1] < SMALL)
 
 
 def main(
     stop_after: float = inf,  # seconds, after which the next checkpoint is the last one
 ) -> None:
-    options, until = distill_options(COMMAND), time.monotonic() + stop_after
+    command = COMMAND + for_card()
+    options, until = distill_options(command), time.monotonic() + stop_after
     accelerator = Accelerator(mixed_precision=options.precision)
     teacher, tokenizer = load_model(options.teacher)
     (training, held_out), = options.corpus.documents()
@@ -53,7 +64,7 @@ def main(
     def report(whole: bool, rows: list[dict] | None = None) -> None:
         points = {one["step"]: one for one in map(json.loads, (OUT / "metrics.jsonl").read_text().splitlines())
                   if "point" in one}
-        save(f"smollm2_gpu_{card_name()}", "python -m bench.smollm2_gpu", packages=("triton",), arguments=COMMAND,
+        save(f"smollm2_gpu_{card_name()}", "python -m bench.smollm2_gpu", packages=("triton",), arguments=command,
              whole=whole, goal=GOAL, steps=ends[-1], curve=[points[step] for step in sorted(points)], rows=rows or [])
 
     def look(step: int, stage) -> None:
@@ -67,7 +78,7 @@ def main(
                 sys.exit(UNFINISHED)
 
     distill(teacher, student, data, options.stages(), accelerator=accelerator, run=run, save_every=EVERY,
-            after_step=look)
+            micro_batch_size=options.micro_batch_size or None, after_step=look)
     report(True, [measured("student", teacher, student, blocks)])
     if not (OUT / "student").exists():
         save_model(OUT / "student", student, tokenizer)

@@ -14,6 +14,7 @@ from small import llama_config
 pytest.importorskip("triton")
 import bench.common
 from bench import decode, device, gpu, gpu_tests, kernels, profiles, smollm2_gpu
+from bench.common import distill_options
 from bench.gpu import Stage, run_all, seconds_of
 from bench.traffic import kernel_calls, least_seconds, plain_calls
 from llamba_ref.conventions import load_result
@@ -404,6 +405,21 @@ def test_a_long_run_stops_at_a_checkpoint_and_goes_on(results, monkeypatch, tmp_
         assert saved["whole"] and (out / "student").is_dir() and saved["rows"][0]["name"] == "student"
         curves.append([(one["step"], one["tokens"], one["ratio"]) for one in saved["curve"]])
     assert curves[0] == curves[1] and [step for step, *_ in curves[0]] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("capability, memory, extra", [
+    ((9, 0), 141e9, " --precision bf16"),
+    ((8, 9), 23e9, " --precision bf16 --micro-batch-size 16"),
+    ((7, 5), 15.8e9, " --precision no --micro-batch-size 16"),
+])
+def test_the_recipe_fits_the_card(monkeypatch, capability, memory, extra):
+    """A T4 has no tensor cores for bfloat16, and room for half a batch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, memory))
+    assert smollm2_gpu.for_card() == extra
+    options = distill_options(smollm2_gpu.COMMAND + extra)
+    assert options.precision == extra.split()[1] and options.batch_size == 32
 
 
 # predictions
