@@ -139,6 +139,11 @@ CALLS: dict[str, tuple[Callable, tuple[str, ...]]] = {  # what launches kernels 
 }
 
 
+def short(text: str) -> str:
+    """A text in a few letters, other ones for another text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 class Job(NamedTuple):
     """One program to compile."""
 
@@ -185,6 +190,7 @@ def compile_job(job: Job) -> dict:
         "kernel": launch.kernel.__name__,
         "constants": constants,
         "warps": launch.num_warps,
+        "program": short(launch.program(job.gpu)),
         "registers": found.registers,
         "stack": found.stack,
         "spills": found.spills,
@@ -201,7 +207,7 @@ def code() -> str:
     """What the kernels' source is, in a few letters: rows of another source say nothing about these."""
     found = (part for name in KERNELS for part in vars(importlib.import_module(f"llamba_ref.kernels.{name}")).values())
     kernels = [part.fn for part in found if hasattr(part, "fn") and hasattr(part, "arg_names")]  # made by triton.jit
-    return hashlib.sha256("".join(map(inspect.getsource, kernels)).encode()).hexdigest()[:12]
+    return short("".join(map(inspect.getsource, kernels)))
 
 
 def compile_all(processes: int = 2, gpus: Iterable[GPU] = GPUS.values()) -> list[dict]:

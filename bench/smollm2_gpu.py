@@ -36,7 +36,7 @@ COMMAND = (
     "distill --teacher smollm2 --text sotu --d-state 64 --chunk-size 64 --batch-size 32 --steps 0 300 1200 "
     f"--lr 5e-4 5e-4 1e-4 --validation-blocks 16 --save-every {EVERY} --out {OUT}"
 )
-SMALL = 24e9  # bytes of a card, below which half a batch goes through the model at a time
+SMALL = 24e9  # bytes of a card, below which a quarter of a batch goes through the model at a time
 
 
 def for_card() -> str:
@@ -44,7 +44,7 @@ def for_card() -> str:
     if not torch.cuda.is_available():
         return ""
     precision = "bf16" if half_type() == torch.bfloat16 else "no"
-    return f" --precision {precision}" + " --micro-batch-size 16" * (torch.cuda.mem_get_info()[1] < SMALL)
+    return f" --precision {precision}" + " --micro-batch-size 8" * (torch.cuda.mem_get_info()[1] < SMALL)
 
 
 def main(

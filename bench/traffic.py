@@ -1,5 +1,6 @@
 """What has to be moved for an operation of this book: by PyTorch's own operations, call by call, and by the kernels,
-launch by launch. Counted on tensors without numbers, so no card is needed.
+launch by launch. Counted on tensors without numbers, so no card is needed. The card's cache is thought to hold what a
+call or a launch fetches more than once, and nothing from one to the next.
 
 `bench.kernels --predict` puts both beside the least that any program needs.
 """
@@ -87,6 +88,6 @@ def kernel_calls(
     return calls + [Call(sum(map(size, given)), 0) for given in tensors]
 
 
-def least_seconds(calls: list[Call], bandwidth: float, rate: float) -> float:
-    """The least time, where each call on its own takes the longer of moving and multiplying."""
+def call_by_call(calls: list[Call], bandwidth: float, rate: float) -> float:
+    """The time, where each call on its own takes the longer of moving and multiplying."""
     return sum(max(call.moved / bandwidth, call.flops / rate) for call in calls)

@@ -205,6 +205,11 @@ def unpack(
     return x if back is None else x.take_along_dim(back[..., None], 1)
 
 # %% ../nbs/04_decoder.ipynb #167611ca
+def _pick(probs, generator):
+    """An index for each row, with these probabilities; on a GPU nothing is waited for."""
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+
+
 def _draw(logits, temperature, top_k, top_p, generator):
     """One token id a row, and whether its logits leave a choice: no nan, no +inf, and something above -inf."""
     top, token = logits.max(-1)  # the largest of a row is finite just then
@@ -215,14 +220,14 @@ def _draw(logits, temperature, top_k, top_p, generator):
     scores = torch.where(usable[:, None], scores - top[:, None], 0.0)  # at most 0, so that no temperature overflows
     scores = torch.where((scores < 0) & scores.isfinite(), scores / temperature, scores)  # 0 and -inf stay
     if top_k is None and top_p is None:
-        return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0], usable
+        return _pick(scores.softmax(-1), generator), usable
     probs, order = scores.softmax(-1).sort(descending=True, stable=True)
     if top_k is not None:
         probs[:, top_k:] = 0
     if top_p is not None:
         probs = probs / probs.sum(-1, keepdim=True)
         probs = probs.masked_fill(F.pad(probs.cumsum(-1)[:, :-1] >= top_p, (1, 0)), 0)  # the first always stays
-    return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0], usable
+    return order.gather(1, _pick(probs, generator)[:, None])[:, 0], usable
 
 # %% ../nbs/04_decoder.ipynb #3ddb06d6
 def _check_settings(temperature, top_k, top_p):

@@ -46,7 +46,7 @@ class HostReads(TorchDispatchMode):
     """Counts how often a number of a tensor is looked at: what a GPU has to be waited for. A result whose shape depends
     on numbers is such a look, such as what a mask picks out, and so is a comparison of all numbers.
 
-    `tolist`, `numpy` and copies to the host it does not see."""
+    `tolist`, `numpy`, copies to the host, and what an operation of PyTorch looks at inside it does not see."""
 
     count = 0
 

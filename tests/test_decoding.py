@@ -5,8 +5,10 @@ from functools import partial
 import pytest
 import torch
 from small import HostReads, llama_config, llamba_config, mamba2_config, shaken
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
+from llamba_ref import decoder
 from llamba_ref.associative_recall import WithConvolution
 from llamba_ref.conventions import relative_error
 from llamba_ref.decoder import Backbone, Decoder
@@ -187,13 +189,31 @@ def test_what_cannot_be_read_is_refused():
         model.read(torch.full((1, 4), 48))
 
 
-def test_no_step_of_generate_looks_at_a_number(model):
+@pytest.mark.parametrize("options", [
+    {}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.0, "top_p": 0.9}], ids=str)
+def test_no_step_of_generate_looks_at_a_number(model, options):
+    """Counted twice: calls that give a number to Python, and numbers that PyTorch takes inside its operations."""
     counts = []
     for new in (2, 12):
         with HostReads() as looks:
-            model.generate(texts(2, 5), new)
-        counts.append(looks.count)
-    assert counts[0] == counts[1] > 0  # those of the prompt
+            model.generate(texts(2, 5), new, **options)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            model.generate(texts(2, 5), new, **options)
+        inside = sum(event.name == "aten::_local_scalar_dense" for event in seen.events())
+        counts.append((looks.count, inside))
+    assert counts[0] == counts[1] and min(counts[0]) > 0  # those of the prompt
+
+
+@pytest.mark.parametrize("vocab", [3, 50_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_token_is_drawn_as_multinomial_draws_it(vocab, dtype):
+    """The same token of the same random numbers, and as many of them are used."""
+    probs = torch.randn(9, vocab, dtype=dtype).softmax(-1)
+    probs[:, 1::3] = 0
+    for seed in range(5):
+        first, second = (torch.Generator().manual_seed(seed) for _ in range(2))
+        assert torch.equal(decoder._pick(probs, first), torch.multinomial(probs, 1, generator=second)[:, 0])
+        assert torch.equal(first.get_state(), second.get_state())
 
 
 def test_a_checked_step_does_look():

@@ -177,12 +177,15 @@ def test_without_a_gpu_the_interpreter():
 )
 def test_a_gpu_that_is_there(monkeypatch, name, known):
     class Properties:
-        major, minor, multi_processor_count, shared_memory_per_block_optin = 8, 6, 58, 99 * 1024
+        major, minor, multi_processor_count = 8, 6, 58
+        shared_memory_per_block, shared_memory_per_block_optin = 48 * 1024, 99 * 1024
 
     Properties.name = name
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     gpu = gpu_of(torch.device("cuda"))
     assert (gpu.name, gpu.capability, gpu.multiprocessors, gpu.shared) == (name, 86, 58, 99 * 1024)
+    del Properties.shared_memory_per_block_optin  # as with AMD's cards
+    assert gpu_of(torch.device("cuda")).shared == 48 * 1024
     assert gpu is not INTERPRETED and (known is None or gpu.bandwidth == GPUS[known].bandwidth)
 
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import RELEASED, HostReads
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamba_ref import mohawk, training
 from llamba_ref.conventions import relative_error
@@ -504,32 +505,56 @@ def test_a_batch_travels_from_pinned_memory(monkeypatch):
         moved.clear()
 
 
+class Kernels(TorchDispatchMode):
+    """The names of the operations of this package's kernels that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.namespace == "llamba_ref":
+            self.names.add(operation.name().removeprefix("llamba_ref::"))
+        return operation(*args, **(kwargs or {}))
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", NAMES)
-def test_a_gpu_is_waited_for_once(monkeypatch, name):
-    """With CUDA itself as the judge: it raises at any wait but that for the numbers of the step."""
-    teacher, student = (model.cuda() for model in pair())
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name, kernel", [("orientation", "matrix_distance"), ("alignment", "ssd"),
+                                          ("distillation", "ssd")])
+def test_a_gpu_is_waited_for_once(monkeypatch, name, kernel, recompute):
+    """With CUDA itself as the judge: it raises at any wait but that for the numbers of the step. The widths are such
+    that kernels run."""
+    teacher = make_teacher(width=64)
+    student = Llamba.from_teacher(teacher, d_state=16, chunk_size=16, **RELEASED)
+    teacher, student = teacher.cuda(), student.cuda()
+    student.backbone.recompute = recompute
     objective, stage = OBJECTIVES[name](teacher, student), Stage(name, 3, 1e-3)
     accelerator, optimizer = Accelerator(), training.optimizer_for(student, stage)
-    batch, tolist, fetched = Batch(rows().cuda()), torch.Tensor.tolist, []
+    data, tolist, fetched = Data(), torch.Tensor.tolist, []
 
     def fetch(z):
+        before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("default")
         fetched.append(len(z))
         numbers = tolist(z)
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode(before)
         return numbers
 
-    monkeypatch.setattr(torch.Tensor, "tolist", fetch)
-    for index in range(2):  # compiles, allocates
+    def step():
+        batch = training.next_batch(data, objective.models.values(), accelerator.device)
         with unchecked():
-            if index:
-                torch.cuda.set_sync_debug_mode("error")
-            try:
-                training.train_step(student, stage, objective, batch, optimizer, accelerator, 2, "here")
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-    assert fetched == 2 * [len(objective.parts) + 1]
+            training.train_step(student, stage, objective, batch, optimizer, accelerator, 2, "here")
+
+    monkeypatch.setattr(torch.Tensor, "tolist", fetch)
+    with Kernels() as seen:
+        step()  # compiles, allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert fetched == 2 * [len(objective.parts) + 1] and {kernel} <= seen.names
 
 
 def test_orientation_moves_only_the_matrix():

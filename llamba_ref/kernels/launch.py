@@ -54,7 +54,8 @@ def gpu_of(
     found = torch.cuda.get_device_properties(device)
     known = next((gpu for gpu in GPUS.values() if gpu.name in found.name), INTERPRETED)
     return known._replace(name=found.name, capability=10 * found.major + found.minor,
-                          multiprocessors=found.multi_processor_count, shared=found.shared_memory_per_block_optin)
+                          multiprocessors=found.multi_processor_count,
+                          shared=getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block))
 
 # %% ../../nbs/88_triton.ipynb #6a792d75
 def launch(
