@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -45,6 +46,11 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def short(text: str) -> str:
+    """A text in a few letters, other ones for another text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def save(name: str, command: str, *, packages: Sequence[str] = (), **content) -> Path:

@@ -11,7 +11,6 @@ repeated: a second half hour goes on where the first one ended. --again measures
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,12 +19,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import tyro
 
-from bench.common import RESULTS, save
+from bench.common import RESULTS, save, short
 from bench.device import UNFINISHED, card_name, require_card
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +65,7 @@ def seconds_of(budget: str) -> float:
 def code() -> str:
     """What the sources are, in a few letters."""
     files = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    return short("".join(path.read_text() for path in files))
 
 
 def results_of(card: str) -> dict[str, dict]:
@@ -83,12 +83,10 @@ def run(stage: Stage, limit: float) -> tuple[str, float]:
         status = {0: "done", UNFINISHED: "no time"}.get(process.wait(limit), "failed")
     except subprocess.TimeoutExpired:
         status = "no time"
-        os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+    finally:  # however it ended, nothing that it has started is left behind
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    except BaseException:  # Ctrl+C: nothing is left behind
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
     return status, time.perf_counter() - began
 
 

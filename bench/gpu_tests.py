@@ -37,14 +37,11 @@ def outcomes(text: str) -> dict[str, str]:
 def run(arguments: tuple[str, ...], stop_after: float) -> tuple[str, bool]:
     """What a test run printed, and whether it came to its end."""
     with TemporaryFile("w+") as output:
-        process = subprocess.Popen([sys.executable, *COMMAND, *arguments], cwd=ROOT, stdout=output,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            process.wait(None if stop_after == inf else stop_after)
+        try:  # in the process group of who called, who ends all of it if this hangs
+            subprocess.run([sys.executable, *COMMAND, *arguments], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+                           timeout=None if stop_after == inf else stop_after)
             ended = True
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
             ended = False
         output.seek(0)
         return output.read(), ended

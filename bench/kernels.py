@@ -34,7 +34,7 @@ from torch import Tensor
 
 from bench.common import save
 from bench.device import BUDGET, UNFINISHED, attempt, attempt_to_tidy, card_name, half_type, peak, require_card, seconds
-from bench.traffic import call_by_call, kernel_calls, plain_calls
+from bench.traffic import Work, kernel_calls, plain_calls
 from llamba_ref import conv, mohawk
 from llamba_ref.conventions import relative_error
 from llamba_ref.gateloop import gateloop
@@ -58,13 +58,6 @@ LARGE = 2**26  # bytes: to move fewer takes no longer than to launch a kernel
 # What is measured
 
 
-class Work(NamedTuple):
-    """The least that an operation needs."""
-
-    bytes: int  # every input read once, every output written once
-    flops: int = 0  # operations of matrix products; others hide behind the memory
-
-
 class Peer(NamedTuple):
     """Another implementation."""
 
@@ -78,7 +71,8 @@ class Operation(NamedTuple):
     make: Callable[..., dict[str, Tensor]]  # inputs, from sizes, dtype and device
     run: Callable[..., tuple[Tensor, ...]]  # from inputs by name to outputs
     naive: Callable[..., tuple[Tensor, ...]]  # the same in plain PyTorch
-    count: Callable[..., Work]  # from sizes, bytes of a number, and whether gradients are computed as well
+    count: Callable[..., Work]  # the least: inputs read once, outputs written once; from sizes, bytes of a number,
+    # and whether gradients are computed as well
     cases: Callable[[], Iterator[tuple[str, dict, bool]]]  # name of the model, sizes, whether in half precision
     wanted: tuple[str, ...] = ()  # inputs that get gradients; none: there is no backward pass
     peers: dict[str, Peer] = {}
@@ -698,17 +692,17 @@ def predicted(name: str, model: str, sizes: dict, half: bool, backward: bool) ->
     operation, wanted = OPERATIONS[name], OPERATIONS[name].wanted if backward else ()
     made = partial(operation.make, **sizes, dtype=dtype_of(name, half, torch.float16))
     plain = plain_calls(operation.naive, lambda device: made(device=device), wanted)
-    row |= {"plain_bytes": sum(call.moved for call in plain), "plain_flops": sum(call.flops for call in plain)}
+    row |= {"plain_bytes": sum(call.bytes for call in plain), "plain_flops": sum(call.flops for call in plain)}
     for gpu in GPUS.values():
         dtype, limits = dtype_of(name, half, torch.bfloat16 if gpu.capability >= 80 else torch.float16), sheet(gpu)
         work = operation.count(**sizes, size=dtype.itemsize, backward=backward)
         launched = kernel_calls(operation.run, lambda device: made(device=device), wanted, gpu)
         row |= work._asdict()
         row["seconds"][gpu.name] = limits.seconds(work, dtype)
-        row["launched_bytes"][gpu.name] = sum(call.moved for call in launched)
+        row["launched_bytes"][gpu.name] = sum(call.bytes for call in launched)
         row["launched_seconds"][gpu.name] = (
             row["launched_bytes"][gpu.name] / gpu.bandwidth + row["plain_flops"] / limits.rate(dtype))
-        row["plain_seconds"][gpu.name] = call_by_call(plain, gpu.bandwidth, limits.rate(torch.float32))
+        row["plain_seconds"][gpu.name] = sum(limits.seconds(call, torch.float32) for call in plain)
     return row
 
 

@@ -11,7 +11,6 @@ answers to other questions than those that are counted. Three seeds; two runs at
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 import tyro
 
 from bench import recall
-from bench.common import best_rate_runs, first_run, save
+from bench.common import best_rate_runs, first_run, save, short
 from bench.recall import PAIRS, PAIRS_IN_BATCH, STEPS, model
 from bench.students import CODE, Row, RunningMean, Silence, WindowAttention, with_attention
 from llamba_ref.associative_recall import recall_accuracy, recall_batches, recall_sequences, recall_targets
@@ -43,7 +42,7 @@ def teacher() -> Llama:
     """The Transformer of chapter 10, trained as there."""
     name, rate, seed = first_run("recall", "Transformer")
     made_of = f"{CODE} {Path(recall.__file__).read_text()} {rate} {seed}"
-    kept = Path("runs") / f"recall_teacher-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
+    kept = Path("runs") / f"recall_teacher-{short(made_of)}"
     if kept.exists():
         return Llama.from_pretrained(kept)
     torch.manual_seed(seed)

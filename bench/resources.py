@@ -10,7 +10,6 @@ sizes and constants with which the package would launch them there at the shapes
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import sys
@@ -24,7 +23,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from bench.common import save
+from bench.common import save, short
 from llamba_ref.kernels.ahead import Launch, compile_for, recording
 from llamba_ref.kernels.conv import conv_backward, conv_forward, conv_step
 from llamba_ref.kernels.gateloop import gateloop_backward, gateloop_forward
@@ -137,11 +136,6 @@ CALLS: dict[str, tuple[Callable, tuple[str, ...]]] = {  # what launches kernels 
     "conv": (call_conv, FLOATS),
     "gateloop": (call_gateloop, FLOATS),
 }
-
-
-def short(text: str) -> str:
-    """A text in a few letters, other ones for another text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class Job(NamedTuple):

@@ -14,7 +14,6 @@ thread each: about two hours on two cores.
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import shlex
 import statistics
@@ -35,7 +34,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import llamba_ref
-from bench.common import best_rate_runs, parameters, save
+from bench.common import best_rate_runs, parameters, save, short
 from llamba_ref.cli import Distill
 from llamba_ref.data import Batch, Batches, TokenBlocks, load_documents, pack, split_documents
 from llamba_ref.decoder import Decoder
@@ -223,7 +222,7 @@ def rows() -> dict[str, Row]:
 def code() -> str:
     """A digest of what is run: the package and this file, comments aside."""
     files = [Path(__file__), *sorted(Path(llamba_ref.__file__).parent.glob("*.py"))]
-    return hashlib.sha256("".join(ast.dump(ast.parse(file.read_text())) for file in files).encode()).hexdigest()[:12]
+    return short("".join(ast.dump(ast.parse(file.read_text())) for file in files))
 
 
 CODE = code()  # of what is imported, whatever becomes of the files meanwhile
@@ -231,7 +230,7 @@ CODE = code()  # of what is imported, whatever becomes of the files meanwhile
 
 def record_of(row: Row, name: str, rate: float, seed: int) -> Path:
     """Where the record of a run is kept: another place for another row of that name, and for other code."""
-    digest = hashlib.sha256(f"{CODE} {row} {row.plan(rate)}".encode()).hexdigest()[:12]
+    digest = short(f"{CODE} {row} {row.plan(rate)}")
     return RUNS / f"{name}, {rate:g}, {seed}, {digest}.json".replace(" ", "_")
 
 

@@ -25,11 +25,11 @@ FILL = ("zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "fu
         "scalar_tensor", "zero_", "fill_")  # write, and read nothing
 
 
-class Call(NamedTuple):
-    """A call of PyTorch or a launch of a kernel."""
+class Work(NamedTuple):
+    """What an operation, a call of PyTorch or a launch of a kernel has to do."""
 
-    moved: int  # bytes that it reads and writes
-    flops: int  # of products of matrices; 0 for a kernel, whose arguments do not tell
+    bytes: int  # that are read and written
+    flops: int = 0  # operations of matrix products; of a launch they are not known
 
 
 def size(tensor: Tensor) -> int:
@@ -43,13 +43,13 @@ class Calls(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[Work] = []
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if operation.namespace == "llamba_ref":
             changed = [z for z, one in zip(args, operation._schema.arguments) if one.is_write]  # read, and written too
-            self.calls += [Call(size(z), 0) for z in changed]
+            self.calls += [Work(size(z)) for z in changed]
             with self:
                 return FUNCTIONS[operation.name()](*args, **kwargs)
         out, name = operation(*args, **kwargs), operation.overloadpacket.__name__
@@ -59,11 +59,11 @@ class Calls(TorchDispatchMode):
             written = [z for z in tree_leaves(out) if isinstance(z, Tensor)]
             count = flop_registry.get(operation.overloadpacket)
             flops = count(*args, **kwargs, out_val=out) if count else 0
-            self.calls.append(Call(sum(map(size, (*read, *written))), flops))
+            self.calls.append(Work(sum(map(size, (*read, *written))), flops))
         return out
 
 
-def run(function: Callable[..., tuple[Tensor, ...]], inputs: dict[str, Tensor], wanted: tuple[str, ...]) -> list[Call]:
+def run(function: Callable[..., tuple[Tensor, ...]], inputs: dict[str, Tensor], wanted: tuple[str, ...]) -> list[Work]:
     """What PyTorch is called for by a function, and, if gradients of some inputs are wanted, in its backward pass."""
     inputs = {name: z.requires_grad_() if name in wanted else z for name, z in inputs.items()}
     with unchecked(), Calls() as seen:
@@ -73,21 +73,16 @@ def run(function: Callable[..., tuple[Tensor, ...]], inputs: dict[str, Tensor], 
     return seen.calls
 
 
-def plain_calls(function: Callable, make: Callable[[str], dict[str, Tensor]], wanted: tuple[str, ...]) -> list[Call]:
+def plain_calls(function: Callable, make: Callable[[str], dict[str, Tensor]], wanted: tuple[str, ...]) -> list[Work]:
     """What a function does with plain PyTorch on a GPU; `make` gives its inputs on a device."""
     return run(function, make("meta"), wanted)
 
 
 def kernel_calls(
     function: Callable, make: Callable[[str], dict[str, Tensor]], wanted: tuple[str, ...], gpu: GPU
-) -> list[Call]:
+) -> list[Work]:
     """What a function does with the kernels as they are launched on a GPU, and with PyTorch between them."""
     with without_numbers("cuda"), recording(gpu) as launches:
         calls = run(function, make("cpu"), wanted)
     tensors = [{id(z): z for z in launch.arguments.values() if isinstance(z, Tensor)}.values() for launch in launches]
-    return calls + [Call(sum(map(size, given)), 0) for given in tensors]
-
-
-def call_by_call(calls: list[Call], bandwidth: float, rate: float) -> float:
-    """The time, where each call on its own takes the longer of moving and multiplying."""
-    return sum(max(call.moved / bandwidth, call.flops / rate) for call in calls)
+    return calls + [Work(sum(map(size, given))) for given in tensors]

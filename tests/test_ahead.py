@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import triton
 
-from bench.resources import BLACKWELL, CALLS, code, jobs, launches_of, short
+from bench.common import short
+from bench.resources import BLACKWELL, CALLS, code, jobs, launches_of
 from llamba_ref.conventions import load_result
 from llamba_ref.kernels.launch import GPUS
 

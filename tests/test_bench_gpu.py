@@ -16,7 +16,7 @@ import bench.common
 from bench import decode, device, gpu, gpu_tests, kernels, profiles, smollm2_gpu
 from bench.common import distill_options
 from bench.gpu import Stage, run_all, seconds_of
-from bench.traffic import kernel_calls, call_by_call, plain_calls
+from bench.traffic import kernel_calls, plain_calls
 from llamba_ref.conventions import load_result
 from llamba_ref.llama import Llama
 from llamba_ref.llamba import Llamba
@@ -435,7 +435,8 @@ def test_calls_of_plain_pytorch_by_hand():
     """A product in half precision, its sum with a bias, and a view, which costs nothing."""
     seen = calls(lambda a, b, c: ((a @ b + c).T,), (8, 16), (16, 4), 4, dtype=torch.float16)
     assert seen == [(2 * (128 + 64 + 32), 2 * 8 * 16 * 4), (2 * (32 + 4 + 32), 0)]
-    assert call_by_call(seen, bandwidth=100.0, rate=10.0) == 102.4 + 136 / 100
+    limits = kernels.Limits(100.0, {"float32": 10.0})
+    assert sum(limits.seconds(call, torch.float32) for call in seen) == 102.4 + 136 / 100
     both = calls(lambda a, b: (a @ b,), (8, 16), (16, 4), wanted=("a", "b"))
     assert [call.flops for call in both if call.flops] == 3 * [1024]  # the product, and a gradient for each factor
 
@@ -451,7 +452,7 @@ def test_calls_of_plain_pytorch_by_hand():
     ("view", lambda a: a.view(10, 100).T, 0),
 ])
 def test_each_tensor_is_read_once_and_written_once(what, function, numbers):
-    assert sum(call.moved for call in calls(lambda a: (function(a),), 1000)) == 4 * numbers
+    assert sum(call.bytes for call in calls(lambda a: (function(a),), 1000)) == 4 * numbers
 
 
 def test_launches_of_kernels_by_hand():
@@ -464,14 +465,14 @@ def test_launches_of_kernels_by_hand():
                         ("linear_scan", {"batch": 32, "length": 2048, "width": 2048})):
         operation = kernels.OPERATIONS[name]
         make = lambda device: operation.make(**sizes, dtype=half, device=device)
-        found = sum(call.moved for call in kernel_calls(operation.run, make, (), card))
+        found = sum(call.bytes for call in kernel_calls(operation.run, make, (), card))
         least = operation.count(**sizes, size=2, backward=False).bytes
         moved[name] = found / least
     assert moved["ssd_step"] == moved["causal_conv_step"] == 1
     assert 1 < moved["linear_scan"] < 1.01  # the state before the first token
     sizes = {**kernels.MODELS["1B"], "batch": 1, "length": 4096}
     make = lambda device: kernels.OPERATIONS["ssd"].make(**sizes, dtype=half, device=device)
-    found = sum(call.moved for call in kernel_calls(kernels.OPERATIONS["ssd"].run, make, (), card))
+    found = sum(call.bytes for call in kernel_calls(kernels.OPERATIONS["ssd"].run, make, (), card))
     x, states = 2 * 4096 * 32 * 64, 4 * 4096 // 64 * 32 * 64 * 64  # bytes of x, B, C or y; of all chunks' states
     assert found == pytest.approx(6 * x + 4 * states, rel=0.05)  # the rest are gates
 
